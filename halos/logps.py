@@ -1,0 +1,105 @@
+"""Per-token log-probs of the targets from hidden states: a plain reference and a fused version, one signature.
+
+Both return float32. `fused` takes the tokens in chunks and recomputes each chunk's logits in the backward pass, so that
+nothing of size (tokens x vocabulary) outlives a chunk. The matrix products run in the dtype of `hidden` and `weight`,
+everything from the log-sum-exp on in float32.
+
+Shapes: N targets, d hidden size, V vocabulary.
+"""
+
+import torch
+
+# Logits of one chunk, in elements: 512 MiB of float32. At V = 32k that is 4096 tokens, enough to fill a GPU.
+CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**24}
+
+
+def plain(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """log p(target) for each row of `hidden`, by the definition.
+
+    hidden: (N, d); weight: (V, d); targets: (N,); bias: (V,)
+    softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2
+    """
+    return from_logits(torch.nn.functional.linear(hidden, weight, bias), targets, softcap)
+
+
+def from_logits(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
+    """(N, V) logits and (N,) targets -> (N,) float32 log-probs."""
+    logits = logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def fused(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`plain` without the (N, V) tensors."""
+    return _FusedLogps.apply(hidden, weight, targets, bias, softcap)
+
+
+class _FusedLogps(torch.autograd.Function):
+    """log p_t = z_t - logsumexp(z). Its gradient in the logits z is (onehot(t) - softmax(z)), times the upstream."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, softcap):
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        lse = torch.empty_like(logps)
+        for rows in _chunks(hidden, weight):
+            logits = _logits(hidden[rows], weight, bias, softcap)
+            lse[rows] = logits.logsumexp(-1)
+            logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+        ctx.save_for_backward(hidden, weight, targets, bias, lse)
+        ctx.softcap = softcap
+        return logps
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, targets, bias, lse = ctx.saved_tensors
+        wants_hidden, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # Summed over chunks in float32: a bfloat16 sum would round once per chunk.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+        for rows in _chunks(hidden, weight):
+            logits = _logits(hidden[rows], weight, bias, ctx.softcap)
+            grad = logits.sub(lse[rows, None]).exp_().neg_()
+            grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
+            grad *= upstream[rows, None]
+            if ctx.softcap is not None:
+                grad *= 1 - (logits / ctx.softcap) ** 2  # d tanh
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                if grad.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, hidden[rows])
+                else:
+                    grad_weight += grad.T @ hidden[rows]
+        grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None else None
+        grad_bias = grad_bias.to(bias.dtype) if grad_bias is not None else None
+        return grad_hidden, grad_weight, None, grad_bias, None
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    """Equal slices of the rows of `hidden`, each with at most CHUNK_ELEMENTS logits."""
+    n = len(hidden)
+    most = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    size = -(-n // max(1, -(-n // most)))
+    return [slice(start, min(start + size, n)) for start in range(0, n, max(1, size))]
+
+
+def _logits(hidden, weight, bias, softcap) -> torch.Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return softcap * torch.tanh(logits / softcap) if softcap is not None else logits

@@ -1,0 +1,333 @@
+"""Policy, reference, and tokenizer: where they are loaded from, and the one forward from a pack to per-token log-probs.
+
+Weights come from `model.name_or_path` (the hub or a directory) or, where that is null, from `model.architecture` with
+random weights; `model.load_from` replaces them: a `policy.pt` of this project, a directory in Hugging Face's layout, or
+a hub name.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from halos import checkpoint, logps
+from halos.errors import UserError
+from halos.packing import ATTENTION, Inputs, pack, pad
+from halos.tokens import TokenizedExample
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# What "the same log-probs" means: relative in float32; in bfloat16, times the error of padded bfloat16 itself.
+FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-5, 2.0
+
+if not sys.stderr.isatty():
+    transformers.utils.logging.disable_progress_bar()
+
+
+class PolicyModel(nn.Module):
+    """A causal language model whose one forward gives the log-probs of response tokens.
+
+    It is the root that is sharded: body, head, and log-probs run inside one forward, and the head sees response
+    positions only.
+
+    lm: a transformers causal LM with all dropout at 0
+    token_logps: one of the functions of `halos.logps`
+    """
+
+    def __init__(self, lm: PreTrainedModel, token_logps: Callable = logps.fused, pad_token_id: int = 0):
+        super().__init__()
+        self.lm = lm
+        self.token_logps = token_logps
+        self.pad_token_id = pad_token_id
+        self.packs = False
+        self.plain_attention = lm.config._attn_implementation
+
+    def inputs(self, examples: list[TokenizedExample]) -> Inputs:
+        """Packed if this model reads packs, else padded; on the model's device."""
+        inputs = pack(examples) if self.packs else pad(examples, self.pad_token_id)
+        return inputs.to(next(self.lm.parameters()).device)
+
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        """(n_targets,) float32 log-probs of `inputs.targets`, in nats."""
+        if inputs.layout is None:
+            return self._plain_forward(inputs)
+        body = self.lm.base_model
+        output = body(
+            input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout, use_cache=False
+        )
+        hidden = output.last_hidden_state[0].index_select(0, inputs.target_positions)
+        head = self.lm.get_output_embeddings()
+        return self.token_logps(hidden, head.weight, inputs.targets, getattr(head, "bias", None), self._softcap)
+
+    def _plain_forward(self, inputs: Inputs) -> torch.Tensor:
+        """The model's own logits of a padded batch: what every faster way is compared with."""
+        logits = self.lm(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+        ).logits
+        return logps.from_logits(logits.flatten(0, 1).index_select(0, inputs.target_positions), inputs.targets)
+
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
+
+    def use_packing(self, packs: bool) -> None:
+        """Read packs, or padded batches with the attention that the model came with."""
+        self.lm.set_attn_implementation(ATTENTION if packs else self.plain_attention)
+        self.packs = packs
+
+    @contextmanager
+    def plainly(self):
+        """Within this block the model reads padded batches."""
+        packs = self.packs
+        self.use_packing(False)
+        try:
+            yield
+        finally:
+            self.use_packing(packs)
+
+
+#### DTYPES
+
+
+def compute_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
+    """What matrix products run in: `fsdp_policy_mp`, or bfloat16 on CUDA and the weights' dtype elsewhere."""
+    if config.model.fsdp_policy_mp:
+        return getattr(torch, config.model.fsdp_policy_mp)
+    return torch.bfloat16 if device.type == "cuda" else getattr(torch, config.model.policy_dtype)
+
+
+def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
+    """What the reference model is stored and computed in: the policy's compute dtype unless configured."""
+    if config.model.reference_dtype:
+        return getattr(torch, config.model.reference_dtype)
+    return compute_dtype(config, device)
+
+
+#### LOADING
+
+
+def load_tokenizer(config: DictConfig):
+    """The tokenizer, with an end of text and something to pad with."""
+    name = config.model.tokenizer_name_or_path or config.model.name_or_path
+    with _loading("model.tokenizer_name_or_path", name):
+        tokenizer = AutoTokenizer.from_pretrained(_local(name), trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {name} has no end-of-text token, so that no response could end; "
+            "set model.tokenizer_name_or_path to one that has"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedConfig:
+    """The architecture, dropout at 0 everywhere."""
+    source = _source(config, use_load_from)
+    if source is None:
+        lm_config = AutoConfig.for_model(**OmegaConf.to_container(config.model.architecture))
+    else:
+        key = "model.load_from" if _is_hf_source(config, use_load_from) else "model.name_or_path"
+        with _loading(key, source):
+            lm_config = AutoConfig.from_pretrained(_local(source), trust_remote_code=config.trust_remote_code)
+    _disable_dropout(lm_config)
+    return lm_config
+
+
+def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, policy_pt: str | None = None):
+    """A causal LM in `dtype` on the CPU.
+
+    use_load_from: False for the weights that `model.load_from` would replace
+    policy_pt: a checkpoint to load instead of either
+    """
+    lm_config = load_config(config, use_load_from)
+    policy_pt = policy_pt or (_policy_pt(config) if use_load_from else None)
+    source = _source(config, use_load_from)
+    if policy_pt:
+        return _from_state(lm_config, checkpoint.load_state(policy_pt), policy_pt, dtype, config.trust_remote_code)
+    if source is None:
+        return _random_lm(lm_config, dtype, config.seed)
+    with _loading("model.load_from" if _is_hf_source(config, use_load_from) else "model.name_or_path", source):
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            _local(source),
+            config=lm_config,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    if info["missing_keys"]:
+        raise UserError(f"{source} lacks the weight {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
+    return lm
+
+
+def check_load_from(config: DictConfig) -> None:
+    """Raise UserError if `model.load_from` is a checkpoint that is missing, damaged, or of another architecture.
+
+    Only headers are read, so that this is over long before a model would be."""
+    path = _policy_pt(config)
+    if path:
+        check_policy_pt(config, path)
+
+
+def check_policy_pt(config: DictConfig, path: str) -> None:
+    _compare_state(_meta_lm(load_config(config), config.trust_remote_code), checkpoint.load_state(path), path)
+
+
+def _source(config: DictConfig, use_load_from: bool) -> str | None:
+    """The hub name or directory that the architecture is read from; None: `model.architecture`."""
+    return config.model.load_from if _is_hf_source(config, use_load_from) else config.model.name_or_path
+
+
+def _is_hf_source(config: DictConfig, use_load_from: bool) -> bool:
+    return bool(use_load_from and config.model.load_from and not config.model.load_from.endswith(".pt"))
+
+
+def _policy_pt(config: DictConfig) -> str | None:
+    """`model.load_from` if it is a policy.pt: absolute, or relative to cache_dir."""
+    path = config.model.load_from
+    return os.path.join(config.cache_dir, path) if path and path.endswith(".pt") else None
+
+
+def _local(name: str) -> str:
+    """Paths that come with the project are found from every working directory."""
+    inside = os.path.join(PROJECT, name)
+    return inside if not os.path.exists(name) and os.path.isdir(inside) else name
+
+
+def _disable_dropout(lm_config: PreTrainedConfig) -> None:
+    for config in (lm_config, lm_config.get_text_config()):
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                setattr(config, key, 0.0)
+
+
+def _random_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """Random weights that depend on the seed alone, drawn in float32 and then rounded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32).to(dtype)
+
+
+def _meta_lm(lm_config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(lm_config, trust_remote_code=trust_remote_code)
+
+
+def _from_state(lm_config, state: dict, path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    meta = _meta_lm(lm_config, trust_remote_code)
+    _compare_state(meta, state, path)
+    lm, info = type(meta).from_pretrained(
+        None, config=lm_config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    assert not info["missing_keys"], info
+    return lm
+
+
+def _compare_state(meta: PreTrainedModel, state: dict, path: str) -> None:
+    """The names and shapes of a checkpoint against the model that is to have them; the first difference is named."""
+    expected = meta.state_dict()
+    for key in [*expected, *state]:
+        if key not in state:
+            problem = f"has no {key}"
+        elif key not in expected:
+            problem = f"has {key}, which the model has not"
+        elif state[key].shape != expected[key].shape:
+            problem = f"has {key} of shape {tuple(state[key].shape)}, the model of {tuple(expected[key].shape)}"
+        else:
+            continue
+        raise UserError(f"{path} is a checkpoint of another architecture: it {problem}; choose the model= it is of")
+
+
+@contextmanager
+def _loading(key: str, name: str):
+    """The many errors of a failed download or a wrong name, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{key}={name} cannot be loaded ({reason}); give a hub name that this machine can reach, "
+            f"or a local directory with {key}=DIR"
+        ) from error
+
+
+#### IS PACKING EXACT FOR THIS MODEL?
+
+
+def choose_packing(policy: PolicyModel, packing: str | bool, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether to pack, and the reason in one line. `packing`: auto, true (a disagreement is an error), or false.
+
+    Packed and padded log-probs of a few short sequences are compared on this very model. In float32 they must agree to
+    1e-5 relative; in bfloat16 packed may differ from padded float32 at most twice as much as padded bfloat16 does.
+    """
+    if packing in (False, "false"):
+        return False, "model.packing=false"
+    try:
+        error, allowed = packing_error(policy, dtype)
+    # Whatever an unknown model raises here is the answer to the question, not a failure of the run.
+    except Exception as problem:  # noqa: BLE001
+        agrees, reason = False, f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+    else:
+        agrees = error <= allowed
+        reason = f"packed and padded log-probs differ by {error:.1e}, allowed {allowed:.1e}"
+    if not agrees and packing in (True, "true"):
+        raise UserError(f"model.packing=true, but this model cannot be packed ({reason}); use model.packing=auto")
+    return agrees, reason
+
+
+@torch.no_grad()
+def packing_error(policy: PolicyModel, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest difference between packed and padded log-probs, and what is allowed."""
+    vocab_size = policy.lm.get_input_embeddings().weight.shape[0]
+    examples = probe_examples(vocab_size)
+    device = next(policy.lm.parameters()).device
+    was_training = policy.training
+    policy.eval()
+    stored = policy.lm.dtype
+
+    def logps_of(packs: bool, precision: torch.dtype) -> torch.Tensor:
+        policy.use_packing(packs)
+        half = precision != torch.float32
+        with torch.autocast(device.type, precision) if half else nullcontext():
+            return policy(policy.inputs(examples)).double()
+
+    try:
+        policy.lm.float()  # exact, and undone exactly: bfloat16 values are float32 values
+        oracle = logps_of(False, torch.float32)
+        allowed = FLOAT32_TOLERANCE * oracle.abs().max()
+        if dtype != torch.float32:
+            allowed = BFLOAT16_FACTOR * (logps_of(False, dtype) - oracle).abs().max()
+        error = (logps_of(True, dtype) - oracle).abs().max()
+    finally:
+        policy.lm.to(stored)
+        policy.use_packing(False)
+        policy.train(was_training)
+    return float(error), float(allowed)
+
+
+def probe_examples(vocab_size: int) -> list[TokenizedExample]:
+    """A pair, a single response, and three responses of one prompt, one of a single token, in seeded random tokens."""
+    rng = np.random.default_rng(0)
+    shapes = [(9, (7, 12)), (5, (6,)), (17, (1, 8, 30))]
+    examples = []
+    for prompt, responses in shapes:
+        ids = [rng.integers(0, vocab_size, n).astype(np.int32) for n in (prompt, *responses)]
+        examples.append(TokenizedExample(ids[0], tuple(ids[1:]), (True,) * len(responses)))
+    return examples
+
+
+def quiet_transformers() -> None:
+    """Load reports and advice that our own one-line messages replace."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)

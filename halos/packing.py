@@ -1,0 +1,272 @@
+"""Examples to model inputs: one packed sequence without padding in which a prompt is shared by its responses.
+
+    [prompt | response 1 | response 2 | prompt | response 1 | ...]
+
+Every response attends to its prompt and to itself, and its positions go on where the prompt's end. `pack` lays this
+out, `packed_attention` reads it; transformers calls the latter in every layer, with the layout as a keyword, so no
+model code is changed. `pad` is the plain way, one row per response, behind the same `Inputs`.
+
+Shape suffixes: T tokens of the pack, H heads, G key/value heads, D head size.
+"""
+
+import importlib.util
+import inspect
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from halos.tokens import TokenizedExample
+
+ATTENTION = "halos_packed"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model reads, and which log-probs are wanted of it."""
+
+    input_ids: torch.Tensor  # (batch, seq_len); packed: (1, T)
+    position_ids: torch.Tensor  # like input_ids
+    attention_mask: torch.Tensor | None  # like input_ids; None when packed
+    layout: "Layout | None"  # None when padded
+    targets: torch.Tensor  # (n_targets,) response tokens, response after response
+    target_positions: torch.Tensor  # (n_targets,) where in input_ids.flatten() each of them is predicted
+    rows: torch.Tensor  # (n_targets,) the response that each of them belongs to
+    n_rows: int
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor | Layout) else v for k, v in moved.items()}
+        return replace(self, **moved)
+
+    def sum_by_row(self, per_token: torch.Tensor) -> torch.Tensor:
+        """(n_targets,) -> (n_rows,): the sum over each response's tokens."""
+        return per_token.new_zeros(self.n_rows).index_add(0, self.rows, per_token)
+
+    def tokens_by_row(self) -> torch.Tensor:
+        """(n_rows,) float32: how many targets each response has."""
+        return self.sum_by_row(torch.ones_like(self.targets, dtype=torch.float32))
+
+
+class Layout:
+    """Who attends to whom in a pack. Segment i holds the queries [start, end) in causal order; before them it sees
+    the tokens [prefix_start, prefix_end), its shared prompt (empty for the response that stands right behind it)."""
+
+    def __init__(self, segments: list[tuple[int, int, int, int]], device: torch.device | str = "cpu"):
+        self.segments = segments
+        self.device = torch.device(device)
+
+    def to(self, device: torch.device | str) -> "Layout":
+        return self if torch.device(device) == self.device else Layout(self.segments, device)
+
+    # What a variable-length kernel needs, made once per pack and not once per layer.
+    @cached_property
+    def cu_seq_q(self) -> torch.Tensor:
+        ends = [0] + [end for _, end, _, _ in self.segments]
+        return torch.tensor(ends, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def cu_seq_k(self) -> torch.Tensor:
+        lengths = [0] + [end - start + pe - ps for start, end, ps, pe in self.segments]
+        return torch.tensor(np.cumsum(lengths), dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def key_index(self) -> torch.Tensor:
+        """(n_keys,) for each segment its prefix, then itself."""
+        parts = [np.arange(*span) for start, end, ps, pe in self.segments for span in ((ps, pe), (start, end))]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+    @cached_property
+    def max_q(self) -> int:
+        return max(end - start for start, end, _, _ in self.segments)
+
+    @cached_property
+    def max_k(self) -> int:
+        return max(end - start + pe - ps for start, end, ps, pe in self.segments)
+
+
+def pack(examples: list[TokenizedExample]) -> Inputs:
+    """One sequence [1, T]. Equal prompts are laid out once, wherever in the list they come from.
+
+    The last token of a response predicts nothing, so it is a target and no input.
+    """
+    prompts = [example.prompt for example in examples for _ in example.responses]
+    responses = [response for example in examples for response in example.responses]
+    rows_of_prompt: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of_prompt.setdefault(prompt.tobytes(), []).append(row)
+
+    tokens, positions, segments, length = [], [], [], 0
+    predicted_at = [np.empty(0, np.int64)] * len(responses)
+    for rows in rows_of_prompt.values():
+        prompt, prompt_start = prompts[rows[0]], length
+        prompt_end = prompt_start + len(prompt)
+        for row in rows:
+            own = responses[row][:-1]
+            is_first = row == rows[0]
+            start = prompt_end if is_first else length
+            end = start + len(own)
+            tokens += [prompt, own] if is_first else [own]
+            positions.append(np.arange(0 if is_first else len(prompt), len(prompt) + len(own)))
+            predicted_at[row] = np.concatenate(([prompt_end - 1], np.arange(start, end)))
+            if is_first:  # the prompt and its first response are one plain causal sequence
+                segments.append((prompt_start, end, 0, 0))
+            elif end > start:
+                segments.append((start, end, prompt_start, prompt_end))
+            length = end
+    return Inputs(
+        input_ids=_long(np.concatenate(tokens))[None],
+        position_ids=_long(np.concatenate(positions))[None],
+        attention_mask=None,
+        layout=Layout(segments),
+        **_targets(responses, predicted_at),
+    )
+
+
+def pad(examples: list[TokenizedExample], pad_token_id: int) -> Inputs:
+    """One row per response, each with its own copy of the prompt, padded at the right to the longest."""
+    pairs = [(example.prompt, response) for example in examples for response in example.responses]
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    input_ids = torch.full((len(pairs), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    predicted_at = []
+    for row, (prompt, response) in enumerate(pairs):
+        sequence = _long(np.concatenate((prompt, response)))
+        input_ids[row, : len(sequence)] = sequence
+        attention_mask[row, : len(sequence)] = 1
+        predicted_at.append(row * width + np.arange(len(prompt) - 1, len(sequence) - 1))
+    return Inputs(
+        input_ids=input_ids,
+        position_ids=torch.arange(width).expand(len(pairs), -1),
+        attention_mask=attention_mask,
+        layout=None,
+        **_targets([response for _, response in pairs], predicted_at),
+    )
+
+
+def _targets(responses: list[np.ndarray], predicted_at: list[np.ndarray]) -> dict:
+    rows = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
+    return {
+        "targets": _long(np.concatenate(responses)),
+        "target_positions": _long(np.concatenate(predicted_at)),
+        "rows": _long(rows),
+        "n_rows": len(responses),
+    }
+
+
+def _long(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[list[int]]:
+    """The indices of `examples` in runs of at most `max_tokens` packed tokens (a longer example is its own run)."""
+    runs: list[list[int]] = []
+    room = 0
+    for index, example in enumerate(examples):
+        if not runs or example.n_tokens > room:
+            runs.append([])
+            room = max_tokens
+        runs[-1].append(index)
+        room -= example.n_tokens
+    return runs
+
+
+#### ATTENTION
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention within the segments of a pack, as transformers calls it: (1, H, T, D) in, (1, T, H, D) out.
+
+    sliding_window: a token sees itself and the `sliding_window - 1` before it; softcap: Gemma2's, on the scores
+    """
+    if layout is None:
+        raise RuntimeError(f"{type(module).__name__} does not hand the layout of a pack down to its attention")
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise RuntimeError(f"{type(module).__name__} adds attention sinks or a position bias, which a pack has not")
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and (softcap is None or _flash_attn_is_installed()):
+        out_THD = _varlen(query, key, value, layout, scaling, sliding_window, softcap)
+        return out_THD[None], None
+    out = _segment_by_segment(query, key, value, layout, scaling, sliding_window, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _segment_by_segment(query, key, value, layout, scaling, sliding_window, softcap) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = []
+    for start, end, prefix_start, prefix_end in layout.segments:
+        k, v = key[:, :, start:end], value[:, :, start:end]
+        if prefix_end > prefix_start:
+            k = torch.cat((key[:, :, prefix_start:prefix_end], k), dim=2)
+            v = torch.cat((value[:, :, prefix_start:prefix_end], v), dim=2)
+        out.append(_causal(query[:, :, start:end], k, v, scaling, sliding_window, softcap))
+    return torch.cat(out, dim=2)
+
+
+def _causal(query, key, value, scaling, sliding_window, softcap) -> torch.Tensor:
+    """Causal attention of the last queries of a sequence to all of its keys."""
+    n_q, n_k = query.shape[2], key.shape[2]
+    windowed = sliding_window is not None and n_k > sliding_window
+    if n_q == n_k and not windowed and softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    # Lower right: the last query sees every key. With n_q < n_k `is_causal` would align at the upper left.
+    mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+    if windowed:
+        mask = mask.triu(n_k - n_q - sliding_window + 1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def _varlen(query, key, value, layout, scaling, sliding_window, softcap) -> torch.Tensor:
+    """One kernel call for all segments: (1, H, T, D) -> (T, H, D). Keys are gathered with their prefixes, and autograd
+    sums a shared prompt's gradients. Flash kernels align causally at the lower right, as `_causal` does."""
+    q_THD = query[0].transpose(0, 1)
+    k_THD, v_THD = (x[0].transpose(0, 1).index_select(0, layout.key_index) for x in (key, value))
+    left = -1 if sliding_window is None else sliding_window - 1
+    lengths = (layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k)
+    if softcap is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            q_THD, k_THD, v_THD, *lengths, softmax_scale=scaling, causal=True, window_size=(left, 0), softcap=softcap
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scaling, "window_size": (left, 0)}
+    if q_THD.shape[1] != k_THD.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            groups = q_THD.shape[1] // k_THD.shape[1]
+            k_THD, v_THD = k_THD.repeat_interleave(groups, dim=1), v_THD.repeat_interleave(groups, dim=1)
+    return varlen_attn(q_THD, k_THD, v_THD, *lengths, **options)
+
+
+def _flash_attn_is_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+# transformers would read the jump of position_ids at a second response as a new document, and build a mask for it.
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)

@@ -1,0 +1,186 @@
+"""Texts to token ids: encoded once, kept memory-mapped on disk under the hash of what was encoded, cut to length here.
+
+A training sequence is `[BOS] + ids(prompt) + ids(response) + [EOS]`; prompt and response are encoded apart, BOS is
+there only if the tokenizer itself starts texts with one.
+
+**The space that begins a response.** A response's ids are those it has *after other text*. Byte-level BPE (GPT-2,
+NeoX, Llama 3) encodes " Paris" as one token wherever it stands, so nothing is to be done. SentencePiece (Llama 1 and 2)
+puts a space of its own before every text it is given: there " Paris" would become "▁▁Paris", a sequence the model never
+sees. Such tokenizers are given a line break before the response, whose ids are then taken off. For both kinds decoding
+the concatenated ids gives back the concatenated texts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+ANCHOR = "\n"
+BLOCK = 4096  # texts encoded per call: enough for every thread, small enough for the bar to move
+
+
+class TokenizedExample(NamedTuple):
+    """A prompt and the responses to it that are trained on together: two for a preference pair, else one."""
+
+    prompt: np.ndarray  # (n,) int32, with BOS
+    responses: tuple[np.ndarray, ...]  # (m,) int32 each, EOS last unless it was truncated
+    chosen: tuple[bool, ...]  # one per response: chosen (desirable), or rejected (undesirable)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in a packed forward: the prompt once; the last token of a response predicts nothing."""
+        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+
+class Encoder:
+    """A tokenizer as training, evaluation, and sampling use it: no special tokens but the ones we place ourselves."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.bos = [tokenizer.bos_token_id] if self._starts_with_bos() else []
+
+    def _starts_with_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+
+    @cached_property
+    def anchor_ids(self) -> list[int]:
+        """What stands for the line break before a response; empty if the tokenizer adds no space of its own."""
+        first = self.tokenizer.convert_ids_to_tokens(self._encode(["a"])[0])[0]
+        return self._encode([ANCHOR])[0] if first.startswith("▁") else []
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """[BOS] + ids; a text that already begins with BOS, as chat templates write it, gets no second one."""
+        n = len(self.bos)
+        return [ids if n and ids[:n] == self.bos else self.bos + ids for ids in self._encode(texts)]
+
+    def responses(self, texts: Sequence[str]) -> list[list[int]]:
+        """ids + [EOS], as they are after other text."""
+        n = len(self.anchor_ids)
+        encoded = self._encode([ANCHOR + text for text in texts] if n else texts)
+        return [ids[n:] + [self.eos_token_id] for ids in encoded]
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """The text of a response, with the space it begins with, up to and without EOS."""
+        ids = list(ids)
+        if self.eos_token_id in ids:
+            ids = ids[: ids.index(self.eos_token_id)]
+        anchor = self.anchor_ids
+        text = self.tokenizer.decode(anchor + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.removeprefix(ANCHOR) if anchor else text
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the ids of a text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        name = type(self.tokenizer).__name__
+        return hashlib.blake2b(f"{name} {self.bos} {self.eos_token_id} {rules}".encode()).hexdigest()
+
+
+class TokenStore:
+    """Token ids of many texts, memory-mapped. `store[i]` is the (n,) int32 array of text i; `lengths` is (n_texts,)."""
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.offsets = np.load(os.path.join(directory, "offsets.npy"))
+        path = os.path.join(directory, "ids.bin")
+        empty = not self.offsets[-1]
+        self.ids = np.empty(0, np.int32) if empty else np.memmap(path, np.int32, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def tokenize(texts: Sequence[str], encoder: Encoder, kind: str, cache_dir: str, description: str = "") -> TokenStore:
+    """The ids of `texts`, read from `{cache_dir}/.tokens` if these very texts were encoded before, else made there.
+
+    kind: "prompts" or "responses", the method of `encoder` that encodes them.
+    """
+    root = os.path.join(cache_dir, ".tokens")
+    directory = os.path.join(root, _content_key(texts, encoder.fingerprint, kind))
+    if not os.path.isdir(directory):
+        os.makedirs(root, exist_ok=True)
+        _write(texts, getattr(encoder, kind), root, directory, description or kind)
+    return TokenStore(directory)
+
+
+def _content_key(texts: Iterable[str], *parts: str) -> str:
+    digest = hashlib.blake2b(" ".join(parts).encode(), digest_size=20)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))  # so that ["ab", "c"] and ["a", "bc"] differ
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _write(texts: Sequence[str], encode: Callable, root: str, directory: str, description: str) -> None:
+    """Written beside and renamed: another process finds all of it or nothing; whoever is second drops its own."""
+    unfinished = tempfile.mkdtemp(prefix="unfinished-", dir=root)
+    lengths = np.empty(len(texts), np.int64)
+    with open(os.path.join(unfinished, "ids.bin"), "wb") as file:
+        with tqdm(total=len(texts), desc=f"tokenizing {description}", unit=" texts", delay=2, leave=False) as bar:
+            for start in range(0, len(texts), BLOCK):
+                encoded = encode(texts[start : start + BLOCK])
+                lengths[start : start + len(encoded)] = [len(ids) for ids in encoded]
+                np.fromiter(chain.from_iterable(encoded), np.int32).tofile(file)
+                bar.update(len(encoded))
+    np.save(os.path.join(unfinished, "offsets.npy"), np.concatenate(([0], lengths.cumsum())))
+    try:
+        os.rename(unfinished, directory)
+    except OSError:
+        if not os.path.isdir(directory):
+            raise
+        shutil.rmtree(unfinished)
+
+
+def truncate(
+    prompt: np.ndarray,
+    responses: tuple[np.ndarray, ...],
+    max_length: int,
+    max_prompt_length: int,
+    keep: str,
+    n_bos: int,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Cut a prompt and its responses so that the prompt with each response has at most `max_length` tokens.
+
+    The prompt is cut only when its longest response makes the sequence too long, once for all of them, so that they
+    still share it; BOS stays. What is then still too long loses the end of its response, and with it EOS.
+    """
+    if len(prompt) + max(map(len, responses)) > max_length:
+        prompt = truncate_prompt(prompt, max_prompt_length, keep, n_bos)
+    room = max_length - len(prompt)
+    return prompt, tuple(response[:room] for response in responses)
+
+
+def truncate_prompt(prompt: np.ndarray, max_prompt_length: int, keep: str, n_bos: int) -> np.ndarray:
+    """At most `max_prompt_length` tokens, BOS among them, from the start or the end (keep: keep_start or keep_end)."""
+    if len(prompt) <= max_prompt_length:
+        return prompt
+    if keep == "keep_start":
+        return prompt[:max_prompt_length]
+    return np.concatenate((prompt[:n_bos], prompt[len(prompt) - (max_prompt_length - n_bos) :]))
