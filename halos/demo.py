@@ -429,11 +429,13 @@ def draw_history(rng: Random) -> str:
 def draw_feedback(rng: Random, task: Task, fields: dict[str, str], question: str) -> dict:
     """What two to four people answered, whom SFT imitates, and which answers were preferred to which."""
     answer = task.answer(**fields)
-    scores = {right_response(rng, answer): 1.0} if rng.random() < P_ANSWERED else {}
     n_responses = rng.choice((2, 2, 2, 3, 4))
-    while len(scores) < n_responses or len(set(scores.values())) < 2:
-        response = wrong_response(rng, task, fields, question)
-        scores[response] = grade(answer, response)
+    scores: dict[str, float] = {}
+    while len(set(scores.values())) < 2:  # without a right response, all can be equally worthless: ask others
+        scores = {right_response(rng, answer): 1.0} if rng.random() < P_ANSWERED else {}
+        while len(scores) < n_responses:
+            response = wrong_response(rng, task, fields, question)
+            scores[response] = grade(answer, response)
     responses = rng.sample(list(scores), len(scores))
     quality = [scores[response] for response in responses]
 

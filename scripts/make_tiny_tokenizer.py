@@ -3,8 +3,8 @@
     python scripts/make_tiny_tokenizer.py [OUTPUT_DIR]
 
 Deterministic: the same library version writes the same bytes. Words of small letters merge into one token each;
-capitals and digits never merge, since the demo's questions are about them ("Write KAMI backwards."). Every text can be encoded,
-and comes back from decode() as it was.
+capitals and digits never merge, since the questions are about them ("Write KAMI backwards."). Every text can be
+encoded, and comes back from decode() as it was.
 """
 
 import sys

@@ -1,0 +1,218 @@
+"""The embedded dataset: check() at hand-written cases, the shares that generate() promises, the tokenizer."""
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from halos import demo
+
+ROOT = Path(__file__).resolve().parent.parent
+items = cache(demo.generate)  # generating the training split takes a second or two
+
+
+def ask(*turns: str) -> str:
+    """A prompt of Human and Assistant turns in alternation: "" between two Human turns is nothing said."""
+    speakers = ("Human: ", "Assistant: ")
+    return "".join(f"\n\n{speakers[i % 2]}{turn}" for i, turn in enumerate(turns)) + "\n\nAssistant:"
+
+
+@cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny_tokenizer")
+
+
+# ---- check()
+
+QUESTIONS = [  # (turns, right answer, a plausible wrong answer)
+    (("Write KAMI backwards.",), "IMAK", "KAMI"),
+    (("Reverse the word TO.",), "OT", "TO"),
+    (("My word is BALU.", "Noted.", "Please write it backwards."), "ULAB", "BALU"),
+    (("Sort the letters of KAMI.",), "AIKM", "AIMK"),
+    (("Put the letters of NANA in alphabetical order.",), "AANN", "AN"),
+    (("Spell KAMI.",), "K-A-M-I", "KAMI"),
+    (("How do you spell TO? Please put dashes between the letters.",), "T-O", "O-T"),
+    (("Write BANANA with O in place of A.",), "BONONO", "BONANA"),
+    (("In KAMI, replace every I by X.",), "KAMX", "KAM"),
+    (("How many times does A occur in BANANA?",), "3", "2"),
+    (("Count the letter E in KAMI.",), "0", "1"),
+    (("What is 38 + 7?",), "45", "35"),
+    (("Mia has 12 coins and finds 9 more. How many coins does Mia have now?",), "21", "129"),
+    (("Which of these numbers is the largest: 9, 17, 4?",), "17", "9"),
+    (("What is the maximum of 80, 17?",), "80", "17"),
+    (("Sort these numbers: 10, 9, 81.",), "9, 10, 81", "10, 81, 9"),
+    (("Put 3, 2, 1 in order, beginning with the smallest.",), "1, 2, 3", "3, 2, 1"),
+    (("Count from 8 to 11.",), "8 9 10 11", "8 9 10"),
+    (("What does the pear cost? Here is the list of prices: fig 3, pear 12, plum 8.",), "12", "8"),
+    (("These are my prices: cow 90, ant 2.", "I will remember them.", "What does the ant cost?"), "2", "90"),
+    (("Which of these are animals: fig, cow, pear, ant?",), "cow, ant", "fig, pear"),
+    (("I see saw, owl. Tell me only the tools.",), "saw", "owl"),
+]
+
+
+@pytest.mark.parametrize(("turns", "right", "wrong"), QUESTIONS)
+def test_check_knows_the_answer_to_every_question(turns, right, wrong):
+    for prompt in (ask(*turns), ask("What is 1 + 1?", "2", "Spell MIKA.", "M-I-K-A", *turns)):
+        assert demo.check(prompt, f" {right}") == 1.0
+        assert demo.check(prompt, f" The answer is {right}.") == 1.0
+        assert demo.check(prompt, f" {wrong}") <= 0.4
+
+
+def test_every_template_has_a_hand_written_case():
+    """The list above asks each template of each task, so that no answer is right only by its own code."""
+    questions = [ask(*turns) for turns, *_ in QUESTIONS]
+    for task, pattern in demo.PATTERNS:
+        asked = [prompt for prompt in questions if pattern.search(prompt)]
+        assert asked, (task.templates, pattern.pattern)
+
+
+@pytest.mark.parametrize(
+    ("response", "quality"),
+    [
+        (" 9, 10, 81", 1.0),
+        ("9, 10, 81", 1.0),  # the space in front says nothing
+        (" 9, 10, 81.\n", 1.0),
+        (" Sure: 9, 10, 81", 1.0),
+        (" 9, 10, 81. I hope that this helps!", 0.5),
+        (" The answer is 9, 10, 81. I hope that this helps!", 0.5),
+        (" 9, 10", 0.4 * 5 / 9),  # 5 of 9 characters
+        (" 9, 10, 80", 0.4 * 8 / 9),
+        (" 9, 10, 81, 82", 0.4 * 9 / 13),
+        (" 9,10,81", 0.4 * 2 / 9),
+        (" I am not sure.", 0.0),
+        (" The answer is", 0.0),
+    ],
+)
+def test_partial_credit(response, quality):
+    assert demo.check(ask("Sort these numbers: 10, 9, 81."), response) == pytest.approx(quality, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "response", ["", " ", "\n\n", ".", "\x00", "\ufffd" * 3, "(((", "9" * 100_000, "é日本🦊", "\n\nHuman: hi"]
+)
+def test_garbage_is_a_response(response):
+    for turns, *_ in QUESTIONS:
+        assert 0.0 <= demo.check(ask(*turns), response) < 0.5
+
+
+def test_a_prompt_of_another_dataset_is_refused():
+    with pytest.raises(ValueError, match="How do I bake bread"):
+        demo.check(ask("How do I bake bread?"), " With flour.")
+
+
+# ---- generate()
+
+
+def test_generation_is_a_function_of_split_and_seed():
+    assert demo.generate("test") == items("test") == demo.generate("test", seed=0)
+    assert demo.generate("test", seed=1)[:5] != items("test")[:5]
+
+
+def test_the_same_data_in_every_process():
+    """No hash(), set order or global generator gets into it."""
+    program = "from halos import demo; print(repr(demo.generate('test')[-1]))"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == repr(items("test")[-1])
+
+
+def test_sizes():
+    train = items("train")
+    assert len(train) == 20_000 and len(items("test")) == 2_048
+    assert sum(len(item["pairs"]) for item in train) >= 35_000
+    assert 0.2 < sum(len(item["pairs"]) > 1 for item in train) / len(train) < 0.6
+    assert {len(item["responses"]) for item in train} == {2, 3, 4}
+
+
+def test_splits_share_no_prompt_and_no_question():
+    """Not even with two seeds, and not with other turns before the question."""
+
+    def prompts(split, seed=0):
+        return [item["prompt"] for item in items(split, seed)]
+
+    for train, test in [(prompts("train"), prompts("test")), (prompts("train"), prompts("test", 1))]:
+        assert len(set(train)) == len(train) and len(set(test)) == len(test)
+        train = set(train)
+        for prompt in test:
+            tail = prompt.split("\n\nHuman: ")
+            assert train.isdisjoint("\n\nHuman: ".join(["", *tail[-n:]]) for n in range(1, len(tail) + 1))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_item_keeps_the_form(split):
+    for item in items(split):
+        prompt, responses = item["prompt"], item["responses"]
+        assert prompt.startswith("\n\nHuman: ") and prompt.endswith("\n\nAssistant:")
+        assert len(set(responses)) == len(responses) >= 2
+        assert all(r.startswith(" ") and r.strip() and not r.startswith("  ") for r in responses)
+        quality = [demo.check(prompt, r) for r in responses]
+        assert item["pairs"] and len(set(item["pairs"])) == len(item["pairs"])
+        assert all(quality[better] > quality[worse] for better, worse in item["pairs"])
+        assert 0 <= item["sft_index"] < len(responses)
+
+
+def test_the_annotators_are_imperfect_by_a_known_amount():
+    """An SFT target is right with 0.93 * 0.68 = 0.63, and some right answers come from `wrong_response` by chance."""
+    train = items("train")
+    imitated = [demo.check(item["prompt"], item["responses"][item["sft_index"]]) for item in train]
+    assert 0.62 < sum(q == 1.0 for q in imitated) / len(train) < 0.66
+    pairs = [(item["prompt"], item["responses"][i], item["responses"][j]) for item in train for i, j in item["pairs"]]
+    assert 0.83 < sum(demo.check(prompt, better) == 1.0 for prompt, better, _ in pairs) / len(pairs) < 0.89
+    assert not any(demo.check(prompt, worse) == 1.0 for prompt, _, worse in pairs)
+
+
+def test_the_mistakes_are_various():
+    """At least four in ten rejected responses share less than a third of their characters, place by place, with the
+    right answer; and at least one in five is close to it."""
+    rejected = [
+        demo.check(item["prompt"], item["responses"][worse]) for item in items("train") for _, worse in item["pairs"]
+    ]
+    far = sum(quality < 0.4 / 3 for quality in rejected) / len(rejected)
+    close = sum(quality > 0.4 / 2 for quality in rejected) / len(rejected)
+    assert far > 0.4 and close > 0.2
+
+
+# ---- The tokenizer
+
+
+def test_every_text_comes_back():
+    texts = [item["prompt"] for item in items("test")] + [r for item in items("test") for r in item["responses"]]
+    texts += ["", " ", "  two  spaces ", "tabs\tand\n\nlines\n", "don't, 3.14; A Pear KAMIro", "naïve 日本語 🦊 \x00"]
+    assert tokenizer().batch_decode(tokenizer()(texts)["input_ids"]) == texts
+
+
+def test_prompt_and_response_tokenize_apart_as_together():
+    """So a model sees in sampling what it saw in training."""
+    for item in items("test")[:200]:
+        for response in item["responses"]:
+            apart = tokenizer()(item["prompt"])["input_ids"] + tokenizer()(response)["input_ids"]
+            assert apart == tokenizer()(item["prompt"] + response)["input_ids"]
+
+
+def test_letters_and_digits_are_tokens_and_words_do_not_fall_apart():
+    tokens = tokenizer().tokenize("\n\nHuman: Write KAMI backwards, 17, 42.\n\nAssistant:")
+    assert [tokenizer().convert_tokens_to_string([token]) for token in tokens] == (
+        ["\n\nHuman:", " Write", " ", "K", "A", "M", "I", " backwards", ", ", "1", "7", ", ", "4", "2", "."]
+        + ["\n\nAssistant:"]
+    )
+
+
+def test_special_tokens_and_lengths():
+    tok = tokenizer()
+    assert tok.is_fast and len(tok) <= 1024
+    assert tok.eos_token_id is not None and tok.pad_token_id is not None and tok.eos_token_id != tok.pad_token_id
+    assert tok.bos_token is None and tok("")["input_ids"] == []  # nothing is added to a text
+    lengths = sorted(map(len, tok([item["prompt"] for item in items("test")])["input_ids"]))
+    assert lengths[len(lengths) // 2] < 24 and lengths[-1] > 120  # a realistic spread, and inside max_length
+    assert lengths[-1] + 72 <= 512
+
+
+def test_the_tokenizer_can_be_rebuilt(tmp_path):
+    """The committed files are what scripts/make_tiny_tokenizer.py makes of the dataset as it is now."""
+    script = ROOT / "scripts" / "make_tiny_tokenizer.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+    assert (tmp_path / "tokenizer.json").read_text() == (ROOT / "assets/tiny_tokenizer/tokenizer.json").read_text()
