@@ -77,6 +77,9 @@ def _load_splits(name: str, source: str, subset: str | None) -> dict:
             saved = datasets.load_from_disk(directory)
             return saved if isinstance(saved, dict) else {str(saved.split): saved}
         return datasets.load_dataset(directory)
+    except ConnectionError as error:
+        reason = "the hub cannot be reached, and no download of it is cached"
+        raise UserError(f"{name}: cannot load {source} ({reason}); without internet, {_local_copy(name)}") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name}: cannot load {source} ({_reason(error)}); {_local_copy(name)}") from error
 
