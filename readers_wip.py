@@ -1,4 +1,3 @@
-import json
 import random
 import re
 from collections import deque
@@ -240,8 +239,12 @@ def _add_feedback(dataset: Dataset, prompt: str | list[dict], response: str, des
 
 def _is_unicode(record: dict) -> bool:
     """False if a text has half a surrogate pair, which JSON can write (\\ud83d) and no tokenizer takes."""
+    prompt = record["prompt"]
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    texts += [record[column] for column in ("chosen", "rejected", "response") if column in record]
     try:
-        json.dumps(record, ensure_ascii=False).encode()
+        for text in texts:
+            text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -5,6 +5,7 @@ checked and in one of two forms: {prompt, chosen, rejected} or {prompt, response
 wrong with a source is a `UserError` that says where. What the rows become is in `dataloaders.py`.
 """
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -252,7 +253,7 @@ def _bar(file: str, total: int, unit: str = "B") -> tqdm:
 
 def _decoded(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 

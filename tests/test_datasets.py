@@ -8,10 +8,12 @@ import hub_copies
 import pyarrow
 import pyarrow.parquet
 import pytest
-from dataloaders import Dataset, Example
+
 from halos import datafiles, demo
 from halos.errors import UserError
 from readers_wip import (
+    Dataset,
+    Example,
     _last_reply,
     get_demo,
     get_hh,
