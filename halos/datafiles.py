@@ -26,7 +26,7 @@ SPLIT_NAMES = {"train": "train", "test": "test", "validation": "test", "eval": "
 LABELS = {1: True, 0: False, -1: False}  # True and False are 1 and 0
 TEST_SHARE = 0.05  # of the prompts of a file that says nothing about splits
 SECONDS_BEFORE_BAR = 3
-WHITESPACE = re.compile(r"[ \t\r\n]*")
+NOT_BLANK = re.compile(r"[^ \t\r\n]|\Z")
 
 
 # ---- Hub datasets and local copies of them
@@ -209,13 +209,17 @@ def _items(text: str) -> Iterator[tuple[int, int, object]]:
     """(offset, line, item) of every item in a JSON list."""
     decode = json.JSONDecoder().raw_decode
 
+    def after_blanks(position: int) -> int:
+        found = NOT_BLANK.search(text, position)
+        return found.start() if found else len(text)
+
     def token(position: int, expected: str) -> tuple[str, int]:
         """The next character, which must be one of these, and the offset of what follows it."""
-        position = WHITESPACE.match(text, position).end()
+        position = after_blanks(position)
         character = text[position : position + 1]
         if not character or character not in expected:
             raise json.JSONDecodeError(f"Expecting {' or '.join(expected)}", text, position)
-        return character, WHITESPACE.match(text, position + 1).end()
+        return character, after_blanks(position + 1)
 
     if not text.strip():
         return
