@@ -1,0 +1,150 @@
+"""The commands' side towards their user: what is wrong is said in one line, with exit code 2, and a bug in full.
+
+`hydra_main` is for a program that Hydra configures (train.py), `report_user_errors` for one with flags of its own.
+"""
+
+import functools
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from halos.config import OPEN, OPTIONAL, command_words, first_line, flat, unknown_key
+from halos.errors import UserError, did_you_mean
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # an environment variable; where a user sets it to 1, mistakes show their traceback too
+
+
+@contextmanager
+def report_user_errors() -> Iterator[None]:
+    """Inside, a UserError becomes one line and exit code 2, Ctrl-C one line and 130. A bug keeps its traceback."""
+    full = os.environ.get(FULL_ERROR) == "1"
+    try:
+        yield
+    except KeyboardInterrupt:
+        if full:
+            raise
+        _say("interrupted")
+        sys.exit(130)
+    except UserError as error:
+        if full:
+            raise
+        _say(f"error: {error}")
+        sys.exit(2)
+
+
+def _say(message: str) -> None:
+    sys.stdout.flush()
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """`hydra.main` for people: what is wrong with a command is said in one line, whether Hydra or `validate` finds it.
+
+    The path is relative to the file of the decorated function. In a sweep (-m) the jobs after a failed one still run.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def program() -> None:
+            if os.environ.get(FULL_ERROR) == "1":
+                return main(task)()
+            failures: list[int | str | None] = []
+            with report_user_errors():
+                _refuse_unknown_flags()
+                os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would have printed
+                try:
+                    main(functools.wraps(task)(lambda config: _run_job(task, config, failures)))()
+                except Exception as error:  # Hydra's own: _run_job lets none of the task's through
+                    raise UserError(_hydra_message(error)) from error
+                finally:
+                    del os.environ[FULL_ERROR]
+            if failures:
+                sys.exit(failures[0])
+
+        path = os.path.join(os.path.dirname(os.path.abspath(inspect.getfile(task))), config_path)
+        main = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
+        return program
+
+    return decorate
+
+
+def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: list[int | str | None]) -> None:
+    """Run one job and report at once how it failed, which Hydra does for the first job of a sweep alone, at its end."""
+    del os.environ[FULL_ERROR]  # the task's own processes start as the user's shell would start them
+    try:
+        with report_user_errors():
+            return task(config)
+    except SystemExit as stop:
+        code = stop.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    finally:
+        os.environ[FULL_ERROR] = "1"
+    job = HydraConfig.get()
+    if OmegaConf.is_missing(job.job, "num") or code == 130:
+        sys.exit(code)
+    if code:
+        _say(f"job #{job.job.num} failed: {' '.join(command_words())}")
+        failures.append(code)
+
+
+def _refuse_unknown_flags() -> None:
+    """Flags that Hydra does not have, before argparse prints its usage about them."""
+    for word in get_args_parser().parse_known_args()[1]:
+        if word.startswith("-"):
+            raise UserError(f"{word} is not a flag; keys have no dashes (lr=1e-6), and --hydra-help lists the flags")
+        raise UserError(f"{word} stands apart from the other key=value words; put flags such as -m before all of them")
+
+
+def _hydra_message(error: Exception) -> str:
+    """What is wrong with the command, from the page that Hydra has to say about it."""
+    text, cause = str(error), error.__cause__
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: there is no config/{group}/{name}.yaml; {did_you_mean(name, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not key=value; write a list as key=[a,b], and quote odd text: 'key=\"a, b\"'"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}; correct the file"
+    new_key = re.search(r"To append to your config use \+(.*?)=(.*)", text)
+    if new_key and isinstance(cause, ConfigKeyError | ConfigAttributeError) and not new_key[1].startswith("hydra."):
+        return _new_key_message(new_key[1], new_key[2], cause)
+    if several := re.match(r"Ambiguous value for argument '(.*?)=(.*)'", text):
+        key, value = several.groups()
+        return f"{key}={value} has several values; write {key}=[{value}] for a list, or add -m for a run with each"
+    for pattern, message in HYDRA_MESSAGES.items():
+        if found := re.match(pattern, text):
+            return found.expand(message)
+    reasons = [first_line(e).rstrip(".") for e in (error, cause) if e is not None and str(e)]
+    hint = "" if isinstance(error, HydraException | ValueError) else f" ({FULL_ERROR}=1 shows where)"
+    return (": ".join(reasons) or type(error).__name__) + hint
+
+
+HYDRA_MESSAGES = {
+    r"Could not append to config. An item is already at '(.*)'": r"+\1: there is such a key already; leave out the +",
+    r"Multiple values for (\w+)": r"+\1: there is a \1 already; leave out the +",
+    r"Could not delete from config. '(.*)' does not exist": r"~\1: there is no key \1; leave it out",
+    r"Sweep parameters '(.*)' requires --multirun": r"\1 stands for several runs; add -m to run them",
+}
+
+
+def _new_key_message(key: str, value: str, cause: ConfigKeyError | ConfigAttributeError) -> str:
+    """About a key without ++ that Hydra does not find: most are typing errors, and a few are legal additions."""
+    if f"{key}.".startswith(OPEN) or key in OPTIONAL:
+        return f"{key}={value} adds a key, which takes two plus signs; write ++{key}={value}"
+    root = cause.parent_node._get_root() if cause.parent_node is not None else {}
+    known = [k for k in flat(root) if not k.startswith("hydra")]
+    return unknown_key(cause.full_key if key in known and cause.full_key else key, value, known)

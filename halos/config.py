@@ -1,0 +1,406 @@
+"""The configuration: from what the user typed to a config in which every value makes sense.
+
+`validate` finds every mistake that shows before anything loads, and `overrides` changes a config that a run has saved.
+Which keys there are is said by the YAML files under config/ alone; RULES and CHOICES below say which values they take.
+How a mistake is shown to the user is in `halos/commands.py`.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from glob import glob
+from types import ModuleType
+from typing import Any, TypeGuard, cast
+
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from halos.errors import UserError, did_you_mean
+
+# Dictionaries whose keys are not all in the YAML files: a check further down knows them.
+OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
+# Keys that every loss has, whether its YAML says so or not.
+OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False}
+# Keys that take values of several kinds; RULES has them.
+ANY_KIND = ("model.packing", "n_epochs")
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _text(x: Any) -> TypeGuard[str]:
+    return isinstance(x, str) and bool(x.strip())
+
+
+# (what a value must be, the test of it, the keys that it holds for)
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "a whole number of at least 1",
+        lambda x: _whole(x) and x >= 1,
+        "eval_every n_eval_examples n_samples model.batch_size model.gradient_accumulation_steps model.eval_batch_size"
+        " model.max_length model.max_prompt_length model.max_tokens_per_forward",
+    ),
+    ("a whole number of at least 1, or null", lambda x: x is None or (_whole(x) and x >= 1), "n_epochs n_examples"),
+    ("a whole number of at least 0", lambda x: _whole(x) and x >= 0, "seed warmup_steps"),
+    ("a number of at least 0", lambda x: _number(x) and 0 <= x < math.inf, "lr temperature minimum_log_interval_secs"),
+    ("a number above 0", lambda x: _number(x) and x > 0, "model.max_grad_norm model.v_head_max_grad_norm"),
+    ("a number above 0 and at most 1", lambda x: _number(x) and 0 < x <= 1, "top_p"),
+    (
+        "true or false",
+        lambda x: isinstance(x, bool),
+        "do_first_eval intermediate_checkpoints overwrite trust_remote_code wandb.enabled loss.use_reference_model"
+        " model.activation_checkpointing",
+    ),
+    ("true, false or auto", lambda x: isinstance(x, bool) or x == "auto", "model.packing"),
+    ("text", _text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name"),
+    (
+        "text or null",
+        lambda x: x is None or _text(x),
+        "model.load_from model.name_or_path model.tokenizer_name_or_path",
+    ),
+)
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("train", "eval"),
+    "lr_scheduler": ("constant", "cosine", "linear"),
+    "model.logps": ("fused", "plain"),
+    "model.policy_dtype": ("float32", "bfloat16"),
+    "model.fsdp_policy_mp": ("float32", "bfloat16", "null"),
+    "model.reference_dtype": ("float32", "bfloat16", "null"),
+    "model.export_dtype": ("float32", "bfloat16", "float16", "null"),
+}
+
+
+def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) -> None:
+    """Refuse every mistake that shows before anything loads, as a UserError of one line.
+
+    A top-level node `config` is folded into the root first (`++config.lr=1e-6` means `lr=1e-6`). Whether the keys exist
+    is a question to the YAML files, and asked within a Hydra run only: a config that a run has saved has been there.
+    """
+    if "config" in config:
+        with open_dict(config):
+            config.merge_with(config.pop("config") or {})
+    written = _as_written()
+    if written is not None:
+        _check_keys(flat(config), flat(written))
+    values = _resolved(config)
+    _check_values(values)
+    _check_lengths(values)
+    _check_run_directory(values)
+    _check_loss(values, trainers, dataloaders)
+    _check_datasets(values, dataloaders)
+    _check_model(values)
+    _check_optimizer(values)
+
+
+def component(module: ModuleType, name: str, base: type, key: str) -> type:
+    """The class called `name` in a module, a subclass of `base`; `key` is where it was configured."""
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, base) and found is not base:
+        return found
+    usable = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    where = module.__name__ if hasattr(module, "__path__") else f"{module.__name__}.py"
+    problem = f"is not defined in {where}" if found is None else f"is no subclass of {base.__name__} in {where}"
+    raise UserError(f"{key}={name} {problem}; {did_you_mean(name, usable)}")
+
+
+def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:
+    """A copy of a saved config with assignments such as 'top_p=0.9' applied; keys that it does not have are refused."""
+    known, result = flat(config), config.copy()
+    for assignment in assignments:
+        key, equals, text = assignment.lstrip("+").removeprefix("config.").partition("=")
+        if not equals or not key:
+            raise UserError(f"{assignment!r} is not an assignment; write key=value, for example top_p=0.9")
+        try:
+            new = OmegaConf.from_dotlist([f"{key}={text}"])
+        except (yaml.YAMLError, OmegaConfBaseException):
+            raise UserError(f"{assignment!r} cannot be read; write a list as key=[a,b]") from None
+        _check_keys(flat(new), known, complete=False)
+        with open_dict(result):
+            result.merge_with(new)
+    return result
+
+
+#### KEYS
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every key by its full name, dictionaries as well: {'wandb': {...}, 'wandb.entity': None, ...}; not resolved."""
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=False)
+    keys = {}
+    for name, value in node.items():
+        keys[f"{prefix}{name}"] = value
+        if isinstance(value, dict):
+            keys |= flat(value, f"{prefix}{name}.")
+    return keys
+
+
+def _as_written() -> DictConfig | None:
+    """What the YAML files of the chosen groups say, without the user's values; None outside of a Hydra run."""
+    if not HydraConfig.initialized():
+        return None
+    settings = HydraConfig.get()
+    choices = settings.runtime.choices
+    groups = [word for word in command_words() if word.lstrip("+~").partition("=")[0] in choices]
+    loader = GlobalHydra.instance().config_loader()
+    written = loader.load_configuration(settings.job.config_name, groups, run_mode=RunMode.RUN)
+    with open_dict(written):
+        del written["hydra"]
+    return written
+
+
+def command_words() -> list[str]:
+    """The key=value words of this job's command, as they were typed."""
+    return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
+
+
+def _check_keys(given: dict[str, Any], known: dict[str, Any], complete: bool = True) -> None:
+    """Refuse keys that are not in the YAML files, values of another kind than theirs, and, if `complete`, gaps."""
+    known = OPTIONAL | known
+    for key, value in given.items():
+        if key in known:
+            _check_kind(key, value, known[key])
+        elif not key.startswith(OPEN) and not (isinstance(value, dict) and value):  # its leaves come later
+            raise UserError(unknown_key(key, _shown(value), known))
+    for key in known:
+        if complete and key not in given and key not in OPTIONAL and not key.startswith(OPEN):
+            raise UserError(f"{key} was removed from the config, and every run needs it; give it a value instead")
+
+
+def unknown_key(key: str, value: str, known: Iterable[str]) -> str:
+    """The message about a key that there is not: the same name elsewhere is nearest, then a similar name."""
+    parent, _, tail = key.rpartition(".")
+    tails = {k: k.rpartition(".")[2] for k in known}
+    siblings = [tails[k] for k in tails if k == f"{parent}.{tails[k]}"]
+    similar = get_close_matches(tail, siblings, n=1) or get_close_matches(tail, tails.values(), n=1)
+    near = [k for k in tails if tails[k] in ([tail] if tail in tails.values() else similar)]
+    near.sort(key=lambda k: not k.startswith(f"{parent}."))
+    if near:
+        remedy = f"did you mean {near[0]}?"
+    else:
+        remedy = f"{parent} has {', '.join(siblings)}" if siblings else "`python train.py --cfg job` shows the keys"
+    return f"{key}={value}: there is no key {key}; {remedy}"
+
+
+KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda x: isinstance(x, bool)),
+    int: ("a number", _number),  # not a whole one: a loss whose YAML says `beta: 1` takes 0.5, too
+    float: ("a number", _number),
+    str: ("text", lambda x: isinstance(x, str)),
+    list: ("a list", lambda x: isinstance(x, list)),
+    dict: ("a dictionary", lambda x: isinstance(x, dict)),
+}
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """A value is of the kind that the YAML file has; null, ??? and an interpolation there do not tell."""
+    unsaid = default is None or default == "???" or "${" in str(default) or key in ANY_KIND
+    if unsaid or (isinstance(value, str) and ("${" in value or value == "???")):
+        return
+    kind, fits = KINDS[type(default)]
+    if not fits(value):
+        raise UserError(f"{key}={_shown(value)} is not {kind}; use for example {key}={_shown(default)}")
+
+
+def _shown(value: Any) -> str:
+    """A value as one types it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_shown(v)}' for name, v in value.items())}}}"
+    return str(value)
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    """The flat config with its interpolations resolved; refuses what is still ??? and what points nowhere."""
+    raw = flat(config)
+    for key in raw:
+        if raw[key] == "???":
+            raise UserError(f"{key}=??? has no default; add {key}=VALUE to the command, or set it in its YAML file")
+    try:
+        return flat(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        setting = f"{error.full_key}={raw.get(error.full_key or '')}"
+        raise UserError(
+            f"{setting}: {first_line(error)}; name an existing key in full, such as ${{model.name}}"
+        ) from None
+
+
+#### VALUES
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    for expected, test, keys in RULES:
+        for key in keys.split():
+            if not test(values.get(key)):
+                raise UserError(f"{key}={_shown(values.get(key))} must be {expected}")
+    for key, known in CHOICES.items():
+        value = _shown(values.get(key))
+        if value == "float16" and value not in known:
+            raise UserError(f"{key}=float16 needs loss scaling, which there is not; use bfloat16 or float32")
+        if value not in known:
+            raise UserError(f"{key}={value} is not known; {did_you_mean(value, known)}")
+    if values.get("n_epochs") is None and values.get("n_examples") is None:
+        raise UserError("n_epochs=null and n_examples=null: the run would never end; set one, such as n_epochs=1")
+
+
+def _check_lengths(values: dict[str, Any]) -> None:
+    """How tokens and examples fit into each other."""
+    longest, prompt = values["model.max_length"], values["model.max_prompt_length"]
+    if prompt >= longest:
+        raise UserError(
+            f"model.max_prompt_length={prompt} is not below model.max_length={longest}, so a long prompt leaves no room"
+            f" for its response; use model.max_prompt_length={max(1, longest // 2)}"
+        )
+    every, size, steps = (values[k] for k in ("eval_every", "model.batch_size", "model.gradient_accumulation_steps"))
+    update = size * steps
+    if every % update:
+        below = every // update * update
+        what = f"model.batch_size={size}"
+        what += f" x model.gradient_accumulation_steps={steps} ({update})" if steps > 1 else ""
+        either = f"{below} or {below + update}" if below else f"{update}"
+        raise UserError(f"eval_every={every} is not a multiple of {what}; use eval_every={either}")
+
+
+def _check_run_directory(values: dict[str, Any]) -> None:
+    """The run stays inside cache_dir, apart from the caches there, and cache_dir can be written."""
+    name, cache_dir = values.get("exp_name"), values["cache_dir"]
+    if not _text(name):
+        raise UserError(f"exp_name={_shown(name)} is no name for a directory; use letters, such as exp_name=run_1")
+    problem = None
+    if os.path.isabs(name) or ".." in name.split(os.sep):
+        problem = "leaves cache_dir"
+    elif name.startswith("."):
+        problem = "starts with a dot, as the caches in cache_dir do"
+    if problem:
+        raise UserError(f"exp_name={name} {problem}; use a plain name, and cache_dir=DIR to keep runs elsewhere")
+    place = os.path.abspath(cache_dir)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        reason = "may not be written" if os.path.isdir(place) else "is not a directory"
+        raise UserError(f"cache_dir={cache_dir} cannot be used, since {place} {reason}; use another cache_dir=DIR")
+
+
+def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: ModuleType) -> None:
+    """The trainer and the loader exist and speak of the same data; `data_format` None takes and gives any."""
+    trainer = component(trainers, values["loss.trainer"], trainers.BasicTrainer, "loss.trainer")
+    loader = component(dataloaders, values["loss.dataloader"], dataloaders.DataLoader, "loss.dataloader")
+    needs, gives = (getattr(c, "data_format", None) for c in (trainer, loader))
+    if needs is None or gives is None or needs == gives:
+        return
+    fitting = [name for name, c in vars(dataloaders).items() if getattr(c, "data_format", None) == needs]
+    raise UserError(
+        f"loss.dataloader={loader.__name__} gives {gives} data, and loss.trainer={trainer.__name__} needs {needs};"
+        f" use loss.dataloader={' or '.join(sorted(fitting)) or f'a loader with data_format {needs!r}'}"
+    )
+
+
+def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
+    """Names are those of dataloaders.get_*, everything that looks like a path is there."""
+    known = {name[4:] for name, f in vars(dataloaders).items() if name.startswith("get_") and callable(f)} - {"local"}
+    datasets = values.get("datasets")
+    if not isinstance(datasets, list) or not datasets or not all(_text(name) for name in datasets):
+        raise UserError(f"datasets={_shown(datasets)} must be a list of names or paths, such as datasets=[demo]")
+    for name in datasets:
+        if datasets.count(name) > 1:
+            raise UserError(f"datasets={_shown(datasets)} has {name} twice; name each dataset once")
+        if name not in known and not os.path.exists(name):
+            if "/" in name or name.endswith((".json", ".jsonl", ".parquet")):
+                raise UserError(f"datasets={_shown(datasets)}: {name} does not exist; give a file or a folder")
+            raise UserError(f"datasets={_shown(datasets)}: {name} is not known; {did_you_mean(name, known)}, or a path")
+    for name, path in (values.get("dataset_paths") or {}).items():
+        if name not in known:
+            raise UserError(f"dataset_paths.{name}={_shown(path)}: no such dataset; {did_you_mean(name, known)}")
+        if path is not None and not (_text(path) and os.path.exists(path)):
+            raise UserError(f"dataset_paths.{name}={_shown(path)} does not exist; give a local copy, or null")
+
+
+def _check_model(values: dict[str, Any]) -> None:
+    """What the model is made of, and the local files that it is to come from."""
+    architecture, name = values.get("model.architecture"), values.get("model.name_or_path")
+    if architecture is not None:
+        _check_architecture(architecture, values["model.max_length"])
+    elif name is None:
+        raise UserError("model.name_or_path=null: nothing to load; give a hub name, or fill model.architecture")
+    if name is None and values.get("model.tokenizer_name_or_path") is None:
+        raise UserError("model.tokenizer_name_or_path=null: a model of random weights has none; name a tokenizer")
+    for key in ("model.load_from", "model.name_or_path", "model.tokenizer_name_or_path"):
+        path = values.get(key) or ""
+        if path.endswith(".pt"):
+            path = os.path.join(values["cache_dir"], path)  # an absolute path stays what it is
+        looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith(".pt")
+        if looks_local and not os.path.exists(path):
+            raise UserError(f"{key}={values[key]}: {path} does not exist; {_nearest_policy(values['cache_dir'])}")
+
+
+def _nearest_policy(cache_dir: str) -> str:
+    """The remedy for a path that is not there: the policies of earlier runs."""
+    found = sorted(os.path.relpath(p, cache_dir) for p in glob(os.path.join(cache_dir, "*", "LATEST", "policy.pt")))
+    return f"{cache_dir} has {', '.join(found)}" if found else "give the path of a file, or a name on the hub"
+
+
+def _check_architecture(fields: Any, max_length: int) -> None:
+    """transformers takes any field without a word, so a misspelt one would leave its default in place."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = str(fields.get("model_type") if isinstance(fields, dict) else fields)
+    if model_type not in CONFIG_MAPPING:
+        nearest = did_you_mean(model_type, CONFIG_MAPPING, list_all=False)
+        raise UserError(f"model.architecture.model_type={model_type} is not an architecture; {nearest}")
+    cls = CONFIG_MAPPING[model_type]
+    known = {*inspect.signature(cls).parameters, *cls.attribute_map, "model_type", "rope_theta", "rope_scaling"}
+    for name, value in fields.items():
+        if name not in known:
+            nearest = did_you_mean(name, known, list_all=False)
+            raise UserError(f"model.architecture.{name}={_shown(value)} is no field of {cls.__name__}; {nearest}")
+    positions = fields.get("max_position_embeddings", max_length)
+    if positions < max_length:
+        raise UserError(
+            f"model.max_length={max_length} is more than model.architecture.max_position_embeddings={positions};"
+            f" use model.max_length={positions} or raise the other"
+        )
+
+
+def _check_optimizer(values: dict[str, Any]) -> None:
+    """The optimizer exists, takes its arguments, and can take a step on an ordinary parameter."""
+    import torch
+
+    name, kwargs = values["optimizer"], values.get("optimizer_kwargs") or {}
+    cls = component(torch.optim, name, torch.optim.Optimizer, "optimizer")
+    if "lr" in kwargs:
+        raise UserError(f"optimizer_kwargs.lr={_shown(kwargs['lr'])} is the key lr; use lr={_shown(kwargs['lr'])}")
+    known = set(inspect.signature(cls).parameters) - {"params", "lr"}
+    for key, value in kwargs.items():
+        if key not in known:
+            nearest = did_you_mean(key, known)
+            raise UserError(f"optimizer_kwargs.{key}={_shown(value)} is no argument of {name}; {nearest}")
+    if not kwargs and name in ("AdamW", "RMSprop"):
+        return  # known to work, and torch needs 2 s for the first optimizer of a process
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    try:  # capturable is for parameters on a GPU only
+        cls([parameter], lr=values["lr"], **{k: v for k, v in kwargs.items() if k != "capturable"}).step()
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        setting = f"optimizer={name}" + (f" optimizer_kwargs={_shown(kwargs)}" if kwargs else "")
+        raise UserError(f"{setting} cannot train: {first_line(error)}; use for example optimizer=AdamW") from None
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
