@@ -1,27 +1,92 @@
-"""Saving and loading: `policy.pt`, the Hugging Face export beside it, and directories that are replaced whole.
+"""Saving and loading: `policy.pt`, the Hugging Face export beside it, and the run directory that holds them.
 
-A checkpoint directory is written beside and then renamed, so that at every moment `LATEST` is a whole checkpoint.
+A checkpoint directory is written beside and then renamed, so that `LATEST` is a whole checkpoint whenever it is there.
 """
 
+import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from torch.distributed.tensor import DTensor
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
-from halos.errors import UserError
+from halos.distributed import whole
+from halos.errors import UserError, set_aside
+
+POLICY = "policy.pt"
 
 
-def save(directory: str, step: int, state: dict[str, torch.Tensor], metrics: dict, export: Callable[[str], None]):
-    """Replace `directory` by a new checkpoint: `policy.pt`, and whatever `export(directory)` writes beside it."""
-    unfinished = f"{directory}.unfinished"
+#### THE RUN DIRECTORY
+
+
+def run_directory(config: DictConfig) -> str:
+    return os.path.join(config.cache_dir, config.exp_name)
+
+
+def refuse_existing(config: DictConfig) -> None:
+    """A run never writes into a directory in which something is, unless overwrite=true moves that aside."""
+    path = run_directory(config)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is a file, and the run would be a directory there; choose another exp_name")
+    if os.path.isdir(path) and os.listdir(path) and not config.overwrite:
+        raise UserError(
+            f"{path} already holds a run; choose another exp_name, or overwrite=true (renames it to {path}.bak-N)"
+        )
+
+
+def create_run_directory(config: DictConfig) -> str:
+    """The run's directory with its config.yaml; an old run there is renamed."""
+    path = run_directory(config)
+    if os.path.isdir(path) and not os.listdir(path):
+        os.rmdir(path)
+    set_aside(path)
+    os.makedirs(path)
+    OmegaConf.save(config, os.path.join(path, "config.yaml"), resolve=True)
+    return path
+
+
+#### SAVING
+
+
+def save(
+    directories: Sequence[str],
+    lm: PreTrainedModel,
+    tokenizer,
+    config: DictConfig,
+    step: int,
+    metrics: dict[str, float],
+    export_dtype: torch.dtype,
+) -> None:
+    """Write a checkpoint to the first directory, replacing what is there, and link it to the others.
+
+    It holds `policy.pt` ({'step_idx', 'state', 'metrics'}, weights in policy_dtype under the model's own names), a
+    Hugging Face export with tokenizer and model card, and the run's config.yaml.
+    """
+    unfinished = f"{directories[0]}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
-    torch.save({"step_idx": step, "state": state, "metrics": metrics}, os.path.join(unfinished, "policy.pt"))
-    export(unfinished)
-    replace_directory(unfinished, directory)
+    state = full_state(lm, getattr(torch, config.model.policy_dtype))
+    torch.save({"step_idx": step, "state": state, "metrics": metrics}, os.path.join(unfinished, POLICY))
+    export(unfinished, lm, state, tokenizer, export_dtype)
+    with open(os.path.join(unfinished, "README.md"), "w") as file:
+        file.write(model_card(config, step, metrics))
+    OmegaConf.save(config, os.path.join(unfinished, "config.yaml"), resolve=True)
+    for other in directories[1:]:
+        # Checkpoint files are never written in place, so that two directories can share them.
+        shutil.copytree(unfinished, f"{other}.unfinished", copy_function=_link, dirs_exist_ok=True)
+        replace_directory(f"{other}.unfinished", other)
+    replace_directory(unfinished, directories[0])
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # file systems without hard links
+        shutil.copy2(source, destination)
 
 
 def replace_directory(new: str, directory: str) -> None:
@@ -34,34 +99,97 @@ def replace_directory(new: str, directory: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def full_state(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU in `dtype`, tied weights still tied."""
-    seen: dict[int, torch.Tensor] = {}
+def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The whole state dict on the CPU in `dtype`; tied weights are one tensor under two names."""
+    copies: dict[int, torch.Tensor] = {}
     state = {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        key = tensor.data_ptr() if not isinstance(tensor, DTensor) else tensor.to_local().data_ptr()
-        if key not in seen or seen[key].shape != whole.shape:
-            cast = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype, copy=True)
-            seen[key] = cast
-        state[name] = seen[key]
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        if id(tensor) not in copies:
+            copy = whole(tensor.detach()).cpu()
+            copies[id(tensor)] = copy.to(dtype) if copy.is_floating_point() else copy
+        state[name] = copies[id(tensor)]
     return state
+
+
+def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: torch.dtype) -> None:
+    """What `from_pretrained` opens: config, safetensors, and tokenizer."""
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    lm.generation_config.pad_token_id = tokenizer.pad_token_id
+    lm.save_pretrained(directory, state_dict=state)
+    _set_dtype(os.path.join(directory, "config.json"), dtype)
+    tokenizer.save_pretrained(directory)
+
+
+def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
+    """Loss, data, hyperparameters, final metrics, and how to load it."""
+    model, loss = config.model, config.loss
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["halos", loss.name]}
+    if model.name_or_path:
+        header["base_model"] = model.name_or_path
+    base = model.name_or_path or f"a {model.architecture.model_type} with random weights"
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    settings = {
+        "loss": OmegaConf.to_container(loss, resolve=True),
+        "optimizer": {"name": config.optimizer, "lr": config.lr, **config.optimizer_kwargs},
+        "lr_scheduler": config.lr_scheduler,
+        "warmup_steps": config.warmup_steps,
+        "batch_size": model.batch_size * model.gradient_accumulation_steps,
+        "max_length": model.max_length,
+        "seed": config.seed,
+    }
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+# {config.exp_name}
+
+{base}, trained with the `{loss.name}` loss ({loss.trainer}) on {", ".join(config.datasets)}: {step} updates from
+{f"`{model.load_from}`" if model.load_from else "the base weights"}.
+
+## Use
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+prompt = tokenizer("\\n\\nHuman: Hello!\\n\\nAssistant:", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
+```
+
+## Metrics on the test split
+| metric | value |
+|---|---|
+{rows}
+
+## Hyperparameters
+```yaml
+{yaml.safe_dump(settings, sort_keys=False)}```
+"""
+
+
+def _set_dtype(path: str, dtype: torch.dtype) -> None:
+    """transformers writes the dtype of the live model, not the exported one."""
+    with open(path) as file:
+        settings = json.load(file)
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    with open(path, "w") as file:
+        json.dump(settings, file, indent=2, sort_keys=True)
+
+
+#### LOADING
 
 
 def load_state(path: str) -> dict[str, torch.Tensor]:
     """The weights in a `policy.pt`, memory-mapped. UserError if it is missing, truncated, or something else."""
     if not os.path.isfile(path):
         raise UserError(
-            f"model.load_from: {path} does not exist; give an absolute path, one relative to cache_dir, "
+            f"{path} does not exist; model.load_from takes a policy.pt (absolute or relative to cache_dir), "
             "a directory in Hugging Face's layout, or a hub name"
         )
     try:
-        payload = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state = payload["state"]
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, KeyError, TypeError, OSError) as error:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state"]
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(
-            f"{path} is damaged or is no policy.pt of this project ({type(error).__name__}: {reason}); "
-            "use another checkpoint, for example a step-N/policy.pt"
+            f"{path} is damaged, or no policy.pt of this project ({type(error).__name__}: {reason}); "
+            "use another checkpoint, for example one of a step-N directory"
         ) from error
-    return state

@@ -69,7 +69,7 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
                 except Exception as error:  # Hydra's own: _run_job lets none of the task's through
                     raise UserError(_hydra_message(error)) from error
                 finally:
-                    del os.environ[FULL_ERROR]
+                    os.environ.pop(FULL_ERROR, None)
             if failures:
                 sys.exit(failures[0])
 
@@ -82,7 +82,7 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
 
 def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: list[int | str | None]) -> None:
     """Run one job and report at once how it failed, which Hydra does for the first job of a sweep alone, at its end."""
-    del os.environ[FULL_ERROR]  # the task's own processes start as the user's shell would start them
+    os.environ.pop(FULL_ERROR, None)  # the task's own processes start as the user's shell would start them
     try:
         with report_user_errors():
             return task(config)

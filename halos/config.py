@@ -27,8 +27,6 @@ from halos.errors import UserError, did_you_mean
 OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
 # Keys that every loss has, whether its YAML says so or not.
 OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False}
-# Keys that take values of several kinds; RULES has them.
-ANY_KIND = ("model.packing", "n_epochs")
 
 
 def _number(x: Any) -> bool:
@@ -63,7 +61,11 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         " model.activation_checkpointing",
     ),
     ("true, false or auto", lambda x: isinstance(x, bool) or x == "auto", "model.packing"),
-    ("text", _text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name"),
+    (
+        "text",
+        _text,
+        "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name model.block_name",
+    ),
     (
         "text or null",
         lambda x: x is None or _text(x),
@@ -80,6 +82,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.reference_dtype": ("float32", "bfloat16", "null"),
     "model.export_dtype": ("float32", "bfloat16", "float16", "null"),
 }
+
+RULED = (*(key for _, _, keys in RULES for key in keys.split()), *CHOICES)
 
 
 def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) -> None:
@@ -127,6 +131,8 @@ def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:
         except (yaml.YAMLError, OmegaConfBaseException):
             raise UserError(f"{assignment!r} cannot be read; write a list as key=[a,b]") from None
         _check_keys(flat(new), known, complete=False)
+        for name, value in flat(new).items():
+            _check_value(name, value)
         with open_dict(result):
             result.merge_with(new)
     return result
@@ -149,7 +155,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _as_written() -> DictConfig | None:
     """What the YAML files of the chosen groups say, without the user's values; None outside of a Hydra run."""
-    if not HydraConfig.initialized():
+    if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
         return None
     settings = HydraConfig.get()
     choices = settings.runtime.choices
@@ -205,9 +211,9 @@ KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
-    """A value is of the kind that the YAML file has; null, ??? and an interpolation there do not tell."""
-    unsaid = default is None or default == "???" or "${" in str(default) or key in ANY_KIND
-    if unsaid or (isinstance(value, str) and ("${" in value or value == "???")):
+    """A value is of the kind that the YAML file has, if no rule says more; null, ??? and ${} there do not tell."""
+    unsaid = default is None or default == "???" or "${" in str(default) or (value is None and f"{key}." in OPEN)
+    if unsaid or key in RULED or (isinstance(value, str) and ("${" in value or value == "???")):
         return
     kind, fits = KINDS[type(default)]
     if not fits(value):
@@ -245,17 +251,20 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 #### VALUES
 
 
-def _check_values(values: dict[str, Any]) -> None:
+def _check_value(key: str, value: Any) -> None:
+    shown, known = _shown(value), CHOICES.get(key)
     for expected, test, keys in RULES:
-        for key in keys.split():
-            if not test(values.get(key)):
-                raise UserError(f"{key}={_shown(values.get(key))} must be {expected}")
-    for key, known in CHOICES.items():
-        value = _shown(values.get(key))
-        if value == "float16" and value not in known:
-            raise UserError(f"{key}=float16 needs loss scaling, which there is not; use bfloat16 or float32")
-        if value not in known:
-            raise UserError(f"{key}={value} is not known; {did_you_mean(value, known)}")
+        if key in keys.split() and not test(value):
+            raise UserError(f"{key}={shown} must be {expected}")
+    if known and shown == "float16" and shown not in known:
+        raise UserError(f"{key}=float16 needs loss scaling, which there is not; use bfloat16 or float32")
+    if known and shown not in known:
+        raise UserError(f"{key}={shown} is not known; {did_you_mean(shown, known)}")
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    for key in RULED:
+        _check_value(key, values.get(key))
     if values.get("n_epochs") is None and values.get("n_examples") is None:
         raise UserError("n_epochs=null and n_examples=null: the run would never end; set one, such as n_epochs=1")
 
@@ -335,25 +344,27 @@ def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
 def _check_model(values: dict[str, Any]) -> None:
     """What the model is made of, and the local files that it is to come from."""
     architecture, name = values.get("model.architecture"), values.get("model.name_or_path")
+    load_from = values.get("model.load_from") or ""
     if architecture is not None:
         _check_architecture(architecture, values["model.max_length"])
-    elif name is None:
-        raise UserError("model.name_or_path=null: nothing to load; give a hub name, or fill model.architecture")
+    elif name is None and (not load_from or load_from.endswith(".pt")):
+        raise UserError("model.name_or_path=null: nothing to load; give a hub name or a local folder")
     if name is None and values.get("model.tokenizer_name_or_path") is None:
         raise UserError("model.tokenizer_name_or_path=null: a model of random weights has none; name a tokenizer")
     for key in ("model.load_from", "model.name_or_path", "model.tokenizer_name_or_path"):
-        path = values.get(key) or ""
-        if path.endswith(".pt"):
+        path, remedy = values.get(key) or "", "give the path of a local copy, or a name on the hub"
+        looks_local = path.startswith(("/", "./", "../", "~"))
+        if key == "model.load_from" and path.endswith(".pt"):
+            looks_local, remedy = True, _earlier_policies(values["cache_dir"]) or remedy
             path = os.path.join(values["cache_dir"], path)  # an absolute path stays what it is
-        looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith(".pt")
         if looks_local and not os.path.exists(path):
-            raise UserError(f"{key}={values[key]}: {path} does not exist; {_nearest_policy(values['cache_dir'])}")
+            raise UserError(f"{key}={values[key]}: {path} does not exist; {remedy}")
 
 
-def _nearest_policy(cache_dir: str) -> str:
-    """The remedy for a path that is not there: the policies of earlier runs."""
+def _earlier_policies(cache_dir: str) -> str:
+    """What can be given instead of a policy.pt that is not there."""
     found = sorted(os.path.relpath(p, cache_dir) for p in glob(os.path.join(cache_dir, "*", "LATEST", "policy.pt")))
-    return f"{cache_dir} has {', '.join(found)}" if found else "give the path of a file, or a name on the hub"
+    return f"{cache_dir} has {', '.join(found)}" if found else ""
 
 
 def _check_architecture(fields: Any, max_length: int) -> None:
@@ -371,7 +382,7 @@ def _check_architecture(fields: Any, max_length: int) -> None:
             nearest = did_you_mean(name, known, list_all=False)
             raise UserError(f"model.architecture.{name}={_shown(value)} is no field of {cls.__name__}; {nearest}")
     positions = fields.get("max_position_embeddings", max_length)
-    if positions < max_length:
+    if _number(positions) and positions < max_length:
         raise UserError(
             f"model.max_length={max_length} is more than model.architecture.max_position_embeddings={positions};"
             f" use model.max_length={positions} or raise the other"

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from halos import checkpoint, logps
+from halos import checkpoint, logps, sharding
 from halos.errors import UserError
 from halos.packing import ATTENTION, Inputs, pack, pad
 from halos.tokens import TokenizedExample
@@ -48,6 +49,12 @@ class PolicyModel(nn.Module):
         self.pad_token_id = pad_token_id
         self.packs = False
         self.plain_attention = lm.config._attn_implementation
+        self.description = ""  # how it runs, for people
+        self.export_dtype = lm.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return len(cast(torch.Tensor, self.lm.get_input_embeddings().weight))
 
     def inputs(self, examples: list[TokenizedExample]) -> Inputs:
         """Packed if this model reads packs, else padded; on the model's device."""
@@ -85,16 +92,6 @@ class PolicyModel(nn.Module):
         self.lm.set_attn_implementation(ATTENTION if packs else self.plain_attention)
         self.packs = packs
 
-    @contextmanager
-    def plainly(self):
-        """Within this block the model reads padded batches."""
-        packs = self.packs
-        self.use_packing(False)
-        try:
-            yield
-        finally:
-            self.use_packing(packs)
-
 
 #### DTYPES
 
@@ -111,6 +108,42 @@ def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
     if config.model.reference_dtype:
         return getattr(torch, config.model.reference_dtype)
     return compute_dtype(config, device)
+
+
+#### BUILDING
+
+
+def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.device):
+    """The policy, ready to train, and the frozen reference, None if the loss needs none.
+
+    Both start from the same weights, and compute alike, so that training starts at a log-ratio of 0.
+    """
+    base_dtype = load_config(config).dtype  # of the checkpoint; loading replaces it in the model's own config
+    policy = build(config, load_lm(config, getattr(torch, config.model.policy_dtype)), tokenizer, device)
+    export_dtype = config.model.export_dtype
+    policy.export_dtype = getattr(torch, export_dtype) if export_dtype else base_dtype or policy.lm.dtype
+    dtype = compute_dtype(config, device)
+    packs, reason = choose_packing(policy, config.model.packing, dtype)
+    policy.use_packing(packs)
+    policy.description = f"{'packed' if packs else 'padded, not packed'} ({reason}), computing in {dtype}"
+    sharding.prepare_policy(policy, dtype, config.model.activation_checkpointing, config.model.block_name)
+    return policy, load_reference(config, tokenizer, device, packs) if config.loss.use_reference_model else None
+
+
+def load_reference(config: DictConfig, tokenizer, device: torch.device, packs: bool) -> PolicyModel:
+    reference = build(config, load_lm(config, reference_dtype(config, device)), tokenizer, device)
+    reference.use_packing(packs)
+    return reference.requires_grad_(False).eval()
+
+
+def build(config: DictConfig, lm: PreTrainedModel, tokenizer, device: torch.device) -> PolicyModel:
+    model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id).to(device)
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}; "
+            "set model.tokenizer_name_or_path to the model's own tokenizer"
+        )
+    return model
 
 
 #### LOADING
@@ -135,10 +168,10 @@ def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedCon
     """The architecture, dropout at 0 everywhere."""
     source = _source(config, use_load_from)
     if source is None:
-        lm_config = AutoConfig.for_model(**OmegaConf.to_container(config.model.architecture))
+        architecture: Any = OmegaConf.to_container(config.model.architecture)
+        lm_config = AutoConfig.for_model(**architecture)
     else:
-        key = "model.load_from" if _is_hf_source(config, use_load_from) else "model.name_or_path"
-        with _loading(key, source):
+        with _loading(_source_key(config, use_load_from), source):
             lm_config = AutoConfig.from_pretrained(_local(source), trust_remote_code=config.trust_remote_code)
     _disable_dropout(lm_config)
     return lm_config
@@ -157,16 +190,18 @@ def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, 
         return _from_state(lm_config, checkpoint.load_state(policy_pt), policy_pt, dtype, config.trust_remote_code)
     if source is None:
         return _random_lm(lm_config, dtype, config.seed)
-    with _loading("model.load_from" if _is_hf_source(config, use_load_from) else "model.name_or_path", source):
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            _local(source),
-            config=lm_config,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
+    with _loading(_source_key(config, use_load_from), source):
+        return _from_pretrained(AutoModelForCausalLM, _local(source), lm_config, dtype, config.trust_remote_code)
+
+
+def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: torch.dtype, trust: bool, **kwargs):
+    """transformers' loading, but a weight that is missing is an error, not one that starts at random."""
+    loaded: Any = cls.from_pretrained(
+        name, config=lm_config, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **kwargs
+    )
+    lm, info = loaded
     if info["missing_keys"]:
-        raise UserError(f"{source} lacks the weight {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
+        raise UserError(f"{name} lacks the weight {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
     return lm
 
 
@@ -186,6 +221,10 @@ def check_policy_pt(config: DictConfig, path: str) -> None:
 def _source(config: DictConfig, use_load_from: bool) -> str | None:
     """The hub name or directory that the architecture is read from; None: `model.architecture`."""
     return config.model.load_from if _is_hf_source(config, use_load_from) else config.model.name_or_path
+
+
+def _source_key(config: DictConfig, use_load_from: bool) -> str:
+    return "model.load_from" if _is_hf_source(config, use_load_from) else "model.name_or_path"
 
 
 def _is_hf_source(config: DictConfig, use_load_from: bool) -> bool:
@@ -215,7 +254,14 @@ def _random_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> Pr
     """Random weights that depend on the seed alone, drawn in float32 and then rounded."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32).to(dtype)
+        return cast_weights(AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32), dtype)
+
+
+def cast_weights(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the parameters. `lm.to(dtype)` would round the buffers too, rotary frequencies among them."""
+    for parameter in lm.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return lm
 
 
 def _meta_lm(lm_config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -226,11 +272,7 @@ def _meta_lm(lm_config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
 def _from_state(lm_config, state: dict, path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     meta = _meta_lm(lm_config, trust_remote_code)
     _compare_state(meta, state, path)
-    lm, info = type(meta).from_pretrained(
-        None, config=lm_config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    assert not info["missing_keys"], info
-    return lm
+    return _from_pretrained(type(meta), None, lm_config, dtype, trust_remote_code, state_dict=state)
 
 
 def _compare_state(meta: PreTrainedModel, state: dict, path: str) -> None:
@@ -290,8 +332,7 @@ def choose_packing(policy: PolicyModel, packing: str | bool, dtype: torch.dtype)
 @torch.no_grad()
 def packing_error(policy: PolicyModel, dtype: torch.dtype) -> tuple[float, float]:
     """The largest difference between packed and padded log-probs, and what is allowed."""
-    vocab_size = policy.lm.get_input_embeddings().weight.shape[0]
-    examples = probe_examples(vocab_size)
+    examples = probe_examples(policy.vocab_size)
     device = next(policy.lm.parameters()).device
     was_training = policy.training
     policy.eval()
@@ -304,14 +345,14 @@ def packing_error(policy: PolicyModel, dtype: torch.dtype) -> tuple[float, float
             return policy(policy.inputs(examples)).double()
 
     try:
-        policy.lm.float()  # exact, and undone exactly: bfloat16 values are float32 values
+        cast_weights(policy.lm, torch.float32)  # exact, and undone exactly: bfloat16 values are float32 values
         oracle = logps_of(False, torch.float32)
         allowed = FLOAT32_TOLERANCE * oracle.abs().max()
         if dtype != torch.float32:
             allowed = BFLOAT16_FACTOR * (logps_of(False, dtype) - oracle).abs().max()
         error = (logps_of(True, dtype) - oracle).abs().max()
     finally:
-        policy.lm.to(stored)
+        cast_weights(policy.lm, stored)
         policy.use_packing(False)
         policy.train(was_training)
     return float(error), float(allowed)

@@ -238,7 +238,7 @@ def _causal(query, key, value, scaling, sliding_window, softcap) -> torch.Tensor
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-def _varlen(query, key, value, layout, scaling, sliding_window, softcap) -> torch.Tensor:
+def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
     """One kernel call for all segments: (1, H, T, D) -> (T, H, D). Keys are gathered with their prefixes, and autograd
     sums a shared prompt's gradients. Flash kernels align causally at the lower right, as `_causal` does."""
     q_THD = query[0].transpose(0, 1)

@@ -4,14 +4,12 @@ import json
 from dataclasses import asdict
 
 import datasets
-import hub_copies
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from halos import datafiles, demo
-from halos.errors import UserError
-from readers_wip import (
+import hub_copies
+from dataloaders import (
     Dataset,
     Example,
     _last_reply,
@@ -24,6 +22,8 @@ from readers_wip import (
     get_shp,
     merge,
 )
+from halos import datafiles, demo
+from halos.errors import UserError
 
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
 TREE = "\n\nHuman: Hi.\n\nAssistant: Hello. How are you?\n\nHuman: Name a tree.\n\nAssistant:"

@@ -1,0 +1,161 @@
+"""What a run says about itself: metrics.jsonl, curves.png, the progress bar, and wandb if it is configured."""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+# The panels of curves.png: title -> the metrics in it, whatever of them a loss reports.
+PANELS = {
+    "loss": ["loss/{mode}"],
+    "reward margin": ["rewards_{mode}/margins"],
+    "reward accuracy": ["rewards_{mode}/accuracies"],
+    "rewards": ["rewards_{mode}/chosen", "rewards_{mode}/rejected"],
+    "log-probs (nats per response)": ["logps_{mode}/chosen", "logps_{mode}/rejected"],
+    "gradient norm": ["grad_norm"],
+}
+
+
+class MetricsLog:
+    """Writes one flat JSON object per optimizer step or evaluation, and keeps people informed in between.
+
+    total_examples: of the whole run, for the bar
+    interval: least seconds between two updates of the bar and of wandb; metrics.jsonl has every step
+    """
+
+    def __init__(self, run_dir: str, total_examples: int, interval: float, wandb_log: Callable[[dict, int], None]):
+        self.path = os.path.join(run_dir, "metrics.jsonl")
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  line by line, for as long as the run lasts
+        self.interval = interval
+        self.wandb_log = wandb_log
+        self.last_shown = -float("inf")
+        self.bar = tqdm(total=total_examples, unit="ex", desc="training", mininterval=interval, smoothing=0.1)
+
+    def write(self, step: int, examples: int, mode: str, metrics: dict[str, float]) -> None:
+        """The record: every step of every mode."""
+        self.file.write(json.dumps({"step": step, "examples": examples, "mode": mode, **metrics}) + "\n")
+
+    def training_step(self, step: int, examples: int, metrics: dict[str, float], tokens_per_second: float) -> None:
+        self.write(step, examples, "train", metrics)
+        self.bar.update(examples - self.bar.n)
+        now = time.monotonic()
+        if now - self.last_shown >= self.interval:
+            self.last_shown = now
+            shown = {"loss": metrics["loss/train"]}
+            shown |= {"margin": metrics["rewards_train/margins"]} if "rewards_train/margins" in metrics else {}
+            shown |= {"acc": metrics["rewards_train/accuracies"]} if "rewards_train/accuracies" in metrics else {}
+            postfix = ", ".join(f"{name}={value:.3g}" for name, value in shown.items())
+            self.bar.set_postfix_str(f"{postfix}, {tokens_per_second:,.0f} tok/s")
+            self.wandb_log(metrics, step)
+
+    def evaluation(self, step: int, examples: int, metrics: dict[str, float]) -> None:
+        self.write(step, examples, "eval", metrics)
+        self.wandb_log(metrics, step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.say(f"eval after {examples} examples: {shown}")
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+def progress(loader: Collection, description: str) -> Iterator:
+    """The loader's batches under a bar, which shows up only if they take more than a few seconds."""
+    return iter(tqdm(loader, desc=description, unit="batch", delay=3, leave=False))
+
+
+def read_metrics(path: str) -> list[dict]:
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def draw_curves(run_dir: str, title: str) -> None:
+    """curves.png from metrics.jsonl: a panel per kind of metric, training as a line, evaluation as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = defaultdict(list)
+    for row in read_metrics(os.path.join(run_dir, "metrics.jsonl")):
+        for key, value in row.items():
+            if key not in ("step", "examples", "mode"):
+                series[key].append((row["examples"], value))
+    panels = {
+        title: [key for pattern in patterns for key in _in_both_modes(pattern) if key in series]
+        for title, patterns in PANELS.items()
+    }
+    panels = {title: keys for title, keys in panels.items() if keys}
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
+        for index, key in enumerate(keys):
+            _draw(axis, key, series[key], f"C{index // 2}" if len(keys) > 2 else f"C{index}")
+        axis.set_title(name)
+        axis.set_xlabel("examples")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    unfinished = os.path.join(run_dir, ".curves.png")
+    figure.savefig(unfinished, dpi=110, format="png")
+    pyplot.close(figure)
+    os.replace(unfinished, os.path.join(run_dir, "curves.png"))
+
+
+def _in_both_modes(pattern: str) -> list[str]:
+    return [pattern.format(mode="train"), pattern.format(mode="eval")] if "{mode}" in pattern else [pattern]
+
+
+def _draw(axis, key: str, points: list[tuple[int, float]], color: str) -> None:
+    x, y = zip(*points, strict=True)
+    if "_eval/" in key or key.endswith("/eval"):
+        axis.plot(x, y, "o--", color=color, markersize=5, label=key, zorder=3)
+        return
+    axis.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+    axis.plot(x, _smoothed(y), color=color, linewidth=1.5, label=key)
+
+
+def _smoothed(values: tuple[float, ...]) -> list[float]:
+    """Exponential moving average over about a fiftieth of the run."""
+    weight = 1 / max(1.0, len(values) / 50)
+    out = [values[0]]
+    for value in values[1:]:
+        out.append(out[-1] + weight * (value - out[-1]))
+    return out
+
+
+def open_wandb(settings, run_dir: str, name: str, config: dict) -> Callable[[dict, int], None]:
+    """A function that logs to wandb, or does nothing where wandb is not enabled.
+
+    Without an API key the run is kept offline in the run directory: there is never a prompt, and never a wait.
+    """
+    if not settings.enabled:
+        return lambda metrics, step: None
+    import wandb
+
+    has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    run = wandb.init(
+        entity=settings.entity,
+        project=settings.project,
+        name=name,
+        config=config,
+        dir=run_dir,
+        mode=mode,
+        settings=wandb.Settings(init_timeout=30, silent=True),
+    )
+    return lambda metrics, step: run.log(metrics, step=step)
