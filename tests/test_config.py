@@ -1,0 +1,889 @@
+"""What a command means, and what is said about one that means nothing.
+
+`run("lr=abc")` is `python train.py lr=abc` up to the point where validate() has agreed; `check("lr=abc")` is a shorter
+way there, since Hydra takes half a second. Trainers and dataloaders are stubs, so that the configuration alone is under
+test; two tests at the end use the real ones.
+"""
+
+import functools
+import glob
+import os
+import re
+import subprocess
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+import halos.config
+from halos.commands import hydra_main, report_user_errors
+from halos.config import component, overrides, validate
+from halos.errors import UserError
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIG = os.path.join(PROJECT, "config")
+YAMLS = sorted(glob.glob(f"{CONFIG}/**/*.yaml", recursive=True))
+
+
+def stub(name: str, base: str, **formats: str) -> types.ModuleType:
+    module = types.ModuleType(name)
+    setattr(module, base, type(base, (), {"data_format": None}))
+    for cls, data_format in formats.items():
+        setattr(module, cls, type(cls, (getattr(module, base),), {"data_format": data_format}))
+    return module
+
+
+TRAINERS = stub(
+    "trainers",
+    "BasicTrainer",
+    SFTTrainer="sft",
+    DPOTrainer="paired",
+    CDPOTrainer="paired",
+    SLiCTrainer="paired",
+    KTOTrainer="unpaired",
+    AnyTrainer=None,
+)
+TRAINERS.helper = print
+DATALOADERS = stub(
+    "dataloaders",
+    "DataLoader",
+    SFTDataLoader="sft",
+    PairedPreferenceDataLoader="paired",
+    UnpairedPreferenceDataLoader="unpaired",
+)
+for dataset in ["demo", "shp", "hh", "hh_helpful", "hh_harmless", "oasst", "local"]:
+    setattr(DATALOADERS, f"get_{dataset}", lambda split: None)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """Every command is typed in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The whole way of a command: its exit code, stdout, stderr, and the config of each job that was agreed to."""
+
+    def run(*words, task=lambda config: validate(config, TRAINERS, DATALOADERS)):
+        configs = []
+
+        @hydra_main(CONFIG, "config")
+        def main(config):
+            task(config)
+            configs.append(config)
+
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert "HYDRA_FULL_ERROR" not in os.environ
+        return SimpleNamespace(code=code, out=out, err=err, configs=configs)
+
+    return run
+
+
+@functools.cache
+def written(*groups):
+    """What the YAML files say. Hydra needs 0.15 s for it, hence the cache."""
+    with initialize_config_dir(CONFIG, version_base="1.3"):
+        return compose("config", list(groups))
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """The short way of a command: Hydra reads its words, and validate() agrees to the config or raises."""
+
+    def check(*words):
+        groups = [word for word in words if re.match("(loss|model)=", word)]
+        config = written(*groups).copy()
+        monkeypatch.setattr(halos.config, "_as_written", lambda: written(*groups))
+        for word in OverridesParser.create().parse_overrides([word for word in words if word not in groups]):
+            OmegaConf.update(config, word.key_or_group, word.value(), merge=True, force_add=True)
+        validate(config, TRAINERS, DATALOADERS)
+        return config
+
+    return check
+
+
+@pytest.fixture
+def refusal(check):
+    """The message about a command that is refused."""
+
+    def refusal(*words):
+        with pytest.raises(UserError) as error:
+            check(*words)
+        return str(error.value)
+
+    return refusal
+
+
+#### DEFAULTS AND FILES
+
+
+def test_defaults_of_a_real_model_are_those_of_the_original(check):
+    """The numbers are facts of the suite that was trained with them; a new key needs a line here."""
+    config = OmegaConf.to_container(check("model=llama7b"), resolve=True)
+    assert config == {
+        "seed": 1,
+        "exp_name": "sft_llama7b",
+        "mode": "train",
+        "cache_dir": ".cache",
+        "datasets": ["demo"],
+        "dataset_paths": dict.fromkeys(["shp", "hh", "hh_helpful", "hh_harmless", "oasst"]),
+        "n_epochs": 1,
+        "n_examples": None,
+        "lr": 5e-7,
+        "optimizer": "RMSprop",
+        "optimizer_kwargs": {},
+        "lr_scheduler": "constant",
+        "warmup_steps": 150,
+        "eval_every": 20000,
+        "n_eval_examples": 512,
+        "do_first_eval": True,
+        "intermediate_checkpoints": False,
+        "overwrite": False,
+        "minimum_log_interval_secs": 1.0,
+        "n_samples": 128,
+        "top_p": 0.95,
+        "temperature": 1.0,
+        "samples_dir": "samples",
+        "wandb": {"enabled": False, "entity": None, "project": "archangel"},
+        "trust_remote_code": False,
+        "loss": {
+            "name": "sft",
+            "trainer": "SFTTrainer",
+            "dataloader": "SFTDataLoader",
+            "use_reference_model": False,
+        },
+        "model": {
+            "name": "llama7b",
+            "name_or_path": "huggyllama/llama-7b",
+            "tokenizer_name_or_path": None,
+            "architecture": None,
+            "load_from": None,
+            "block_name": "LlamaDecoderLayer",
+            "batch_size": 32,
+            "gradient_accumulation_steps": 1,
+            "eval_batch_size": 16,
+            "policy_dtype": "float32",
+            "fsdp_policy_mp": None,
+            "reference_dtype": None,
+            "export_dtype": None,
+            "max_length": 2048,
+            "max_prompt_length": 1024,
+            "max_tokens_per_forward": 16384,
+            "max_grad_norm": 10.0,
+            "v_head_max_grad_norm": 0.10,
+            "activation_checkpointing": True,
+            "packing": "auto",
+            "logps": "fused",
+        },
+    }
+
+
+PAIRED, UNPAIRED = "PairedPreferenceDataLoader", "UnpairedPreferenceDataLoader"
+
+
+@pytest.mark.parametrize(
+    ("loss", "trainer", "loader", "reference", "hyperparameters"),
+    [
+        ("dpo", "DPOTrainer", PAIRED, True, {"beta": 0.1}),
+        ("cdpo", "CDPOTrainer", PAIRED, True, {"beta": 0.1, "epsilon": 0.2}),
+        ("kto", "KTOTrainer", UNPAIRED, True, {"beta": 0.1}),
+        ("slic", "SLiCTrainer", PAIRED, False, {"beta": 1.0, "lambda_coef": 0.1}),
+    ],
+)
+def test_losses(check, loss, trainer, loader, reference, hyperparameters):
+    names = {"name": loss, "trainer": trainer, "dataloader": loader, "use_reference_model": reference}
+    assert check(f"loss={loss}").loss == names | hyperparameters
+
+
+def test_models_differ_in_names_only(check):
+    """Every published model has the defaults of base_model.yaml; tiny alone has its own."""
+    repositories = {
+        "pythia1-4b": ("EleutherAI/pythia-1.4b", "GPTNeoXLayer"),
+        "pythia2-8b": ("EleutherAI/pythia-2.8b", "GPTNeoXLayer"),
+        "pythia6-9b": ("EleutherAI/pythia-6.9b", "GPTNeoXLayer"),
+        "pythia12-0b": ("EleutherAI/pythia-12b", "GPTNeoXLayer"),
+        "llama7b": ("huggyllama/llama-7b", "LlamaDecoderLayer"),
+        "llama13b": ("huggyllama/llama-13b", "LlamaDecoderLayer"),
+        "llama30b": ("huggyllama/llama-30b", "LlamaDecoderLayer"),
+        "llama65b": ("huggyllama/llama-65b", "LlamaDecoderLayer"),
+    }
+    files = {os.path.basename(path)[:-5] for path in glob.glob(f"{CONFIG}/model/*.yaml")}
+    assert files == {*repositories, "base_model", "tiny"}
+    common = OmegaConf.to_container(written("model=llama7b").model)
+    for name, (repository, block) in repositories.items():
+        config = check(f"model={name}")
+        assert config.model == common | {"name": name, "name_or_path": repository, "block_name": block}
+        assert (config.lr, config.optimizer) == (5e-7, "RMSprop")
+
+
+def test_tiny_sets_keys_of_the_root_and_the_command_line_sets_them_again(check):
+    tiny = check()
+    assert (tiny.loss.name, tiny.model.name, tiny.exp_name, tiny.datasets) == ("sft", "tiny", "sft_tiny", ["demo"])
+    assert tiny.optimizer == "AdamW" and tiny.lr > 5e-7
+    assert tiny.model.architecture.model_type == "llama" and tiny.model.name_or_path is None
+    again = written("lr=0.25", "optimizer=SGD", "eval_every=128", "model.max_length=32")
+    assert (again.lr, again.optimizer, again.eval_every) == (0.25, "SGD", 128)
+    assert (again.model.max_length, again.model.batch_size) == (32, tiny.model.batch_size)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=[os.path.relpath(path, CONFIG) for path in YAMLS])
+def test_every_key_has_a_comment(path):
+    text_indent = None  # of the key whose value is a block of text, while we are in the block
+    for number, line in enumerate(open(path).read().splitlines(), start=1):
+        indent = len(line) - len(line.lstrip())
+        if text_indent is not None and (not line.strip() or indent > text_indent):
+            continue
+        text_indent = None
+        key = re.match(r"\s*([\w-]+):", line)
+        if key and key[1] != "defaults":
+            assert re.search(r"\S\s+# \w|:\s+# \w", line), f"{path}:{number} has no comment: {line}"
+            text_indent = indent if re.search(r":\s+\|", line) else None
+
+
+def test_a_new_loss_brings_its_own_keys(run, tmp_path):
+    """One YAML file: its hyperparameters are known, a number there takes any number, and nothing else is known."""
+    os.makedirs(tmp_path / "mine/loss")
+    (tmp_path / "mine/loss/ipo.yaml").write_text(
+        "name: ipo\ntrainer: DPOTrainer\ndataloader: PairedPreferenceDataLoader\nuse_reference_model: true\ntau: 1\n"
+    )
+    (config,) = run("--config-dir", "mine", "loss=ipo", "loss.tau=0.5").configs
+    assert config.loss.tau == 0.5
+    unknown = run("--config-dir", "mine", "loss=ipo", "++loss.tua=0.5")
+    assert unknown.err == "error: loss.tua=0.5: there is no key loss.tua; did you mean loss.tau?\n"
+
+
+#### WHAT THE FOUNDING DOCUMENT TYPES
+
+
+def test_the_walk_through(run):
+    result = run(
+        *"loss=kto model=llama7b datasets=[shp,hh,oasst] exp_name=kto_llama7b mode=train ++cache_dir=c".split()
+    )
+    (config,) = result.configs
+    assert (config.loss.trainer, config.model.name_or_path) == ("KTOTrainer", "huggyllama/llama-7b")
+    assert (config.datasets, config.exp_name) == (["shp", "hh", "oasst"], "kto_llama7b")
+    assert (config.mode, config.cache_dir) == ("train", "c")
+
+
+def test_load_from(check, tmp_path):
+    """An existing policy.pt by its full path, or by its path in cache_dir from any directory; a hub name as it is."""
+    os.makedirs(tmp_path / "models/sft_llama7b/LATEST")
+    policy = tmp_path / "models/sft_llama7b/LATEST/policy.pt"
+    policy.touch()
+    for path in [str(policy), "sft_llama7b/LATEST/policy.pt", "ContextualAI/archangel_sft_llama7b"]:
+        words = ["loss=kto", "model=llama7b", f"++cache_dir={tmp_path}/models", f"++model.load_from={path}"]
+        assert check(*words).model.load_from == path
+
+
+def test_the_node_config_is_the_root(run, refusal):
+    """The FAQ's spelling, behind one plus and two, and for keys of a group."""
+    (config,) = run("++config.intermediate_checkpoints=true", "+config.model.batch_size=128").configs
+    assert config.intermediate_checkpoints is True and config.model.batch_size == 128 and "config" not in config
+    assert refusal("++config.overwrit=true") == "overwrit=true: there is no key overwrit; did you mean overwrite?"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "n_epochs=null n_examples=640",
+        "++optimizer_kwargs.weight_decay=0.1",
+        "optimizer_kwargs={} optimizer=Adafactor",
+        "++optimizer_kwargs={betas:[0.9,0.95],fused:true} lr_scheduler=cosine",
+        "++model.architecture.num_key_value_heads=2 ++model.architecture.tie_word_embeddings=true",
+        "model=base_model model.name=qwen model.name_or_path=Qwen/Qwen2.5-0.5B model.block_name=Qwen2DecoderLayer",
+        "model.architecture=null model.name_or_path=Qwen/Qwen2.5-0.5B model.tokenizer_name_or_path=null",
+        "++loss.average_log_prob=true lr=0 temperature=0 top_p=1",
+        "model.packing=true model.logps=plain model.max_grad_norm=inf model.policy_dtype=bfloat16",
+        "model.export_dtype=float16 model.fsdp_policy_mp=float32 model.reference_dtype=bfloat16",
+        "loss.trainer=AnyTrainer loss.dataloader=UnpairedPreferenceDataLoader",
+        "exp_name=suite/kto_${lr}",
+    ],
+)
+def test_accepted(check, words):
+    check(*words.split())
+
+
+#### WHAT IS REFUSED, AND HOW
+
+# The words, and what is said about them.
+REFUSED_BY_HYDRA = [
+    (
+        "loss.bta=0.2 loss=kto",
+        "loss.bta=0.2: there is no key loss.bta; did you mean loss.beta?",
+    ),
+    (
+        "wandb={projekt:x}",
+        "wandb.projekt={projekt:x}: there is no key wandb.projekt; did you mean wandb.project?",
+    ),
+    (
+        "config.lr=1",
+        "config.lr=1: there is no key config.lr; did you mean lr?",
+    ),
+    (
+        "~lr",
+        "lr was removed from the config, and every run needs it; give it a value instead",
+    ),
+    (
+        "~foo",
+        "~foo: there is no key foo; leave it out",
+    ),
+    (
+        "+lr=1",
+        "+lr: there is such a key already; leave out the +",
+    ),
+    (
+        "optimizer_kwargs.eps=1",
+        "optimizer_kwargs.eps=1 adds a key, which takes two plus signs; write ++optimizer_kwargs.eps=1",
+    ),
+    (
+        "hydra.foo=1",
+        "Could not override 'hydra.foo': Key 'foo' not in 'HydraConf'",
+    ),
+    (
+        "loss=kot",
+        "loss=kot: there is no config/loss/kot.yaml; did you mean 'kto'? (one of: cdpo, dpo, kto, sft, slic)",
+    ),
+    (
+        "model=lama7b",
+        "model=lama7b: there is no config/model/lama7b.yaml; did you mean 'llama7b'? (one of: "
+        "base_model, llama13b, llama30b, llama65b, llama7b, pythia1-4b, pythia12-0b, pythia2-8b, "
+        "pythia6-9b, tiny)",
+    ),
+    (
+        "los=kto",
+        "los=kto: there is no key los; did you mean loss?",
+    ),
+    (
+        "+loss=kto",
+        "+loss: there is a loss already; leave out the +",
+    ),
+    (
+        "lr",
+        "lr is not key=value; write a list as key=[a,b], and quote odd text: 'key=\"a, b\"'",
+    ),
+    (
+        "datasets=shp,hh",
+        "datasets=shp,hh has several values; write datasets=[shp,hh] for a list, or add -m for a run with each",
+    ),
+    (
+        "lr=range(1,3)",
+        "lr=range(1,3) stands for several runs; add -m to run them",
+    ),
+    (
+        "--lr 1e-6",
+        "--lr is not a flag; keys have no dashes (lr=1e-6), and --hydra-help lists the flags",
+    ),
+    (
+        "loss=kto -m lr=1",
+        "lr=1 stands apart from the other key=value words; put flags such as -m before all of them",
+    ),
+    (
+        "--cfg job -m",
+        "Only one of --run, --multirun, --cfg, --info and --shell_completion can be specified",
+    ),
+]
+
+REFUSED = [
+    (
+        "++batch_size=8",
+        "batch_size=8: there is no key batch_size; did you mean model.batch_size?",
+    ),
+    (
+        "++lrr=1",
+        "lrr=1: there is no key lrr; did you mean lr?",
+    ),
+    (
+        "++loss.bta=0.2 loss=kto",
+        "loss.bta=0.2: there is no key loss.bta; did you mean loss.beta?",
+    ),
+    (
+        "+modle.batch_size=8",
+        "modle.batch_size=8: there is no key modle.batch_size; did you mean model.batch_size?",
+    ),
+    (
+        "model.lr=1",
+        "model.lr=1: there is no key model.lr; did you mean lr?",
+    ),
+    (
+        "++zzz=1",
+        "zzz=1: there is no key zzz; `python train.py --cfg job` shows the keys",
+    ),
+    (
+        "model=base_model",
+        "model.name=??? has no default; add model.name=VALUE to the command, or set it in its YAML file",
+    ),
+    (
+        "lr=abc",
+        "lr=abc must be a number of at least 0",
+    ),
+    (
+        "lr=",
+        "lr= must be a number of at least 0",
+    ),
+    (
+        "lr=true",
+        "lr=true must be a number of at least 0",
+    ),
+    (
+        "lr=-1e-3",
+        "lr=-0.001 must be a number of at least 0",
+    ),
+    (
+        "lr=nan",
+        "lr=nan must be a number of at least 0",
+    ),
+    (
+        "lr=inf",
+        "lr=inf must be a number of at least 0",
+    ),
+    (
+        "top_p=0",
+        "top_p=0 must be a number above 0 and at most 1",
+    ),
+    (
+        "top_p=1.5",
+        "top_p=1.5 must be a number above 0 and at most 1",
+    ),
+    (
+        "temperature=-0.1",
+        "temperature=-0.1 must be a number of at least 0",
+    ),
+    (
+        "seed=-1",
+        "seed=-1 must be a whole number of at least 0",
+    ),
+    (
+        "warmup_steps=1.5",
+        "warmup_steps=1.5 must be a whole number of at least 0",
+    ),
+    (
+        "n_samples=0",
+        "n_samples=0 must be a whole number of at least 1",
+    ),
+    (
+        "n_epochs=abc",
+        "n_epochs=abc must be a whole number of at least 1, or null",
+    ),
+    (
+        "n_examples=0",
+        "n_examples=0 must be a whole number of at least 1, or null",
+    ),
+    (
+        "n_epochs=null",
+        "n_epochs=null and n_examples=null: the run would never end; set one, such as n_epochs=1",
+    ),
+    (
+        "model.batch_size=8.5",
+        "model.batch_size=8.5 must be a whole number of at least 1",
+    ),
+    (
+        "model.max_grad_norm=0",
+        "model.max_grad_norm=0 must be a number above 0",
+    ),
+    (
+        "overwrite=1",
+        "overwrite=1 must be true or false",
+    ),
+    (
+        "wandb=true",
+        "wandb=true is not a dictionary; use for example wandb={enabled:false,entity:null,project:archangel}",
+    ),
+    (
+        "cache_dir=null",
+        "cache_dir=null must be text",
+    ),
+    (
+        "model.load_from=3",
+        "model.load_from=3 must be text or null",
+    ),
+    (
+        "model.packing=yes",
+        "model.packing=yes must be true, false or auto",
+    ),
+    (
+        "mode=trian",
+        "mode=trian is not known; did you mean 'train'? (one of: eval, train)",
+    ),
+    (
+        "lr_scheduler=cosin",
+        "lr_scheduler=cosin is not known; did you mean 'cosine'? (one of: constant, cosine, linear)",
+    ),
+    (
+        "model.logps=fast",
+        "model.logps=fast is not known; choose one of: fused, plain",
+    ),
+    (
+        "model.policy_dtype=bf16",
+        "model.policy_dtype=bf16 is not known; did you mean 'bfloat16'? (one of: bfloat16, float32)",
+    ),
+    (
+        "model.policy_dtype=float16",
+        "model.policy_dtype=float16 needs loss scaling, which there is not; use bfloat16 or float32",
+    ),
+    (
+        "model.policy_dtype=null",
+        "model.policy_dtype=null is not known; choose one of: bfloat16, float32",
+    ),
+    (
+        "model=llama7b eval_every=20001",
+        "eval_every=20001 is not a multiple of model.batch_size=32; use eval_every=20000 or 20032",
+    ),
+    (
+        "model=llama7b model.gradient_accumulation_steps=4",
+        "eval_every=20000 is not a multiple of model.batch_size=32 x "
+        "model.gradient_accumulation_steps=4 (128); use eval_every=19968 or 20096",
+    ),
+    (
+        "model=llama7b eval_every=10",
+        "eval_every=10 is not a multiple of model.batch_size=32; use eval_every=32",
+    ),
+    (
+        "model=llama7b model.max_prompt_length=2048",
+        "model.max_prompt_length=2048 is not below model.max_length=2048, so a long prompt leaves no "
+        "room for its response; use model.max_prompt_length=1024",
+    ),
+    (
+        "model.architecture.max_position_embeddings=8 model.max_length=16 model.max_prompt_length=8",
+        "model.max_length=16 is more than model.architecture.max_position_embeddings=8; use "
+        "model.max_length=8 or raise the other",
+    ),
+    (
+        "exp_name=.tokens",
+        "exp_name=.tokens starts with a dot, as the caches in cache_dir do; use a plain name, and "
+        "cache_dir=DIR to keep runs elsewhere",
+    ),
+    (
+        "exp_name=../x",
+        "exp_name=../x leaves cache_dir; use a plain name, and cache_dir=DIR to keep runs elsewhere",
+    ),
+    (
+        "exp_name=a/../../x",
+        "exp_name=a/../../x leaves cache_dir; use a plain name, and cache_dir=DIR to keep runs elsewhere",
+    ),
+    (
+        "exp_name=/tmp/x",
+        "exp_name=/tmp/x leaves cache_dir; use a plain name, and cache_dir=DIR to keep runs elsewhere",
+    ),
+    (
+        "exp_name=",
+        "exp_name= is no name for a directory; use letters, such as exp_name=run_1",
+    ),
+    (
+        "exp_name=7",
+        "exp_name=7 is no name for a directory; use letters, such as exp_name=run_1",
+    ),
+    (
+        "cache_dir=/dev/null/x",
+        "cache_dir=/dev/null/x cannot be used, since /dev/null is not a directory; use another cache_dir=DIR",
+    ),
+    (
+        "loss.trainer=DPOTrianer",
+        "loss.trainer=DPOTrianer is not defined in trainers.py; did you mean 'DPOTrainer'? (one of: "
+        "AnyTrainer, CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, SLiCTrainer)",
+    ),
+    (
+        "loss.trainer=helper",
+        "loss.trainer=helper is no subclass of BasicTrainer in trainers.py; choose one of: AnyTrainer, "
+        "CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, SLiCTrainer",
+    ),
+    (
+        "loss.trainer=BasicTrainer",
+        "loss.trainer=BasicTrainer is no subclass of BasicTrainer in trainers.py; did you mean "
+        "'SLiCTrainer'? (one of: AnyTrainer, CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, "
+        "SLiCTrainer)",
+    ),
+    (
+        "loss.dataloader=SFTLoader",
+        "loss.dataloader=SFTLoader is not defined in dataloaders.py; did you mean 'SFTDataLoader'? (one "
+        "of: PairedPreferenceDataLoader, SFTDataLoader, UnpairedPreferenceDataLoader)",
+    ),
+    (
+        "loss=dpo loss.dataloader=UnpairedPreferenceDataLoader",
+        "loss.dataloader=UnpairedPreferenceDataLoader gives unpaired data, and loss.trainer=DPOTrainer "
+        "needs paired; use loss.dataloader=PairedPreferenceDataLoader",
+    ),
+    (
+        "datasets=[demp]",
+        "datasets=[demp]: demp is not known; did you mean 'demo'? (one of: demo, hh, hh_harmless, "
+        "hh_helpful, oasst, shp), or a path",
+    ),
+    (
+        "datasets=[local]",
+        "datasets=[local]: local is not known; choose one of: demo, hh, hh_harmless, hh_helpful, oasst, shp, or a path",
+    ),
+    (
+        "datasets=[]",
+        "datasets=[] must be a list of names or paths, such as datasets=[demo]",
+    ),
+    (
+        "datasets=hh",
+        "datasets=hh is not a list; use for example datasets=[demo]",
+    ),
+    (
+        "datasets=[hh,hh]",
+        "datasets=[hh,hh] has hh twice; name each dataset once",
+    ),
+    (
+        "datasets=[mine.jsonl]",
+        "datasets=[mine.jsonl]: mine.jsonl does not exist; give a file or a folder",
+    ),
+    (
+        "datasets=[data/mine]",
+        "datasets=[data/mine]: data/mine does not exist; give a file or a folder",
+    ),
+    (
+        "dataset_paths.shp=/nowhere",
+        "dataset_paths.shp=/nowhere does not exist; give a local copy, or null",
+    ),
+    (
+        "++dataset_paths.ssp=/nowhere",
+        "dataset_paths.ssp=/nowhere: no such dataset; did you mean 'shp'? (one of: demo, hh, "
+        "hh_harmless, hh_helpful, oasst, shp)",
+    ),
+    (
+        "model.load_from=/x/policy.pt",
+        "model.load_from=/x/policy.pt: /x/policy.pt does not exist; give the path of a local copy, or a "
+        "name on the hub",
+    ),
+    (
+        "model.load_from=x/policy.pt cache_dir=c",
+        "model.load_from=x/policy.pt: c/x/policy.pt does not exist; give the path of a local copy, or a "
+        "name on the hub",
+    ),
+    (
+        "model.load_from=./x",
+        "model.load_from=./x: ./x does not exist; give the path of a local copy, or a name on the hub",
+    ),
+    (
+        "model.architecture=null",
+        "model.name_or_path=null: nothing to load; give a hub name or a local folder",
+    ),
+    (
+        "model.tokenizer_name_or_path=null",
+        "model.tokenizer_name_or_path=null: a model of random weights has none; name a tokenizer",
+    ),
+    (
+        "++model.architecture.hiden_size=8",
+        "model.architecture.hiden_size=8 is no field of LlamaConfig; did you mean 'hidden_size'?",
+    ),
+    (
+        "model.architecture.model_type=lama",
+        "model.architecture.model_type=lama is not an architecture; did you mean 'llama'?",
+    ),
+    (
+        "optimizer=AdamX",
+        "optimizer=AdamX is not defined in torch.optim; did you mean 'Adam'? (one of: ...",
+    ),
+    (
+        "optimizer=lr_scheduler",
+        "optimizer=lr_scheduler is no subclass of Optimizer in torch.optim; ...",
+    ),
+    (
+        "++optimizer_kwargs.lr=0.1",
+        "optimizer_kwargs.lr=0.1 is the key lr; use lr=0.1",
+    ),
+    (
+        "++optimizer_kwargs.weight_decay=-1",
+        "optimizer=AdamW optimizer_kwargs={weight_decay:-1} cannot train: Invalid weight_decay value: "
+        "-1; use for example optimizer=AdamW",
+    ),
+    (
+        "optimizer=LBFGS",
+        "optimizer=LBFGS cannot train: ...",
+    ),
+    (
+        "optimizer=SparseAdam",
+        "optimizer=SparseAdam cannot train: SparseAdam does not support dense gradients...",
+    ),
+    (
+        "loss.beta=x loss=kto",
+        "loss.beta=x is not a number; use for example loss.beta=0.1",
+    ),
+    (
+        "samples_dir=''",
+        "samples_dir= must be text",
+    ),
+    (
+        "exp_name=${foo}",
+        "exp_name=${foo}: Interpolation key 'foo' not found; name an existing key in full, such as ${model.name}",
+    ),
+    (
+        "++optimizer_kwargs.weight_decy=0.1",
+        "optimizer_kwargs.weight_decy=0.1 is no argument of AdamW; did you mean 'weight_decay'? (one of: ...",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), REFUSED_BY_HYDRA, ids=[words for words, _ in REFUSED_BY_HYDRA])
+def test_refused_by_hydra(run, words, expected):
+    result = run(*words.split())
+    assert (result.code, result.configs, result.err) == (2, [], f"error: {expected}\n")
+
+
+@pytest.mark.parametrize(("words", "expected"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_refused(refusal, words, expected):
+    """An expectation that ends in `...` is about a message whose end is torch's or a list of torch's."""
+    message = refusal(*words.split())
+    assert message.startswith(expected[:-3]) if expected.endswith("...") else message == expected
+
+
+def test_a_missing_policy_is_answered_with_those_there_are(refusal, tmp_path):
+    os.makedirs(tmp_path / "c/sft_tiny/LATEST")
+    (tmp_path / "c/sft_tiny/LATEST/policy.pt").touch()
+    assert refusal("model.load_from=sft/LATEST/policy.pt", "cache_dir=c") == (
+        "model.load_from=sft/LATEST/policy.pt: c/sft/LATEST/policy.pt does not exist; c has sft_tiny/LATEST/policy.pt"
+    )
+
+
+def test_a_broken_yaml_is_named_with_its_line(run, tmp_path):
+    os.makedirs(tmp_path / "mine/loss")
+    (tmp_path / "mine/loss/bad.yaml").write_text("name: bad\n beta: :\n")
+    result = run("--config-dir", "mine", "loss=bad")
+    where = f"{tmp_path}/mine/loss/bad.yaml, line 2"
+    assert (result.code, result.err) == (2, f"error: {where}: mapping values are not allowed here; correct the file\n")
+
+
+@pytest.mark.parametrize("file", ["mine.json", "mine.jsonl", "mine.parquet", "mine", "data/mine"])
+def test_local_files_are_datasets(check, tmp_path, file):
+    os.makedirs(tmp_path / "data")
+    (tmp_path / file).touch()
+    assert check(f"datasets=[{file},demo]").datasets == [file, "demo"]
+
+
+#### PROGRAMS
+
+
+def test_nothing_is_left_behind(run, tmp_path):
+    """No outputs/, multirun/ or .hydra/: a single run leaves nothing, a sweep its record inside cache_dir."""
+    run("loss=kto")
+    assert os.listdir(tmp_path) == []
+    sweep = run("-m", "loss=kto,dpo", "exp_name='x_${loss.name}'")
+    assert [(c.exp_name, c.loss.trainer) for c in sweep.configs] == [("x_kto", "KTOTrainer"), ("x_dpo", "DPOTrainer")]
+    assert os.listdir(tmp_path) == [".cache"] and os.listdir(tmp_path / ".cache") == [".sweep"]
+
+
+def test_flags_that_show_and_stop(run, tmp_path):
+    shown = run("loss=kto", "--cfg", "job")
+    assert (shown.code, shown.configs) == (0, []) and OmegaConf.create(shown.out).loss.beta == 0.1
+    help_text = run("--help").out
+    assert "loss: cdpo, dpo, kto, sft, slic" in help_text and "Align a language model" in help_text
+    assert "complete" in run("-sc", "install=bash").out
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sweep_goes_on_after_a_failed_job_and_says_which_it_was(run):
+    result = run("-m", "seed=-1,2,-3")
+    assert result.code == 2 and [c.seed for c in result.configs] == [2]
+    assert result.err.splitlines() == [
+        "error: seed=-1 must be a whole number of at least 0",
+        "job #0 failed: seed=-1",
+        "error: seed=-3 must be a whole number of at least 0",
+        "job #2 failed: seed=-3",
+    ]
+
+
+def by_seed(config):
+    """A task that ends in the way that the seed says."""
+    if config.seed == 1:
+        print("environment:", os.environ.get("HYDRA_FULL_ERROR"))
+    if config.seed == 2:
+        raise UserError("two\n\nlines")
+    if config.seed == 3:
+        raise ZeroDivisionError("a bug")
+    if config.seed == 4:
+        sys.exit(7)
+    if config.seed == 5:
+        raise KeyboardInterrupt
+
+
+def test_the_ways_that_a_task_ends(run):
+    """Processes that a task starts must not inherit what makes Hydra raise its errors."""
+    assert run("seed=1", task=by_seed).out == "environment: None\n"
+    mistake, bug, leave, stop = (run(f"seed={seed}", task=by_seed) for seed in [2, 3, 4, 5])
+    assert (mistake.code, mistake.err) == (2, "error: two lines\n")
+    assert bug.code == 1 and bug.err.startswith("Traceback") and bug.err.endswith("ZeroDivisionError: a bug\n")
+    assert (leave.code, leave.err) == (7, "")
+    assert (stop.code, stop.err) == (130, "interrupted\n")
+
+
+def test_an_interrupt_ends_a_sweep(run):
+    result = run("-m", "seed=5,6", task=by_seed)
+    assert (result.code, result.err, result.configs) == (130, "interrupted\n", [])
+
+
+def test_full_errors_on_demand(monkeypatch):
+    with pytest.raises(SystemExit, match="2"), report_user_errors():
+        raise UserError("x")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError, match="x"), report_user_errors():
+        raise UserError("x")
+
+
+def test_overrides_of_a_saved_config():
+    saved = OmegaConf.create({"top_p": 0.95, "seed": 1, "datasets": ["demo"], "model": {"load_from": None}})
+    changed = overrides(saved, ["top_p=0.9", "++seed=3", "datasets=[hh,shp]", "model.load_from=x"])
+    assert changed == {"top_p": 0.9, "seed": 3, "datasets": ["hh", "shp"], "model": {"load_from": "x"}}
+    assert saved.top_p == 0.95
+    for word, message in {
+        "topp=1": "topp=1: there is no key topp; did you mean top_p?",
+        "load_from=x": "load_from=x: there is no key load_from; did you mean model.load_from?",
+        "top_p": "'top_p' is not an assignment; write key=value, for example top_p=0.9",
+        "top_p=high": "top_p=high must be a number above 0 and at most 1",
+        "datasets=[a": "'datasets=[a' cannot be read; write a list as key=[a,b]",
+    }.items():
+        with pytest.raises(UserError) as error:
+            overrides(saved, [word])
+        assert str(error.value) == message
+
+
+def test_component_returns_the_class():
+    assert component(torch.optim, "SGD", torch.optim.Optimizer, "optimizer") is torch.optim.SGD
+
+
+def test_a_saved_config_is_validated_without_hydra():
+    """eval.py reads config.yaml: values are checked as ever; keys were, when the run began."""
+    saved = OmegaConf.create(OmegaConf.to_yaml(written("loss=kto"), resolve=True))
+    validate(saved, TRAINERS, DATALOADERS)
+    saved.top_p = 2
+    with pytest.raises(UserError, match="top_p=2 must be"):
+        validate(saved, TRAINERS, DATALOADERS)
+
+
+#### WITH THE REAL train.py
+
+
+@pytest.mark.parametrize("path", glob.glob(f"{CONFIG}/loss/*.yaml"), ids=os.path.basename)
+def test_every_loss_is_valid_with_the_real_classes(monkeypatch, path):
+    monkeypatch.syspath_prepend(PROJECT)
+    import dataloaders
+    import trainers
+
+    validate(written(f"loss={os.path.basename(path)[:-5]}").copy(), trainers, dataloaders)
+
+
+def test_help_and_mistakes_are_fast(tmp_path):
+    """Neither needs torch or transformers, which take seconds to import."""
+    program = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {PROJECT!r})\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    for words, code, err in [("--help", 0, ""), ("loss=kot", 2, "error: loss=kot: there is no config/loss/kot.yaml")]:
+        start = f"import sys; sys.argv = ['{PROJECT}/train.py', '{words}']\n"
+        done = subprocess.run([sys.executable, "-c", start + program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.startswith(err), done.stderr
+    assert os.listdir(tmp_path) == []
