@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from halos import demo
-from halos.datafiles import hub_rows, records
+from halos.datafiles import hub_rows, prompt_records, records
 from halos.errors import UserError
 from halos.tokens import Encoder, TokenizedExample, tokenize, truncate
 from utils import rank0_print
@@ -645,3 +645,37 @@ def describe(loader: DataLoader, split: str) -> dict:
         f"truncated: {counts['truncated_prompts']} prompts, {counts['truncated_responses']} responses (EOS lost)"
     )
     return {"datasets": loader.account, "loader": {"name": type(loader).__name__, **counts}}
+
+
+class Prompt(NamedTuple):
+    """What a model is sampled for, and the response that people preferred ('' where none is known)."""
+
+    text: str
+    chosen: str
+    truncation_mode: str
+
+
+def read_prompts(config, tokenizer, path: str | None = None, limit: int | None = None) -> list[Prompt]:
+    """The first prompts of a seeded shuffle of the test split; or those of a file, in its order.
+
+    limit: how many; None: `config.n_samples` of the test split, or all of the file
+    """
+    if path:
+        examples = [Example(row["prompt"], [row["chosen"]], sft_index=0) for row in prompt_records(path)][:limit]
+    else:
+        examples = merge([read_dataset(name, "test", config.dataset_paths.get(name)) for name in config.datasets])
+        random.Random(f"{config.seed}-prompts").shuffle(examples)
+        limit = limit or config.n_samples
+        if len(examples) < limit:
+            rank0_print(f"{limit} prompts were asked for; the test split has {len(examples)}, all of which are used")
+        examples = examples[:limit]
+    return [
+        Prompt(render_prompt(example.prompt, tokenizer), preferred(example, tokenizer), example.truncation_mode)
+        for example in examples
+    ]
+
+
+def preferred(example: Example, tokenizer) -> str:
+    """The chosen response of the first pair, else the one that SFT imitates, else ''."""
+    index = example.pairs[0][0] if example.pairs else example.sft_index
+    return render_responses(example, tokenizer)[index] if index is not None else ""

@@ -139,6 +139,14 @@ def records(path: str, split: str) -> Iterator[dict]:
         raise UserError(f"{file}: no row of split {split!r}; {_split_remedy()}")
 
 
+def prompt_records(path: str) -> Iterator[dict]:
+    """Prompts of a user's own, to sample for: the column `prompt`, and `chosen` where a row has it."""
+    file, _ = split_file(path, "test")
+    for where, row in read_rows(file):
+        _require(where, row, "prompt")
+        yield {"prompt": _prompt(where, row["prompt"]), "chosen": _response(where, {"chosen": "", **row}, "chosen")}
+
+
 def split_file(path: str, split: str) -> tuple[str, bool]:
     """The file with the rows of a split, and whether it holds no other split's."""
     path = os.path.expanduser(path)

@@ -113,13 +113,16 @@ def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
 #### BUILDING
 
 
-def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.device):
+def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None = None):
     """The policy, ready to train, and the frozen reference, None if the loss needs none.
 
     Both start from the same weights, and compute alike, so that training starts at a log-ratio of 0.
+
+    policy_pt: a checkpoint that the policy has instead
     """
     base_dtype = load_config(config).dtype  # of the checkpoint; loading replaces it in the model's own config
-    policy = build(config, load_lm(config, getattr(torch, config.model.policy_dtype)), tokenizer, device)
+    lm = load_lm(config, getattr(torch, config.model.policy_dtype), policy_pt=policy_pt)
+    policy = build(config, lm, tokenizer, device)
     export_dtype = config.model.export_dtype
     policy.export_dtype = getattr(torch, export_dtype) if export_dtype else base_dtype or policy.lm.dtype
     dtype = compute_dtype(config, device)

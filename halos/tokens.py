@@ -63,6 +63,10 @@ class Encoder:
         n = len(self.bos)
         return [ids if n and ids[:n] == self.bos else self.bos + ids for ids in self._encode(texts)]
 
+    def prompt_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`prompts` as (n,) int32 arrays, as a `TokenStore` gives them."""
+        return [np.array(ids, np.int32) for ids in self.prompts(texts)]
+
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
         """ids + [EOS], as they are after other text."""
         n = len(self.anchor_ids)

@@ -1,0 +1,163 @@
+"""Evaluate a run: sample from it (-m sample), or compute its closed-form metrics on the test split (-m eval).
+
+    python eval.py -c /data/models/kto_llama7b/config.yaml -m sample -n 512 -b 32
+
+`-c RUN/config.yaml` is the run's latest checkpoint, `-c RUN/step-N/config.yaml` that one. Trailing key=value arguments
+change the run's config: top_p=0.9 temperature=0.7 seed=2.
+"""
+
+import argparse
+import json
+import os
+
+from omegaconf import DictConfig, OmegaConf
+
+from halos.commands import report_user_errors
+from halos.config import overrides, validate
+from halos.errors import UserError, set_aside
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", required=True, help="config.yaml of a run or of one of its checkpoints")
+    parser.add_argument("-m", "--mode", choices=["sample", "eval"], default="sample")
+    parser.add_argument("-n", "--n_samples", type=int, help="prompts to sample for (default: n_samples)")
+    parser.add_argument("-b", "--batch_size", type=int, help="responses at a time (default: model.eval_batch_size)")
+    parser.add_argument(
+        "-u", "--sample_reference", type=boolean, default=True, help="sample the reference model too (default: true)"
+    )
+    parser.add_argument(
+        "-s",
+        "--hub_reference",
+        type=boolean,
+        default=True,
+        help="the reference is the model before any training; false: what model.load_from names (default: true)",
+    )
+    parser.add_argument("-f", "--file", help="sample for the prompts of this .jsonl, .json or .parquet file instead")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the run's config")
+    return parser.parse_intermixed_args()
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
+    """The config with the command's changes, and the policy.pt it is about."""
+    import dataloaders
+    import trainers
+    from halos.checkpoint import POLICY
+
+    if not os.path.isfile(args.config):
+        raise UserError(f"-c {args.config} does not exist; give the config.yaml of a run, as in -c RUN/config.yaml")
+    for name in ("n_samples", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is not a positive number")
+    config = OmegaConf.load(args.config)
+    if not isinstance(config, DictConfig) or "model" not in config or "loss" not in config:
+        raise UserError(f"-c {args.config} is no config of a run; give the config.yaml that train.py wrote")
+    config = overrides(config, args.overrides)
+    config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
+    validate(config, trainers, dataloaders)
+    directory = os.path.dirname(os.path.abspath(args.config))
+    candidates = [os.path.join(directory, POLICY), os.path.join(directory, "LATEST", POLICY)]
+    policy_pt = next((path for path in candidates if os.path.isfile(path)), None)
+    if policy_pt is None:
+        raise UserError(f"{directory} holds no checkpoint (LATEST/{POLICY}); train the run first, or give another -c")
+    return config, policy_pt
+
+
+def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
+    """samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
+    import dataloaders
+    from halos import models
+    from halos.distributed import default_device
+    from halos.sampling import sample as sample_from
+    from halos.tokens import Encoder, truncate_prompt
+
+    models.check_policy_pt(config, policy_pt)
+    tokenizer = models.load_tokenizer(config)
+    encoder = Encoder(tokenizer)
+    prompts = dataloaders.read_prompts(config, tokenizer, args.file, args.n_samples)
+    ids = [
+        truncate_prompt(ids, config.model.max_prompt_length, prompt.truncation_mode, len(encoder.bos))
+        for prompt, ids in zip(prompts, encoder.prompt_arrays([prompt.text for prompt in prompts]), strict=True)
+    ]
+    path = os.path.join(config.samples_dir, f"{sample_name(config, policy_pt)}.json")
+    device = default_device()
+
+    def responses_of(description: str, **weights) -> list[str]:
+        lm = models.load_lm(config, models.compute_dtype(config, device), **weights).to(device)
+        return sample_from(
+            lm,
+            encoder,
+            ids,
+            max_length=config.model.max_length,
+            batch_size=config.model.eval_batch_size,
+            top_p=config.top_p,
+            temperature=config.temperature,
+            seed=config.seed,
+            description=f"sampling {description}",
+        )
+
+    policy = responses_of("policy", policy_pt=policy_pt)
+    reference = [""] * len(ids)
+    if args.sample_reference:
+        reference = responses_of("reference", use_load_from=not args.hub_reference)
+    rows = [
+        {"prompt": prompt.text, "chosen": prompt.chosen, "policy": ours, "reference": theirs}
+        for prompt, ours, theirs in zip(prompts, policy, reference, strict=True)
+    ]
+    write_json(path, rows)
+    print(f"{len(rows)} samples written to {path}")
+
+
+def sample_name(config: DictConfig, policy_pt: str) -> str:
+    checkpoint = os.path.basename(os.path.dirname(policy_pt))
+    return config.exp_name if checkpoint == "LATEST" else f"{config.exp_name}_{checkpoint}"
+
+
+def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
+    """eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
+    import dataloaders
+    import trainers
+    from halos import models
+    from halos.distributed import default_device
+
+    models.check_policy_pt(config, policy_pt)
+    tokenizer = models.load_tokenizer(config)
+    loader = dataloaders.make_loader(config, tokenizer, "test")
+    dataloaders.describe(loader, "test")
+    policy, reference = models.load_policy_and_reference(config, tokenizer, default_device(), policy_pt)
+    directory = os.path.dirname(os.path.abspath(args.config))
+    trainer = getattr(trainers, config.loss.trainer)(policy, reference, tokenizer, config, None, loader, directory)
+    results = trainer.evaluate()
+    for name, value in results.items():
+        print(f"{name}: {value:.6g}")
+    path = os.path.join(directory, "eval.json")
+    write_json(path, {"metadata": OmegaConf.to_container(config, resolve=True), "results": results})
+    print(f"written to {path}")
+
+
+def write_json(path: str, content) -> None:
+    """Write beside and rename; what an earlier command wrote there is kept as NAME.bak-N."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.unfinished", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+    previous = set_aside(path)
+    if previous:
+        print(f"the earlier {path} is now {previous}")
+    os.replace(f"{path}.unfinished", path)
+
+
+def main() -> None:
+    args = arguments()
+    with report_user_errors():
+        config, policy_pt = load_run(args)
+        {"sample": sample, "eval": evaluate}[args.mode](args, config, policy_pt)
+
+
+if __name__ == "__main__":
+    main()

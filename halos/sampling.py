@@ -1,0 +1,126 @@
+"""Batched generation whose text depends on the seed and the prompt, and not on the batch it was made in.
+
+The next token is argmax(log p + Gumbel noise), which is a draw from p. The noise of a response comes from a generator
+seeded by (seed, prompt ids, copy number) and advances with the position, so that a batch of another size, or another
+order, gives the same text in float32. In bfloat16 a batch's shape changes the rounding of log p, and with it a draw now
+and then.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteria
+
+from halos.tokens import Encoder
+
+
+class GumbelSampler(LogitsProcessor):
+    """Scores whose argmax is a draw from the model's distribution at `temperature`, within its `top_p` mass."""
+
+    def __init__(self, seeds: Sequence[int], top_p: float, temperature: float):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.top_p = top_p
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores: (batch, vocabulary)"""
+        if self.temperature == 0:
+            return scores
+        scores = keep_top_p(scores.float() / self.temperature, self.top_p)
+        # -log of an exponential variable is a Gumbel one. Drawn on the CPU, the same on every device.
+        noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
+        return scores - noise.log().to(scores.device)
+
+
+def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """-inf for all but the likeliest tokens that together have a probability of at least `top_p`."""
+    if top_p >= 1:
+        return scores
+    ordered, index = scores.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # of the likelier tokens; 0 for the likeliest
+    dropped = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, before >= top_p)
+    return scores.masked_fill(dropped, -torch.inf)
+
+
+class OwnLimits(StoppingCriteria):
+    """Each response has a limit of its own, whatever the longest of its batch may have."""
+
+    def __init__(self, prompt_width: int, limits: list[int], device: torch.device):
+        self.prompt_width = prompt_width
+        self.limits = torch.tensor(limits, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return input_ids.shape[1] - self.prompt_width >= self.limits
+
+
+@torch.inference_mode()
+def sample(
+    lm: PreTrainedModel,
+    encoder: Encoder,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_length: int,
+    batch_size: int,
+    top_p: float,
+    temperature: float,
+    seed: int,
+    description: str = "sampling",
+) -> list[str]:
+    """One response text per prompt, in the prompts' order; it ends at EOS or where prompt and response reach max_length.
+
+    prompts: (n,) ids each, with BOS, shorter than max_length
+    """
+    lm.eval()
+    # What a checkpoint brings along (a repetition penalty, say) would change the distribution.
+    lm.generation_config = GenerationConfig()
+    seeds = response_seeds(prompts, seed)
+    texts = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    with tqdm(total=len(prompts), desc=description, unit="response") as bar:
+        for start in range(0, len(prompts), batch_size):
+            rows = by_length[start : start + batch_size]
+            limits = [max_length - len(prompts[i]) for i in rows]
+            sampler = GumbelSampler([seeds[i] for i in rows], top_p, temperature)
+            for i, ids in zip(rows, _generate(lm, encoder, [prompts[i] for i in rows], limits, sampler), strict=True):
+                texts[i] = encoder.decode_response(ids)
+            bar.update(len(rows))
+    return texts
+
+
+def _generate(lm, encoder: Encoder, prompts: list[np.ndarray], limits: list[int], sampler) -> list[list[int]]:
+    """The response ids of one batch, padded at the left."""
+    width = max(map(len, prompts))
+    pad = encoder.tokenizer.pad_token_id
+    input_ids = torch.full((len(prompts), width), pad, device=lm.device)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt.astype(np.int64), device=lm.device)
+        attention_mask[row, width - len(prompt) :] = 1
+    output = lm.generate(
+        input_ids,
+        attention_mask=attention_mask,
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=max(limits), eos_token_id=encoder.eos_token_id, pad_token_id=pad
+        ),
+        logits_processor=LogitsProcessorList([sampler]),
+        stopping_criteria=StoppingCriteriaList([OwnLimits(width, limits, lm.device)]),
+    )
+    return [ids[:limit] for ids, limit in zip(output[:, width:].tolist(), limits, strict=True)]
+
+
+def response_seeds(prompts: Sequence[np.ndarray], seed: int) -> list[int]:
+    """A seed per response, from the run's seed, the prompt's ids, and how often that prompt came before."""
+    copies: Counter[bytes] = Counter()
+    seeds = []
+    for prompt in prompts:
+        ids = prompt.astype(np.int32).tobytes()
+        digest = hashlib.blake2b(ids, digest_size=8, salt=f"{seed % 10**9}-{copies[ids]}".encode()[:16])
+        seeds.append(int.from_bytes(digest.digest(), "little") >> 1)
+        copies[ids] += 1
+    return seeds
