@@ -1,0 +1,108 @@
+"""Small models, seeded examples, and configs that several test files share."""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from halos import models
+from halos.models import PolicyModel
+from halos.tokens import TokenizedExample
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIG_DIR = os.path.join(PROJECT, "config")
+
+VOCAB = 97  # of the models below, and of `random_examples`
+
+_LIKE_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_GROUPED = {**_LIKE_LLAMA, "num_key_value_heads": 2}  # two query heads read one key/value head
+_WINDOWED = {**_GROUPED, "sliding_window": 6}  # shorter than the sequences
+
+# The architectures that are promised to pack.
+ARCHITECTURES = {
+    "llama": _GROUPED,
+    "gpt_neox": _LIKE_LLAMA,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "qwen2": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 8},
+    "mistral": _WINDOWED,
+    "gemma2": {
+        **_WINDOWED,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+}
+
+
+def tiny_lm(model_type: str, seed: int = 0, **fields):
+    """A causal LM with random weights, dropout off, made by the project's own loading; in training mode.
+
+    Weights are large, and biases and norms are not at their neutral starting values, so that whatever a forward gets
+    wrong shows up in the log-probs.
+    """
+    architecture = {
+        "model_type": model_type,
+        "vocab_size": VOCAB,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **ARCHITECTURES.get(model_type, {}),
+        **fields,
+    }
+    settings = {"architecture": architecture, "load_from": None, "name_or_path": None}
+    config = OmegaConf.create({"seed": seed, "trust_remote_code": False, "cache_dir": "", "model": settings})
+    lm = models.load_lm(config, torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim <= 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return lm.train()
+
+
+def tiny_policy(model_type: str, packs: bool = False, seed: int = 0, **fields) -> PolicyModel:
+    policy = PolicyModel(tiny_lm(model_type, seed, **fields))
+    policy.use_packing(packs)
+    return policy.train()
+
+
+def example(prompt: list[int], *responses: list[int], chosen: tuple[bool, ...] = ()) -> TokenizedExample:
+    """A TokenizedExample from lists; the first response is the chosen one unless `chosen` says otherwise."""
+    chosen = chosen or tuple(index == 0 for index in range(len(responses)))
+    return TokenizedExample(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), chosen)
+
+
+def random_examples(n: int, n_responses: tuple[int, ...] = (2,), seed: int = 0) -> list[TokenizedExample]:
+    """Examples of ragged lengths: prompts of 3 to 12 tokens, responses of 1 to 14; `n_responses` takes turns."""
+    rng = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return rng.integers(0, VOCAB, rng.integers(low, high)).tolist()
+
+    return [example(ids(3, 13), *(ids(1, 15) for _ in range(n_responses[i % len(n_responses)]))) for i in range(n)]
+
+
+@functools.cache
+def _composed(words: tuple[str, ...]) -> DictConfig:
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        return compose("config", list(words))
+
+
+def make_config(cache_dir: Path | str, *words: str) -> DictConfig:
+    """What `python train.py cache_dir=... words` would have as its config; not validated."""
+    config = _composed(words).copy()
+    config.cache_dir = str(cache_dir)
+    return config

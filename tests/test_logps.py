@@ -1,0 +1,223 @@
+"""Log-probs of targets: the plain function against the definition, the fused one against the plain one."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from halos import logps
+
+N, D, V = 37, 16, 211  # targets, hidden size, vocabulary
+
+
+@pytest.fixture
+def chunk(monkeypatch):
+    """Set how many logits a chunk may have."""
+
+    def chunk(elements: int) -> None:
+        monkeypatch.setattr(logps, "CHUNK_ELEMENTS", {"cpu": elements})
+
+    return chunk
+
+
+def case(n: int = N, d: int = D, v: int = V, with_bias: bool = False, dtype=torch.float32, seed: int = 0):
+    """(hidden, weight, targets, bias) with logits of standard deviation 2, and an upstream gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    hidden, weight = draw(n, d), draw(v, d) * (2 / math.sqrt(d))
+    targets = torch.randint(v, (n,), generator=generator)
+    return hidden, weight, targets, draw(v) if with_bias else None, torch.randn(n, generator=generator)
+
+
+def values_and_gradients(function, hidden, weight, targets, bias, upstream, softcap=None) -> list[torch.Tensor]:
+    """[values, gradient in hidden, in weight, in bias if there is one]."""
+    leaves = [part.clone().requires_grad_() for part in (hidden, weight, bias) if part is not None]
+    values = function(*leaves[:2], targets, *leaves[2:], softcap=softcap)
+    values.backward(upstream.to(values.dtype))
+    return [values.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def exact(hidden, weight, targets, bias=None, softcap=None) -> torch.Tensor:
+    """The definition in float64, written out: z_t - ln sum exp z."""
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    return logits[range(len(targets)), targets] - logits.exp().sum(-1).log()
+
+
+@pytest.mark.parametrize("function", [logps.plain, logps.fused])
+def test_by_hand(function):
+    """hidden (1, 1) with weights (0, 0), (ln 2, 0), (0, ln 5) has the logits 0, ln 2, ln 5: odds 1 : 2 : 5.
+
+    So the targets 0, 1, 2 have ln 1/8, ln 2/8, ln 5/8. A bias of ln 3 on the first makes the odds 3 : 2 : 5.
+    """
+    hidden = torch.ones(3, 2)
+    weight = torch.tensor([[0, 0], [math.log(2), 0], [0, math.log(5)]])
+    targets = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(function(hidden, weight, targets), torch.tensor([1 / 8, 2 / 8, 5 / 8]).log())
+    biased = function(hidden, weight, targets, torch.tensor([math.log(3), 0, 0]))
+    torch.testing.assert_close(biased, torch.tensor([3 / 10, 2 / 10, 5 / 10]).log())
+
+
+@pytest.mark.parametrize("function", [logps.plain, logps.fused])
+def test_softcap_by_hand(function):
+    """Logits 0 and ln 3, capped at 2: 2 tanh(ln 3 / 2) = 2 (3 - 1) / (3 + 1) = 1, so log p = 0 - and 1 - ln(1 + e)."""
+    hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]])
+    expected = torch.tensor([0.0, 1.0]) - math.log(1 + math.e)
+    torch.testing.assert_close(function(hidden, weight, torch.tensor([0, 1]), softcap=2.0), expected)
+
+
+@pytest.mark.parametrize("function", [logps.plain, logps.fused])
+def test_extreme_logits_stay_finite(function):
+    """Logits 0 and 1000: log p = -1000 and 0. The gradient in the logits is onehot - softmax: (1, -1), then (0, 0)."""
+    hidden, weight = torch.ones(2, 1, requires_grad=True), torch.tensor([[0.0], [1000.0]])
+    values = function(hidden, weight, torch.tensor([0, 1]))
+    torch.testing.assert_close(values, torch.tensor([-1000.0, 0.0]))
+    values.sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[-1000.0], [0.0]]))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 36, 1000])
+def test_fused_is_plain(chunk, rows_per_chunk, with_bias, softcap):
+    """Values and gradients to 1e-6, whether the 37 rows come in 37 chunks, 8, 2 or 1."""
+    chunk(rows_per_chunk * V + V // 2)
+    inputs = case(with_bias=with_bias)
+    plain = values_and_gradients(logps.plain, *inputs, softcap=softcap)
+    fused = values_and_gradients(logps.fused, *inputs, softcap=softcap)
+    assert len(plain) == len(fused) == 3 + with_bias
+    for one, other in zip(fused, plain, strict=True):
+        assert one.dtype == torch.float32 and one.shape == other.shape
+        assert relative(one, other) < 1e-6
+    assert relative(plain[0], exact(*inputs[:4], softcap)) < 1e-6
+
+
+def test_one_row_and_none():
+    """A single target; and a batch without any, which has log-probs of shape (0,) and gradients of 0."""
+    one = case(n=1)
+    for fused, plain in zip(
+        values_and_gradients(logps.fused, *one), values_and_gradients(logps.plain, *one), strict=True
+    ):
+        assert relative(fused, plain) < 1e-6
+    values, hidden_grad, weight_grad = values_and_gradients(logps.fused, *case(n=0))
+    assert values.shape == (0,) and hidden_grad.shape == (0, D)
+    assert not weight_grad.any()
+
+
+def test_chunks_cover_each_row_once(chunk):
+    """At most 4 rows of 211 logits in 1000 elements; 37 rows need 10 chunks, made equal: 9 of 4 and 1 of 1."""
+    chunk(1000)
+    hidden, weight, *_ = case()
+    slices = logps._chunks(hidden, weight)
+    assert [row for rows in slices for row in range(N)[rows]] == list(range(N))
+    assert [rows.stop - rows.start for rows in slices] == [4] * 9 + [1]
+    chunk(V - 1)  # not even one row fits: one at a time
+    assert len(logps._chunks(hidden, weight)) == N
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["hidden", "weight"])
+def test_only_the_gradients_that_are_wanted(wanted):
+    """A frozen head, or a frozen body, changes nothing about the gradient of the other."""
+    hidden, weight, targets, _, upstream = case()
+    plain = values_and_gradients(logps.plain, hidden, weight, targets, None, upstream)
+    hidden, weight = hidden.clone().requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
+    logps.fused(hidden, weight, targets).backward(upstream)
+    for tensor, expected in ((hidden, plain[1]), (weight, plain[2])):
+        assert (tensor.grad is not None) == tensor.requires_grad
+        assert tensor.grad is None or relative(tensor.grad, expected) < 1e-6
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_bfloat16_inputs_against_the_truth(chunk, softcap):
+    """The truth: the same bfloat16 numbers in float64.
+
+    bfloat16 has 8 bits of mantissa: a logit z is off by at most 2^-9 |z| (and its cap by no more). The target's logit
+    and the log-sum-exp are each off by at most 2^-9 max|z|, so a log-prob by 2^-8 max|z|, and no float32 step adds to
+    it. Gradients, rounded a few times at 2^-9, agree to 1 % of their norm; 37 chunks change nothing, since what is
+    summed over chunks is float32. The sum of N errors of random sign stays far below N times one.
+    """
+    chunk(V)
+    hidden, weight, targets, bias, upstream = case(with_bias=True, dtype=torch.bfloat16)
+    truth = values_and_gradients(
+        exact, hidden.double(), weight.double(), targets, bias.double(), upstream, softcap=softcap
+    )
+    fused = values_and_gradients(logps.fused, hidden, weight, targets, bias, upstream, softcap=softcap)
+    assert fused[0].dtype == torch.float32
+    assert {part.dtype for part in fused[1:]} == {torch.bfloat16}
+    bound = 2**-8 * (hidden.double() @ weight.double().T + bias.double()).abs().max()
+    assert (fused[0] - truth[0]).abs().max() < bound
+    assert (fused[0] - truth[0]).sum().abs() < bound * math.sqrt(N)
+    for one, other in zip(fused[1:], truth[1:], strict=True):
+        assert relative(one, other) < 0.01
+
+
+def test_bfloat16_sum_over_a_long_response():
+    """512 tokens of about -8 nats: the summed log-prob, near -4000, is off by less than 0.05 nat from the same logits.
+
+    A bfloat16 sum there would move in steps of 16 nats.
+    """
+    hidden, weight, targets, *_ = case(n=512, d=32, v=1000, dtype=torch.bfloat16)
+    logits = torch.nn.functional.linear(hidden, weight)  # bfloat16, as the matrix product leaves them
+    truth = logits.double().log_softmax(-1).gather(-1, targets[:, None]).sum()
+    assert truth < -3500
+    assert abs(logps.fused(hidden, weight, targets).sum().double() - truth) < 0.05
+    assert abs(logps.plain(hidden, weight, targets).sum().double() - truth) < 0.05
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.numel = max(self.numel, *made, 0)
+        return out
+
+
+def test_tokens_times_vocabulary_never_exists(chunk):
+    """128 targets x 512 tokens would be 65,536 elements. With chunks of 8 rows nothing is larger than 8 x 512 = 4096
+    logits, or the 512 x 8 weights; the plain function shows that the recorder sees what it should."""
+    inputs = case(n=128, d=8, v=512, with_bias=True)
+    chunk(8 * 512)
+    with Largest() as fused:
+        values_and_gradients(logps.fused, *inputs, softcap=5.0)
+    with Largest() as plain:
+        values_and_gradients(logps.plain, *inputs, softcap=5.0)
+    assert plain.numel == 128 * 512
+    assert fused.numel == 8 * 512
+
+
+def test_two_chunks_are_never_alive_at_once(chunk, monkeypatch):
+    """Each chunk's logits are freed before the next one's are made, forward and backward."""
+    import weakref
+
+    alive, made = weakref.WeakSet(), []
+    logits_of = logps._logits
+
+    def recorded(*args):
+        made.append(len(alive))
+        logits = logits_of(*args)
+        alive.add(logits)
+        return logits
+
+    monkeypatch.setattr(logps, "_logits", recorded)
+    chunk(5 * V)
+    values_and_gradients(logps.fused, *case())
+    assert len(made) == 16  # 8 chunks, forward and backward
+    assert max(made) <= 1  # the loop variable still holds the one before

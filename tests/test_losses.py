@@ -1,0 +1,331 @@
+"""Every loss as a plain function of four vectors: hand-computed values, gradients, and what all losses must keep.
+
+`loss_of` gives a loss a `self` that offers only `config.loss`. A loss that reads anything else fails here. The generic
+tests run on each file of config/loss/, so a new loss is held to them by being there.
+"""
+
+import glob
+import math
+import os
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+import trainers
+from helpers import CONFIG_DIR
+from trainers import CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, SLiCTrainer
+
+
+def loss_of(trainer, /, **hyper):
+    """The loss as a plain function: `self` offers only what a loss may use."""
+    stub = SimpleNamespace(config=SimpleNamespace(loss=SimpleNamespace(**hyper)))
+    return partial(trainer.loss, stub)
+
+
+def vector(*values: float, grad: bool = False) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, requires_grad=grad)
+
+
+def close(actual, expected, **kwargs) -> None:
+    expected = expected if isinstance(expected, torch.Tensor) else vector(*expected)
+    torch.testing.assert_close(actual, expected, **kwargs)
+
+
+#### EVERY LOSS
+
+
+def yaml_losses() -> dict[str, dict]:
+    """The files of config/loss/ whose trainer has a loss of four vectors."""
+    found = {}
+    for path in sorted(glob.glob(f"{CONFIG_DIR}/loss/*.yaml")):
+        with open(path) as file:
+            settings = yaml.safe_load(file)
+        if getattr(trainers, settings["trainer"]).loss is not trainers.BasicTrainer.loss:
+            found[os.path.splitext(os.path.basename(path))[0]] = settings
+    return found
+
+
+LOSSES = yaml_losses()
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def settings_of(name: str):
+    settings = LOSSES[name]
+    trainer = getattr(trainers, settings["trainer"])
+    return loss_of(trainer, **settings), trainer.data_format, settings["use_reference_model"]
+
+
+def arguments(
+    data_format: str, with_reference: bool, n_chosen: int, n_rejected: int, scale: float = 5.0, seed: int = 0
+):
+    """Four vectors of the lengths that a batch of this format has: as many rejected as chosen in pairs, none in SFT."""
+    n_rejected = {"paired": n_chosen, "sft": 0}.get(data_format, n_rejected)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [scale * torch.randn(n, generator=generator) - 20 for n in (n_chosen, n_rejected) * 2]
+    policy = [part.requires_grad_() for part in drawn[:2]]
+    return [*policy, *(drawn[2:] if with_reference else (None, None))]
+
+
+def test_the_five_losses_are_found():
+    assert {"sft", "dpo", "cdpo", "kto", "slic"} <= set(LOSSES)
+
+
+@every_loss
+@pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (4, 0), (0, 4)], ids=str)
+def test_lengths_dtypes_and_detached_rewards(name, sizes):
+    """(losses, chosen_rewards, rejected_rewards): one reward per response, one loss per pair or per response."""
+    loss, data_format, with_reference = settings_of(name)
+    args = arguments(data_format, with_reference, *sizes)
+    n_chosen, n_rejected = len(args[0]), len(args[1])
+    losses, chosen_rewards, rejected_rewards = loss(*args)
+    n_losses = n_chosen if data_format in ("paired", "sft") else n_chosen + n_rejected
+    assert losses.shape == (n_losses,) and chosen_rewards.shape == (n_chosen,)
+    assert rejected_rewards.shape == (n_rejected,)
+    assert {losses.dtype, chosen_rewards.dtype, rejected_rewards.dtype} == {torch.float32}
+    assert losses.requires_grad and not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [1e-3, 5.0, 1e4])
+@pytest.mark.parametrize("sizes", [(5, 3), (4, 0), (0, 4)], ids=str)
+def test_finite_values_and_gradients(name, scale, sizes):
+    """Also with an empty half, where a mean would be NaN, and with log-ratios of 10,000 nats, where exp overflows."""
+    loss, data_format, with_reference = settings_of(name)
+    args = arguments(data_format, with_reference, *sizes, scale=scale)
+    results = loss(*args)
+    assert all(part.isfinite().all() for part in results)
+    results[0].sum().backward()
+    for part in args[:2]:
+        assert part.grad is None or part.grad.isfinite().all()
+
+
+@every_loss
+def test_pure_function_of_its_arguments(name):
+    """The same arguments give the same result, and are left as they were."""
+    loss, data_format, with_reference = settings_of(name)
+    args = arguments(data_format, with_reference, 6, 4)
+    before = [None if part is None else part.detach().clone() for part in args]
+    first, second = loss(*args), loss(*args)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    for part, old in zip(args, before, strict=True):
+        assert part is None or torch.equal(part, old)
+
+
+@every_loss
+def test_order_of_the_batch_does_not_matter(name):
+    """A permuted batch has the permuted rewards, and the same mean loss."""
+    loss, data_format, with_reference = settings_of(name)
+    args = arguments(data_format, with_reference, 6, 6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    permuted = [part if part is None or not len(part) else part[order] for part in args]
+    losses, chosen_rewards, rejected_rewards = loss(*args)
+    p_losses, p_chosen_rewards, p_rejected_rewards = loss(*permuted)
+    close(p_losses.mean(), losses.mean())
+    close(p_chosen_rewards, chosen_rewards[order])
+    close(p_rejected_rewards, rejected_rewards[order] if len(rejected_rewards) else rejected_rewards)
+
+
+#### SFT
+
+
+def test_sft_is_the_negative_log_likelihood():
+    """-pc, so that each log-prob has the gradient -1; the rewards are the policy's log-probs."""
+    logps = vector(-3, -5, grad=True)
+    losses, chosen_rewards, rejected_rewards = loss_of(SFTTrainer)(logps, vector(), None, None)
+    close(losses, (3, 5))
+    close(chosen_rewards, (-3, -5))
+    assert rejected_rewards.shape == (0,)
+    losses.sum().backward()
+    close(logps.grad, (-1, -1))
+
+
+#### DPO AND cDPO
+
+# Log-ratios 2 and -2 at beta 0.5: h = 0.5 * (2 - (-2)) = 2.
+H2 = (-1.0, -6.0, -3.0, -4.0)
+
+
+def of_one_pair(loss, policy_chosen, policy_rejected, reference_chosen=None, reference_rejected=None):
+    """The loss of one pair, and its gradients in the policy's two log-probs."""
+    policy = [vector(policy_chosen, grad=True), vector(policy_rejected, grad=True)]
+    reference = [None if logp is None else vector(logp) for logp in (reference_chosen, reference_rejected)]
+    losses, chosen_rewards, rejected_rewards = loss(*policy, *reference)
+    losses.sum().backward()
+    return losses.item(), policy[0].grad.item(), policy[1].grad.item(), chosen_rewards.item(), rejected_rewards.item()
+
+
+def test_dpo_by_hand():
+    """h = 2: loss ln(1 + e^-2) = 0.126928; dL/dpc = -beta sigmoid(-h) = -0.5 * 0.119203; rewards beta * (2, -2)."""
+    loss, chosen_grad, rejected_grad, *rewards = of_one_pair(loss_of(DPOTrainer, beta=0.5), *H2)
+    assert loss == pytest.approx(0.126928, abs=1e-6)
+    assert chosen_grad == pytest.approx(-0.0596015, abs=1e-7)
+    assert rejected_grad == pytest.approx(+0.0596015, abs=1e-7)
+    assert rewards == [1.0, -1.0]
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 3.0])
+def test_dpo_is_ln2_when_policy_equals_reference(beta):
+    """h = 0, so -log sigmoid(0) = ln 2 for every beta."""
+    logps = torch.randn(4)
+    losses, *_ = loss_of(DPOTrainer, beta=beta)(logps, logps - 1, logps, logps - 1)
+    close(losses, torch.full((4,), math.log(2)))
+
+
+def test_dpo_far_on_the_wrong_side_is_linear():
+    """-log sigmoid(h) -> -h for h -> -inf: h = 0.1 * (-4000 - 6000) = -1000 costs 1000, its gradient is -beta."""
+    loss, chosen_grad, *_ = of_one_pair(loss_of(DPOTrainer, beta=0.1), -4000, 6000, 0, 0)
+    assert loss == pytest.approx(1000) and chosen_grad == pytest.approx(-0.1)
+
+
+def test_cdpo_by_hand():
+    """h = 2, epsilon 0.2: 0.8 * 0.126928 + 0.2 * 2.126928 = 0.526928.
+
+    dL/dh = -0.8 sigmoid(-2) + 0.2 sigmoid(2) = -0.8 * 0.119203 + 0.2 * 0.880797 = +0.080797: surer than the labels
+    are, so it is pulled back. dL/dpc = beta * dL/dh.
+    """
+    loss, chosen_grad, rejected_grad, *rewards = of_one_pair(loss_of(CDPOTrainer, beta=0.5, epsilon=0.2), *H2)
+    assert loss == pytest.approx(0.526928, abs=1e-6)
+    assert chosen_grad == pytest.approx(0.0403985, abs=1e-7)
+    assert rejected_grad == pytest.approx(-0.0403985, abs=1e-7)
+    assert rewards == [1.0, -1.0]
+
+
+def test_cdpo_is_least_where_the_margin_says_how_sure_the_labels_are():
+    """dL/dh = 0 where sigmoid(h) = 1 - epsilon: h = ln(0.8 / 0.2) = ln 4."""
+    _, chosen_grad, rejected_grad, *_ = of_one_pair(loss_of(CDPOTrainer, beta=1.0, epsilon=0.2), math.log(4), 0, 0, 0)
+    assert chosen_grad == pytest.approx(0, abs=1e-7) and rejected_grad == pytest.approx(0, abs=1e-7)
+
+
+def test_cdpo_with_epsilon_0_is_dpo():
+    args = arguments("paired", True, 16, 16)
+    for one, other in zip(
+        loss_of(CDPOTrainer, beta=0.3, epsilon=0.0)(*args), loss_of(DPOTrainer, beta=0.3)(*args), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_cdpo_is_ln2_when_policy_equals_reference():
+    """h = 0: (1 - epsilon) ln 2 + epsilon ln 2."""
+    logps = torch.randn(4)
+    losses, *_ = loss_of(CDPOTrainer, beta=0.1, epsilon=0.3)(logps, logps - 1, logps, logps - 1)
+    close(losses, torch.full((4,), math.log(2)))
+
+
+#### SLiC
+
+
+def test_slic_by_hand_inside_the_margin():
+    """pc = -4, pr = -3, beta 1: hinge 1 + 4 - 3 = 2, and 0.1 * 4: 2.4. Gradients -1 - 0.1 and +1."""
+    loss, *grads_and_rewards = of_one_pair(loss_of(SLiCTrainer, beta=1.0, lambda_coef=0.1), -4, -3)
+    assert loss == pytest.approx(2.4)
+    assert grads_and_rewards == pytest.approx([-1.1, 1.0, -4, -3])
+
+
+def test_slic_by_hand_beyond_the_margin():
+    """pc = -2, pr = -4, beta 1: the hinge max(0, 1 + 2 - 4) is 0, 0.1 * 2 remains. Gradients -0.1 and 0."""
+    loss, *grads_and_rewards = of_one_pair(loss_of(SLiCTrainer, beta=1.0, lambda_coef=0.1), -2, -4)
+    assert loss == pytest.approx(0.2)
+    assert grads_and_rewards == pytest.approx([-0.1, 0.0, -2, -4])
+
+
+#### KTO
+
+# With beta = ln 3, sigmoid(beta * x) = 3^x / (1 + 3^x): 1/2 at 0, 3/4 at 1, 9/10 at 2, 1/10 at -2.
+kto = loss_of(KTOTrainer, beta=math.log(3))
+
+
+def kto_of_logratios(chosen, rejected, loss=kto):
+    """KTO where the reference's log-probs are -7: (losses, rewards, rewards, gradient in chosen, in rejected)."""
+    policy = [(vector(*ratios) - 7).requires_grad_() for ratios in (chosen, rejected)]
+    results = loss(*policy, *(torch.full_like(part, -7) for part in policy))
+    results[0].sum().backward()
+    return *results, policy[0].grad, policy[1].grad
+
+
+def test_kto_by_hand():
+    """Chosen log-ratios 2 and 0 have mean 1 = KL_chosen, rejected 1 and 3 have mean 2 = KL_rejected.
+
+    chosen:   1 - sigmoid(ln 3 * (2 - 2)) = 0.5    1 - sigmoid(ln 3 * (0 - 2)) = 1 - 1/10 = 0.9
+    rejected: 1 - sigmoid(ln 3 * (1 - 1)) = 0.5    1 - sigmoid(ln 3 * (1 - 3)) = 0.9
+    """
+    losses, chosen_rewards, rejected_rewards, *_ = kto_of_logratios((2, 0), (1, 3))
+    close(losses, (0.5, 0.9, 0.5, 0.9))
+    close(chosen_rewards, vector(2, 0) * math.log(3))
+    close(rejected_rewards, vector(1, 3) * math.log(3))
+
+
+def test_kto_gradient_flows_through_the_kl():
+    """As above. With s' = s (1 - s): s' = 1/4 where the loss is 0.5, 9/100 where it is 0.9; sum s' = 0.34 a half.
+
+    Own term: d(chosen loss i)/d(ratio i) = -beta s'_i. Through KL_chosen, half of each ratio:
+    d(sum of rejected losses)/d(chosen ratio) = -beta * 0.34 / 2 = -0.17 beta. The rejected half has the same, positive.
+    """
+    *_, chosen_grad, rejected_grad = kto_of_logratios((2, 0), (1, 3))
+    expected = math.log(3) * vector(0.25 + 0.17, 0.09 + 0.17)
+    close(chosen_grad, -expected)
+    close(rejected_grad, expected)
+
+
+def test_kto_kl_is_clamped_at_0():
+    """Chosen ratios -1, -3 have mean -2: KL_chosen = 0. Rejected -4, 0 have mean -2: KL_rejected = 0.
+
+    chosen:   1 - sigmoid(-ln 3) = 1 - 1/4 = 3/4    1 - sigmoid(-3 ln 3) = 1 - 1/28 = 27/28
+    rejected: 1 - sigmoid(4 ln 3) = 1 - 81/82       1 - sigmoid(0) = 1/2
+    No gradient flows through a clamped KL: each response has its own term -beta s' (or +beta s') alone.
+    """
+    losses, _, _, chosen_grad, rejected_grad = kto_of_logratios((-1, -3), (-4, 0))
+    close(losses, (3 / 4, 27 / 28, 1 / 82, 1 / 2))
+    close(chosen_grad, -math.log(3) * vector(3 / 16, 27 / 28**2))
+    close(rejected_grad, math.log(3) * vector(81 / 82**2, 1 / 4))
+
+
+def test_kto_is_one_half_when_policy_equals_reference():
+    """All log-ratios and both KLs are 0: 1 - sigmoid(0)."""
+    losses, *_ = kto_of_logratios((0, 0, 0), (0,))
+    close(losses, (0.5, 0.5, 0.5, 0.5))
+
+
+def test_kto_with_an_empty_half():
+    """The KL of an empty half is 0. Chosen ratio 1 alone: 1 - 3/4; rejected ratio 1 alone: 1 - sigmoid(-ln 3) = 3/4.
+
+    sigmoid' = 3/16 in both, times beta.
+    """
+    losses, _, rejected_rewards, chosen_grad, _ = kto_of_logratios((1,), ())
+    close(losses, (0.25,))
+    close(chosen_grad, (-math.log(3) * 3 / 16,))
+    assert rejected_rewards.shape == (0,)
+    losses, chosen_rewards, _, _, rejected_grad = kto_of_logratios((), (1,))
+    close(losses, (0.75,))
+    close(rejected_grad, (math.log(3) * 3 / 16,))
+    assert chosen_rewards.shape == (0,)
+
+
+def test_kto_kl_is_that_of_the_whole_batch():
+    """Not of a slice of it: chosen ratios 4 and 0 together have KL 2, apart 4 and 0.
+
+    The rejected response (ratio 2) costs 1 - sigmoid(ln 3 * (2 - 2)) = 0.5; against 0 alone it would cost 0.9.
+    """
+    losses, *_ = kto_of_logratios((4, 0), (2,))
+    close(losses[2:], (0.5,))
+    losses, *_ = kto_of_logratios((0,), (2,))
+    close(losses[1:], (0.9,))
+
+
+#### SIGNS
+
+
+@pytest.mark.parametrize("name", ["dpo", "cdpo", "kto", "slic"])
+def test_a_step_prefers_the_chosen_response(name):
+    """At the policy that equals its reference the loss falls with every chosen log-prob, and rises with every rejected.
+
+    SLiC's hinge is active there, since the drawn margins are far below its beta of 1 nat.
+    """
+    loss, _, with_reference = settings_of(name)
+    policy = [torch.linspace(-9.2, -9.0, 5).requires_grad_(), torch.linspace(-9.1, -9.0, 5).requires_grad_()]
+    reference = [part.detach().clone() for part in policy] if with_reference else [None, None]
+    loss(*policy, *reference)[0].mean().backward()
+    assert (policy[0].grad < 0).all() and (policy[1].grad > 0).all()
