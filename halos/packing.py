@@ -62,16 +62,22 @@ class Layout:
     def to(self, device: torch.device | str) -> "Layout":
         return self if torch.device(device) == self.device else Layout(self.segments, device)
 
-    # What a variable-length kernel needs, made once per pack and not once per layer.
+    # Derived once per pack, and not once per layer.
+    @cached_property
+    def q_lengths(self) -> list[int]:
+        return [end - start for start, end, _, _ in self.segments]
+
+    @cached_property
+    def k_lengths(self) -> list[int]:
+        return [end - start + pe - ps for start, end, ps, pe in self.segments]
+
     @cached_property
     def cu_seq_q(self) -> torch.Tensor:
-        ends = [0] + [end for _, end, _, _ in self.segments]
-        return torch.tensor(ends, dtype=torch.int32, device=self.device)
+        return self._cumulative(self.q_lengths)
 
     @cached_property
     def cu_seq_k(self) -> torch.Tensor:
-        lengths = [0] + [end - start + pe - ps for start, end, ps, pe in self.segments]
-        return torch.tensor(np.cumsum(lengths), dtype=torch.int32, device=self.device)
+        return self._cumulative(self.k_lengths)
 
     @cached_property
     def key_index(self) -> torch.Tensor:
@@ -79,13 +85,8 @@ class Layout:
         parts = [np.arange(*span) for start, end, ps, pe in self.segments for span in ((ps, pe), (start, end))]
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
-    @cached_property
-    def max_q(self) -> int:
-        return max(end - start for start, end, _, _ in self.segments)
-
-    @cached_property
-    def max_k(self) -> int:
-        return max(end - start + pe - ps for start, end, ps, pe in self.segments)
+    def _cumulative(self, lengths: list[int]) -> torch.Tensor:
+        return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=self.device)
 
 
 def pack(examples: list[TokenizedExample]) -> Inputs:
@@ -210,14 +211,11 @@ def _segment_by_segment(query, key, value, layout, scaling, sliding_window, soft
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = []
-    for start, end, prefix_start, prefix_end in layout.segments:
-        k, v = key[:, :, start:end], value[:, :, start:end]
-        if prefix_end > prefix_start:
-            k = torch.cat((key[:, :, prefix_start:prefix_end], k), dim=2)
-            v = torch.cat((value[:, :, prefix_start:prefix_end], v), dim=2)
-        out.append(_causal(query[:, :, start:end], k, v, scaling, sliding_window, softcap))
-    return torch.cat(out, dim=2)
+    # Gathered and split at once: the backward of a slice per segment would fill a tensor of full size for each.
+    queries = query.split(layout.q_lengths, dim=2)
+    keys, values = (x.index_select(2, layout.key_index).split(layout.k_lengths, dim=2) for x in (key, value))
+    parts = zip(queries, keys, values, strict=True)
+    return torch.cat([_causal(q, k, v, scaling, sliding_window, softcap) for q, k, v in parts], dim=2)
 
 
 def _causal(query, key, value, scaling, sliding_window, softcap) -> torch.Tensor:
@@ -244,7 +242,7 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
     q_THD = query[0].transpose(0, 1)
     k_THD, v_THD = (x[0].transpose(0, 1).index_select(0, layout.key_index) for x in (key, value))
     left = -1 if sliding_window is None else sliding_window - 1
-    lengths = (layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k)
+    lengths = (layout.cu_seq_q, layout.cu_seq_k, max(layout.q_lengths), max(layout.k_lengths))
     if softcap is not None:
         from flash_attn import flash_attn_varlen_func
 

@@ -1,0 +1,38 @@
+# make demo: everything from nothing, then a small SFT and KTO run with a table of what they reached.
+# make test: everything from nothing, then the tests. Both install into $(VENV), once.
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED = $(VENV)/.installed
+RUN = $(VENV)/bin/python
+
+LOSS ?= kto
+SEED ?= 1
+
+.PHONY: demo test test-slow lint check clean
+
+demo: $(INSTALLED)
+	$(RUN) scripts/demo.py --loss $(LOSS) --seed $(SEED) $(ARGS)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV)
+
+# torch first and by exact version: resolved together with the rest it may come as another build, of gigabytes.
+$(INSTALLED): requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(VENV)/bin/pip install --quiet -r requirements.lock
+	touch $@
