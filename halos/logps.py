@@ -1,7 +1,7 @@
 """Per-token log-probs of the targets from hidden states: a plain reference and a fused version, one signature.
 
-Both return float32. `fused` takes the tokens in chunks and recomputes each chunk's logits in the backward pass, so that
-nothing of size (tokens x vocabulary) outlives a chunk. The matrix products run in the dtype of `hidden` and `weight`,
+Both return float32. `fused` takes the tokens in chunks and recomputes a chunk's logits in the backward pass, all but the
+last one's, so that no more than one chunk of logits is kept, and a batch of one chunk recomputes nothing. The matrix products run in the dtype of `hidden` and `weight`,
 everything from the log-sum-exp on in float32.
 
 Shapes: N targets, d hidden size, V vocabulary.
@@ -9,8 +9,8 @@ Shapes: N targets, d hidden size, V vocabulary.
 
 import torch
 
-# Logits of one chunk, in elements: 512 MiB of float32. At V = 32k that is 4096 tokens, enough to fill a GPU.
-CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**24}
+# Logits of one chunk, in elements. On a GPU 512 MiB of float32: at V = 32k that is 4096 tokens, enough to fill it.
+CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**25}
 
 
 def plain(
@@ -54,12 +54,15 @@ class _FusedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, bias, softcap):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         lse = torch.empty_like(logps)
+        logits = None
         for rows in _chunks(hidden, weight):
+            del logits  # or two chunks would be alive while the next one is made
             logits = _logits(hidden[rows], weight, bias, softcap)
             lse[rows] = logits.logsumexp(-1)
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
         ctx.softcap = softcap
+        ctx.last_logits = logits
         return logps
 
     @staticmethod
@@ -70,8 +73,10 @@ class _FusedLogps(torch.autograd.Function):
         # Summed over chunks in float32: a bfloat16 sum would round once per chunk.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, bias, ctx.softcap)
+        for rows in reversed(_chunks(hidden, weight)):
+            logits, ctx.last_logits = ctx.last_logits, None
+            if logits is None:
+                logits = _logits(hidden[rows], weight, bias, ctx.softcap)
             grad = logits.sub(lse[rows, None]).exp_().neg_()
             grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
             grad *= upstream[rows, None]
@@ -95,7 +100,8 @@ class _FusedLogps(torch.autograd.Function):
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
     """Equal slices of the rows of `hidden`, each with at most CHUNK_ELEMENTS logits."""
     n = len(hidden)
-    most = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    elements = CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
+    most = max(1, elements // len(weight))
     size = -(-n // max(1, -(-n // most)))
     return [slice(start, min(start + size, n)) for start in range(0, n, max(1, size))]
 
