@@ -5,28 +5,24 @@ random weights; `model.load_from` replaces them: a `policy.pt` of this project, 
 a hub name.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
-import numpy as np
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from halos import checkpoint, logps, sharding
+from halos import checkpoint, logps, packing_check, sharding
 from halos.errors import UserError
 from halos.packing import ATTENTION, Inputs, pack, pad
 from halos.tokens import TokenizedExample
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# What "the same log-probs" means: relative in float32; in bfloat16, times the error of padded bfloat16 itself.
-FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-5, 2.0
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
@@ -50,7 +46,7 @@ class PolicyModel(nn.Module):
         self.packs = False
         self.plain_attention = lm.config._attn_implementation
         self.description = ""  # how it runs, for people
-        self.export_dtype = lm.dtype
+        self.export_dtype: torch.dtype = lm.dtype
 
     @property
     def vocab_size(self) -> int:
@@ -123,13 +119,15 @@ def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.devic
     base_dtype = load_config(config).dtype  # of the checkpoint; loading replaces it in the model's own config
     lm = load_lm(config, getattr(torch, config.model.policy_dtype), policy_pt=policy_pt)
     policy = build(config, lm, tokenizer, device)
-    export_dtype = config.model.export_dtype
-    policy.export_dtype = getattr(torch, export_dtype) if export_dtype else base_dtype or policy.lm.dtype
+    export_dtype = config.model.export_dtype or base_dtype
+    if export_dtype:
+        policy.export_dtype = getattr(torch, str(export_dtype).removeprefix("torch."))
     dtype = compute_dtype(config, device)
-    packs, reason = choose_packing(policy, config.model.packing, dtype)
+    float32 = packing_check.in_float32(policy)  # before the weights are sharded
+    sharding.prepare_policy(policy, dtype, config.model.activation_checkpointing, config.model.block_name)
+    packs, reason = packing_check.choose(policy, config.model.packing, dtype, float32)
     policy.use_packing(packs)
     policy.description = f"{'packed' if packs else 'padded, not packed'} ({reason}), computing in {dtype}"
-    sharding.prepare_policy(policy, dtype, config.model.activation_checkpointing, config.model.block_name)
     return policy, load_reference(config, tokenizer, device, packs) if config.loss.use_reference_model else None
 
 
@@ -257,14 +255,7 @@ def _random_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> Pr
     """Random weights that depend on the seed alone, drawn in float32 and then rounded."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return cast_weights(AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32), dtype)
-
-
-def cast_weights(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast the parameters. `lm.to(dtype)` would round the buffers too, rotary frequencies among them."""
-    for parameter in lm.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return lm
+        return packing_check.cast_weights(AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32), dtype)
 
 
 def _meta_lm(lm_config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -306,72 +297,3 @@ def _loading(key: str, name: str):
             f"{key}={name} cannot be loaded ({reason}); give a hub name that this machine can reach, "
             f"or a local directory with {key}=DIR"
         ) from error
-
-
-#### IS PACKING EXACT FOR THIS MODEL?
-
-
-def choose_packing(policy: PolicyModel, packing: str | bool, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether to pack, and the reason in one line. `packing`: auto, true (a disagreement is an error), or false.
-
-    Packed and padded log-probs of a few short sequences are compared on this very model. In float32 they must agree to
-    1e-5 relative; in bfloat16 packed may differ from padded float32 at most twice as much as padded bfloat16 does.
-    """
-    if packing in (False, "false"):
-        return False, "model.packing=false"
-    try:
-        error, allowed = packing_error(policy, dtype)
-    # Whatever an unknown model raises here is the answer to the question, not a failure of the run.
-    except Exception as problem:  # noqa: BLE001
-        agrees, reason = False, f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-    else:
-        agrees = error <= allowed
-        reason = f"packed and padded log-probs differ by {error:.1e}, allowed {allowed:.1e}"
-    if not agrees and packing in (True, "true"):
-        raise UserError(f"model.packing=true, but this model cannot be packed ({reason}); use model.packing=auto")
-    return agrees, reason
-
-
-@torch.no_grad()
-def packing_error(policy: PolicyModel, dtype: torch.dtype) -> tuple[float, float]:
-    """The largest difference between packed and padded log-probs, and what is allowed."""
-    examples = probe_examples(policy.vocab_size)
-    device = next(policy.lm.parameters()).device
-    was_training = policy.training
-    policy.eval()
-    stored = policy.lm.dtype
-
-    def logps_of(packs: bool, precision: torch.dtype) -> torch.Tensor:
-        policy.use_packing(packs)
-        half = precision != torch.float32
-        with torch.autocast(device.type, precision) if half else nullcontext():
-            return policy(policy.inputs(examples)).double()
-
-    try:
-        cast_weights(policy.lm, torch.float32)  # exact, and undone exactly: bfloat16 values are float32 values
-        oracle = logps_of(False, torch.float32)
-        allowed = FLOAT32_TOLERANCE * oracle.abs().max()
-        if dtype != torch.float32:
-            allowed = BFLOAT16_FACTOR * (logps_of(False, dtype) - oracle).abs().max()
-        error = (logps_of(True, dtype) - oracle).abs().max()
-    finally:
-        cast_weights(policy.lm, stored)
-        policy.use_packing(False)
-        policy.train(was_training)
-    return float(error), float(allowed)
-
-
-def probe_examples(vocab_size: int) -> list[TokenizedExample]:
-    """A pair, a single response, and three responses of one prompt, one of a single token, in seeded random tokens."""
-    rng = np.random.default_rng(0)
-    shapes = [(9, (7, 12)), (5, (6,)), (17, (1, 8, 30))]
-    examples = []
-    for prompt, responses in shapes:
-        ids = [rng.integers(0, vocab_size, n).astype(np.int32) for n in (prompt, *responses)]
-        examples.append(TokenizedExample(ids[0], tuple(ids[1:]), (True,) * len(responses)))
-    return examples
-
-
-def quiet_transformers() -> None:
-    """Load reports and advice that our own one-line messages replace."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -72,7 +72,7 @@ def sample(
     seed: int,
     description: str = "sampling",
 ) -> list[str]:
-    """One response text per prompt, in the prompts' order; it ends at EOS or where prompt and response reach max_length.
+    """One response per prompt, in the prompts' order, up to EOS or to where prompt and response reach max_length.
 
     prompts: (n,) ids each, with BOS, shorter than max_length
     """

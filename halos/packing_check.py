@@ -1,0 +1,102 @@
+"""Is packing exact for this model? Checked at the start of every run, on the model itself, and never assumed.
+
+Packed log-probs of a few short sequences are compared with the plain padded forward of the same model: in float32,
+where they must agree to 1e-5 relative (a model that reads a pack in a way of its own shows it there); then in the dtype
+that it will compute in, with the kernels that it will use, where packed may differ from padded float32 at most twice as
+much as padded does. A model that disagrees, or cannot read a pack at all, is run on padded batches.
+"""
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from halos.errors import UserError
+from halos.tokens import TokenizedExample
+
+FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-5, 2.0
+
+
+def choose(
+    policy, packing: str | bool, dtype: torch.dtype, float32: tuple[torch.Tensor, torch.Tensor | str]
+) -> tuple[bool, str]:
+    """Whether to pack, and the reason in one line.
+
+    policy: a `models.PolicyModel`, prepared to compute in `dtype`
+    packing: auto, true (a disagreement is an error), or false
+    float32: `in_float32(policy)`, from before the policy was prepared
+    """
+    if packing in (False, "false"):
+        return False, "model.packing=false"
+    agrees, reason = _verdict(policy, dtype, *float32)
+    if not agrees and packing in (True, "true"):
+        raise UserError(f"model.packing=true, but this model cannot be packed ({reason}); use model.packing=auto")
+    return agrees, reason
+
+
+def _verdict(policy, dtype: torch.dtype, oracle: torch.Tensor, packed: torch.Tensor | str) -> tuple[bool, str]:
+    if isinstance(packed, str):
+        return False, packed
+    error, allowed = _largest(packed - oracle), FLOAT32_TOLERANCE * _largest(oracle)
+    if dtype != torch.float32 and error <= allowed:
+        packed = _packed_logps(policy)
+        if isinstance(packed, str):
+            return False, packed
+        allowed = BFLOAT16_FACTOR * _largest(probe_logps(policy, packs=False) - oracle)
+        error = _largest(packed - oracle)
+    return error <= allowed, f"packed and padded log-probs differ by {error:.1e}, allowed {allowed:.1e}"
+
+
+def in_float32(policy) -> tuple[torch.Tensor, torch.Tensor | str]:
+    """Padded and packed log-probs of the probe in float32; in place of the packed ones, what the model raised.
+
+    The weights are as they were afterwards: float32 holds every bfloat16 value.
+    """
+    stored = policy.lm.dtype
+    cast_weights(policy.lm, torch.float32)
+    try:
+        return probe_logps(policy, packs=False), _packed_logps(policy)
+    finally:
+        cast_weights(policy.lm, stored)
+
+
+def _packed_logps(policy) -> torch.Tensor | str:
+    try:
+        return probe_logps(policy, packs=True)
+    # Whatever an unknown model raises here is the answer to the question, not a failure of the run.
+    except Exception as problem:
+        return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+
+
+def _largest(values: torch.Tensor) -> float:
+    return values.abs().max().item()
+
+
+@torch.no_grad()
+def probe_logps(policy, packs: bool) -> torch.Tensor:
+    """(n_targets,) float64 log-probs of the probe; the policy is left as it was."""
+    before = policy.packs, policy.training
+    policy.use_packing(packs)
+    policy.eval()
+    try:
+        return policy(policy.inputs(probe_examples(policy.vocab_size))).double()
+    finally:
+        policy.use_packing(before[0])
+        policy.train(before[1])
+
+
+def probe_examples(vocab_size: int) -> list[TokenizedExample]:
+    """A pair, a single response, and three responses of one prompt, one of a single token, in seeded random tokens."""
+    rng = np.random.default_rng(0)
+    shapes = [(9, (7, 12)), (5, (6,)), (17, (1, 8, 30))]
+    examples = []
+    for prompt, responses in shapes:
+        ids = [rng.integers(0, vocab_size, n).astype(np.int32) for n in (prompt, *responses)]
+        examples.append(TokenizedExample(ids[0], tuple(ids[1:]), (True,) * len(responses)))
+    return examples
+
+
+def cast_weights(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the parameters. `lm.to(dtype)` would round the buffers too, rotary frequencies among them."""
+    for parameter in lm.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return lm
