@@ -168,13 +168,14 @@ def test_bfloat16_inputs_against_the_truth(chunk, softcap):
 def test_bfloat16_sum_over_a_long_response():
     """512 tokens of about -8 nats: the summed log-prob, near -4000, is off by less than 0.005 nat for the same inputs.
 
-    A bfloat16 sum there would move in steps of 16 nats.
+    The plain function rounds its logits, of size 2, to bfloat16 (2^-9 of them, 0.003): sqrt(512) of those are 0.07 nat.
+    A bfloat16 sum would move in steps of 16 nats.
     """
     hidden, weight, targets, *_ = case(n=512, d=32, v=1000, dtype=torch.bfloat16)
     truth = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None]).sum()
     assert truth < -3500
     assert abs(logps.fused(hidden, weight, targets).sum().double() - truth) < 0.005
-    assert abs(logps.plain(hidden, weight, targets).sum().double() - truth) < 0.05
+    assert abs(logps.plain(hidden, weight, targets).sum().double() - truth) < 0.25
 
 
 class Largest(TorchDispatchMode):

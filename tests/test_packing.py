@@ -444,8 +444,9 @@ def test_bfloat16_does_not_accept_what_float32_refuses():
 
 
 def test_bfloat16_close_to_float32_over_a_long_response():
-    """512 random tokens after one prompt, computed in bfloat16 on a model that is sure of nothing (ln 97 = 4.6 nats a
-    token): 0.05 nat for the whole response, since what is summed is float32 and its errors have random signs."""
+    """512 random tokens after one prompt, computed in bfloat16 throughout, at ln 97 = 4.6 nats a token: each is off by
+    about 0.013 nat, and errors of random sign sum to sqrt(512) times that, 0.3 nat, where a systematic one would sum to
+    512 times, 7 nats. Four times 0.3 is allowed."""
     policy = tiny_policy("llama", packs=True, max_position_embeddings=1024, initializer_range=0.02).eval()
     ids = torch.randint(VOCAB, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     inputs = policy.inputs([example([1, 2, 3], ids)])
@@ -455,4 +456,6 @@ def test_bfloat16_close_to_float32_over_a_long_response():
         half = policy(inputs)
     assert half.dtype == torch.float32
     assert truth.sum() < -512 * 4.5
-    assert abs(float((half - truth).double().sum())) < 0.05
+    error = (half - truth).double()
+    assert error.square().mean().sqrt() < 0.03
+    assert error.sum().abs() < 1.2

@@ -214,7 +214,6 @@ def test_training_starts_at_a_logratio_of_exactly_0(tmp_path, packing, precision
     is ln 2 and every reward 0."""
     words = (f"model.fsdp_policy_mp={precision}", f"model.packing={packing}", f"model.max_tokens_per_forward={limit}")
     trainer = make_trainer(tmp_path, "dpo", *words)
-    assert trainer.policy.lm.dtype == torch.float32
     assert trainer.reference_model.lm.dtype == getattr(torch, precision)
     outcome = trainer.forward_backward(trainer.train_loader.batches[0])
     assert not outcome.chosen_rewards.any() and not outcome.rejected_rewards.any()
@@ -228,6 +227,35 @@ def test_bfloat16_compute_moves_float32_weights_the_same_way(tmp_path):
     half, _ = trained(tmp_path / "bfloat16", "sft", "model.fsdp_policy_mp=bfloat16")
     assert way.norm() > 1e-3
     assert (half - way).norm() < 0.05 * way.norm()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the packing check leaves the root gathered, and make_optimizer() takes its bfloat16 copies"
+)
+def test_every_weight_trains_in_bfloat16_compute(tmp_path):
+    """A whole run, from the command's loading to LATEST: each weight has moved, and as it does in float32.
+
+    FSDP leaves the embeddings, the last norm and the head gathered, in bfloat16, after a forward without a backward. An
+    optimizer that is made then holds those copies, and the weights behind them never move.
+    """
+    ways = []
+    for precision in ("float32", "bfloat16"):
+        trainer = make_trainer(tmp_path / precision, "sft", f"model.fsdp_policy_mp={precision}", "do_first_eval=true")
+        start = models.load_lm(trainer.config, torch.float32).state_dict()
+        trainer.train()
+        saved = checkpoint.load_state(str(tmp_path / precision / "run/LATEST/policy.pt"))
+        assert [name for name in start if torch.equal(start[name], saved[name])] == []
+        ways.append(moved(start, saved))
+    assert (ways[0] - ways[1]).norm() < 0.05 * ways[0].norm()
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_forward_leaves_the_float32_weights_as_they_were(tmp_path, packing):
+    """Bit by bit, in what is saved after an evaluation in bfloat16: not its rounded copies."""
+    trainer = make_trainer(tmp_path, "sft", "model.fsdp_policy_mp=bfloat16", f"model.packing={packing}")
+    start = models.load_lm(trainer.config, torch.float32).state_dict()
+    trainer.evaluate()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in state_of(trainer).items())
 
 
 def test_average_log_prob(tmp_path):
