@@ -6,8 +6,9 @@ material, and a function that solves it. The same templates write a prompt and p
 entry there (and a pattern in FIELDS for a new kind of field).
 
 The people are imperfect on purpose, so that alignment has something to repair: SFT imitates a response that is right
-about two times in three, while the preferred response of a pair is better than the other one, and right six times in
-seven.
+about two times in three, while the preferred response of a pair is better than the other one, and right nine times in
+ten. The tasks are small enough for a model of two million parameters to learn in a minute or two: most are about the
+order of the letters of a word or the digits of a list, which stand at the end of the prompt.
 """
 
 import re
@@ -17,29 +18,16 @@ from dataclasses import dataclass
 from random import Random
 from string import Formatter
 
-N_PROMPTS = {"train": 20_000, "test": 2_048}
+N_PROMPTS = {"train": 24_000, "test": 2_048}
 TEST_SHARE = 8  # one question in 8 belongs to the test split, whatever the seed
 
-P_ANSWERED = 0.93  # that somebody answered the prompt rightly
-P_IMITATED = 0.68  # that SFT imitates a right response where there is one
-P_HISTORY = 0.12  # that a prompt has earlier turns about something else
+P_ANSWERED = 0.95  # that somebody answered the prompt rightly
+P_IMITATED = 0.70  # that SFT imitates a right response where there is one
 P_SECOND_BEST = 0.25  # that two responses are compared of which neither is the best
+P_HISTORY = 0.05  # that a prompt has earlier turns about something else
 
-LEAD_INS = (
-    "",
-    "",
-    "",
-    "The answer is ",
-    "Sure: ",
-)  # how a response may open; "" is the most common
+LEAD_INS = ("", "", "", "", "The answer is ", "Sure: ")  # how a response may open, mostly without a lead-in
 ENDINGS = ("", "", ".")
-
-ANIMALS = "ant bear cat cow dog duck fox frog goat hen horse lion mouse owl pig sheep wolf zebra".split()
-FRUITS = "apple cherry fig grape lemon lime mango melon orange papaya peach pear plum quince".split()
-TOOLS = "axe brush drill file hammer knife ladder needle pliers rake saw shovel spoon wrench".split()
-NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Noor Olga Pia Ravi Sam Tess Uma".split()
-KINDS = {"animals": ANIMALS, "fruits": FRUITS, "tools": TOOLS}
-
 REFUSALS = (
     "I am not sure.",
     "Sorry, I cannot do that.",
@@ -49,49 +37,34 @@ REFUSALS = (
 )
 RAMBLINGS = (
     "I hope that this helps!",
-    "Let me know if you have any more questions, and I will be happy to help you again.",
-    "But then again, I may be wrong, because this was a difficult question for me.",
+    "Let me know if you have any more questions.",
+    "But then again, I may be wrong.",
     "This is a very interesting question, and many people have asked it before you.",
 )
 
 
-# ---- The material: words in capitals, small numbers, lists, tables
+# ---- The material: a word in capitals (KAMI), a list of digits (7, 2, 9), a table of prices (fig 3, pear 8)
+
+CONSONANTS, VOWELS = "BDKLMNPRST", "AEIOU"
+THINGS = "apple axe bear brush cat cow dog drill fig fox frog hen lemon lion owl pear pig plum saw wolf".split()
+NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana".split()
 
 
 def draw_word(rng: Random) -> str:
-    """A word that can be pronounced, of 3 to 7 capitals: MIKA, LODUN."""
-    length = rng.choice((3, 4, 4, 5, 5, 6, 7))
+    """3 to 6 capitals that can be pronounced: MIKA, LODUN."""
     start = rng.random() < 0.8
-    return "".join(rng.choice("BDKLMNPRST") if (i % 2 == 0) == start else rng.choice("AEIOU") for i in range(length))
+    return "".join(
+        rng.choice(CONSONANTS if (place % 2 == 0) == start else VOWELS)
+        for place in range(rng.choice((3, 3, 4, 4, 4, 5, 6)))
+    )
 
 
-def draw_numbers(rng: Random) -> str:
-    return ", ".join(map(str, rng.sample(range(1, 100), rng.choice((3, 3, 4, 4, 5, 6)))))
+def draw_digits(rng: Random) -> str:
+    return ", ".join(rng.sample("123456789", rng.choice((3, 3, 4, 4, 5, 6))))
 
 
-def draw_table(rng: Random) -> dict[str, str]:
-    items = rng.sample(rng.choice((ANIMALS, FRUITS, TOOLS)), rng.choice((2, 3, 3, 4, 5, 6, 8, 10)))
-    prices = rng.sample(range(1, 100), len(items))
-    table = ", ".join(f"{item} {price}" for item, price in zip(items, prices, strict=True))
-    return {"table": table, "item": rng.choice(items)}
-
-
-def draw_mixture(rng: Random) -> dict[str, str]:
-    """A list of two kinds of things, with the kind to be picked out of it."""
-    kind, other = rng.sample(sorted(KINDS), 2)
-    things = rng.sample(KINDS[kind], rng.choice((1, 2, 2, 3, 4))) + rng.sample(KINDS[other], rng.choice((1, 2, 3, 4)))
-    rng.shuffle(things)
-    return {"things": ", ".join(things), "kind": kind}
-
-
-def draw_substitution(rng: Random) -> dict[str, str]:
-    word = draw_word(rng)
-    old = rng.choice(word)
-    return {
-        "word": word,
-        "old": old,
-        "new": rng.choice([letter for letter in "AEIOUXZ" if letter != old]),
-    }
+def draw_word_or_digits(rng: Random) -> dict[str, str]:
+    return {"items": draw_word(rng) if rng.random() < 0.6 else draw_digits(rng)}
 
 
 def draw_letter(rng: Random) -> dict[str, str]:
@@ -100,26 +73,39 @@ def draw_letter(rng: Random) -> dict[str, str]:
 
 
 def draw_sum(rng: Random) -> dict[str, str]:
-    return {
-        "name": rng.choice(NAMES),
-        "a": str(rng.randint(1, 50)),
-        "b": str(rng.randint(1, 9)),
-    }
+    return {"name": rng.choice(NAMES), "a": str(rng.randint(1, 50)), "b": str(rng.randint(1, 9))}
 
 
 def draw_span(rng: Random) -> dict[str, str]:
     first = rng.randint(1, 60)
-    return {"a": str(first), "b": str(first + rng.choice((2, 3, 4, 5, 6, 8, 10, 14)))}
+    return {"a": str(first), "b": str(first + rng.choice((2, 3, 3, 4, 5, 8, 12)))}
 
 
-def in_order(text: str, descending: bool = False) -> str:
-    """The letters of a word, or the numbers of a list, in order."""
-    if "," in text:
-        return ", ".join(sorted(text.split(", "), key=int, reverse=descending))
-    return "".join(sorted(text, reverse=descending))
+def draw_table(rng: Random) -> dict[str, str]:
+    things = rng.sample(THINGS, rng.choice((2, 2, 3, 3, 4, 6, 9)))
+    prices = rng.sample("123456789", len(things))
+    return {"table": ", ".join(map(" ".join, zip(things, prices, strict=True))), "thing": rng.choice(things)}
 
 
-def entries(table: str) -> dict[str, str]:
+def parts_of(items: str) -> list[str]:
+    """The letters of a word, or the digits of a list."""
+    return items.split(", ") if "," in items else list(items)
+
+
+def arrange(items: str, order: Callable[[list[str]], list[str]]) -> str:
+    """The items in another order, written as they were."""
+    return (", " if "," in items else "").join(order(parts_of(items)))
+
+
+def backwards(items: str) -> str:
+    return arrange(items, lambda parts: parts[::-1])
+
+
+def in_order(items: str) -> str:
+    return arrange(items, sorted)
+
+
+def price_list(table: str) -> dict[str, str]:
     return dict(entry.split(" ") for entry in table.split(", "))
 
 
@@ -130,6 +116,7 @@ def entries(table: str) -> dict[str, str]:
 class Task:
     """`answer` and `decoys` take the drawn fields by name; decoys answer another question about the same material."""
 
+    share: int  # of the prompts, in relation to the other tasks
     templates: tuple[str, ...]
     draw: Callable[[Random], dict[str, str]]
     answer: Callable[..., str]
@@ -138,146 +125,103 @@ class Task:
 
 TASKS = {
     "reverse": Task(
-        templates=(
-            "Write {word} backwards.",
-            "Reverse the word {word}.",
-            "My word is {word}.\n\nAssistant: Noted.\n\nHuman: Please write it backwards.",
-        ),
-        draw=lambda rng: {"word": draw_word(rng)},
-        answer=lambda word: word[::-1],
-        decoys=lambda word: [word, in_order(word), word[1:] + word[0]],
+        share=5,
+        templates=("Write backwards: {items}", "Reverse: {items}"),
+        draw=draw_word_or_digits,
+        answer=lambda items: backwards(items),
+        decoys=lambda items: [items, in_order(items), parts_of(items)[-1]],
     ),
-    "sort_letters": Task(
-        templates=(
-            "Sort the letters of {word}.",
-            "Put the letters of {word} in alphabetical order.",
-        ),
-        draw=lambda rng: {"word": draw_word(rng)},
-        answer=lambda word: in_order(word),
-        decoys=lambda word: [word, word[::-1], in_order(word, descending=True)],
+    "sort": Task(
+        share=5,
+        templates=("Sort: {items}", "Put in order: {items}"),
+        draw=draw_word_or_digits,
+        answer=lambda items: in_order(items),
+        decoys=lambda items: [items, backwards(items), backwards(in_order(items))],
     ),
-    "spell": Task(
-        templates=(
-            "Spell {word}.",
-            "How do you spell {word}? Please put dashes between the letters.",
-        ),
-        draw=lambda rng: {"word": draw_word(rng)},
-        answer=lambda word: "-".join(word),
-        decoys=lambda word: [word, word[::-1], "-".join(word[::-1]), str(len(word))],
+    "repeat": Task(
+        share=2,
+        templates=("Repeat: {items}", "Say this after me: {items}"),
+        draw=draw_word_or_digits,
+        answer=lambda items: items,
+        decoys=lambda items: [backwards(items), in_order(items), parts_of(items)[0]],
     ),
-    "substitute": Task(
-        templates=(
-            "Write {word} with {new} in place of {old}.",
-            "In {word}, replace every {old} by {new}.",
-        ),
-        draw=draw_substitution,
-        answer=lambda word, old, new: word.replace(old, new),
-        decoys=lambda word, old, new: [
-            word,
-            word.replace(old, ""),
-            new,
-            old,
-            word[::-1],
-        ],
+    "extreme": Task(
+        share=3,
+        templates=("Which number is the {extreme}? {numbers}",),
+        draw=lambda rng: {"extreme": rng.choice(("largest", "largest", "smallest")), "numbers": draw_digits(rng)},
+        answer=lambda extreme, numbers: (max if extreme == "largest" else min)(parts_of(numbers)),
+        decoys=lambda extreme, numbers: [*parts_of(numbers), numbers],
+    ),
+    "end_letter": Task(
+        share=2,
+        templates=("What is the {end} letter? {word}",),
+        draw=lambda rng: {"end": rng.choice(("first", "last")), "word": draw_word(rng)},
+        answer=lambda end, word: word[0] if end == "first" else word[-1],
+        decoys=lambda end, word: [word, *word],
+    ),
+    "length": Task(
+        share=1,
+        templates=("How many letters are here? {word}",),
+        draw=lambda rng: {"word": draw_word(rng)},
+        answer=lambda word: str(len(word)),
+        decoys=lambda word: [word, word[0], word[-1]],
     ),
     "count_letter": Task(
-        templates=(
-            "How many times does {letter} occur in {word}?",
-            "Count the letter {letter} in {word}.",
-        ),
+        share=1,
+        templates=("How many {letter} are here? {word}",),
         draw=draw_letter,
-        answer=lambda word, letter: str(word.count(letter)),
-        decoys=lambda word, letter: [str(len(word)), word, letter],
+        answer=lambda letter, word: str(word.count(letter)),
+        decoys=lambda letter, word: [str(len(word)), word, letter],
     ),
     "add": Task(
-        templates=(
-            "What is {a} + {b}?",
-            "{name} has {a} coins and finds {b} more. How many coins does {name} have now?",
-        ),
+        share=1,
+        templates=("What is {a} + {b}?", "{name} has {a} coins and finds {b} more. How many coins are they?"),
         draw=draw_sum,
         answer=lambda a, b, name="": str(int(a) + int(b)),
         decoys=lambda a, b, name="": [a, b, a + b, str(abs(int(a) - int(b)))],
     ),
-    "largest": Task(
-        templates=(
-            "Which of these numbers is the largest: {numbers}?",
-            "What is the maximum of {numbers}?",
-        ),
-        draw=lambda rng: {"numbers": draw_numbers(rng)},
-        answer=lambda numbers: in_order(numbers).split(", ")[-1],
-        decoys=lambda numbers: numbers.split(", "),
-    ),
-    "sort_numbers": Task(
-        templates=(
-            "Sort these numbers: {numbers}.",
-            "Put {numbers} in order, beginning with the smallest.",
-        ),
-        draw=lambda rng: {"numbers": draw_numbers(rng)},
-        answer=lambda numbers: in_order(numbers),
-        decoys=lambda numbers: [
-            numbers,
-            in_order(numbers, descending=True),
-            in_order(numbers).split(", ")[-1],
-        ],
-    ),
     "count_up": Task(
+        share=1,
         templates=("Count from {a} to {b}.",),
         draw=draw_span,
-        answer=lambda a, b: " ".join(map(str, range(int(a), int(b) + 1))),
-        decoys=lambda a, b: [
-            f"{a} {b}",
-            " ".join(map(str, range(int(b), int(a) - 1, -1))),
-        ],
+        answer=lambda a, b: ", ".join(map(str, range(int(a), int(b) + 1))),
+        decoys=lambda a, b: [f"{a}, {b}", ", ".join(map(str, range(int(b), int(a) - 1, -1)))],
     ),
     "price": Task(
+        share=1,
         templates=(
-            "What does the {item} cost? Here is the list of prices: {table}.",
-            "These are my prices: {table}.\n\nAssistant: I will remember them.\n\nHuman: What does the {item} cost?",
+            "My prices are: {table}. What does the {thing} cost?",
+            "My prices are: {table}.\n\nAssistant: I will remember them.\n\nHuman: What does the {thing} cost?",
         ),
         draw=draw_table,
-        answer=lambda table, item: entries(table)[item],
-        decoys=lambda table, item: [item, *entries(table).values()],
-    ),
-    "pick": Task(
-        templates=(
-            "Which of these are {kind}: {things}?",
-            "I see {things}. Tell me only the {kind}.",
-        ),
-        draw=draw_mixture,
-        answer=lambda things, kind: ", ".join(thing for thing in things.split(", ") if thing in KINDS[kind]),
-        decoys=lambda things, kind: [
-            things,
-            kind,
-            ", ".join(thing for thing in things.split(", ") if thing not in KINDS[kind]),
-        ],
+        answer=lambda table, thing: price_list(table)[thing],
+        decoys=lambda table, thing: [thing, *price_list(table).values()],
     ),
 }
+TASK_NAMES = [name for name, task in TASKS.items() for _ in range(task.share)]
 
-FIELDS = {
+FIELDS = {  # what may stand in a template's field, as a regular expression
+    "items": r"[A-Z]+|\d(?:, \d)+",
     "word": "[A-Z]+",
     "letter": "[A-Z]",
-    "old": "[A-Z]",
-    "new": "[A-Z]",
+    "numbers": r"\d(?:, \d)+",
+    "extreme": "largest|smallest",
+    "end": "first|last",
     "name": "[A-Z][a-z]+",
     "a": r"\d+",
     "b": r"\d+",
-    "numbers": r"\d+(?:, \d+)*",
-    "item": "[a-z]+",
-    "table": r"[a-z]+ \d+(?:, [a-z]+ \d+)*",
-    "things": "[a-z]+(?:, [a-z]+)*",
-    "kind": "|".join(KINDS),
+    "thing": "[a-z]+",
+    "table": r"[a-z]+ \d(?:, [a-z]+ \d)*",
 }
 
 
 def template_pattern(template: str) -> re.Pattern:
-    """The template as a regular expression: its first {field} becomes a named group, a second one the same text."""
-    pattern, seen = "", set()
-    for literal, field, *_ in Formatter().parse(template):
-        pattern += re.escape(literal)
-        if field:
-            pattern += f"(?P={field})" if field in seen else f"(?P<{field}>{FIELDS[field]})"
-            seen.add(field)
-    return re.compile(pattern)
+    """The template as a regular expression, in which each {field} is a named group."""
+    pieces = [
+        re.escape(literal) + (f"(?P<{field}>{FIELDS[field]})" if field else "")
+        for literal, field, *_ in Formatter().parse(template)
+    ]
+    return re.compile("".join(pieces))
 
 
 PATTERNS = [(task, template_pattern(template)) for task in TASKS.values() for template in task.templates]
@@ -309,7 +253,7 @@ BARE = re.compile(rf"(?:{'|'.join(filter(None, LEAD_INS))})?(.*?)\.?", re.DOTALL
 
 
 def solve(prompt: str) -> str:
-    """The right answer to the last question of a prompt, which may begin one turn earlier ("My word is ...")."""
+    """The right answer to the last question of a prompt, which may begin one turn earlier ("My prices are ...")."""
     turns = prompt.removesuffix("\n\nAssistant:").split("\n\nHuman: ")
     for n_turns in (1, 2):
         question = "\n\nHuman: ".join(turns[-n_turns:])
@@ -323,6 +267,17 @@ def solve(prompt: str) -> str:
 
 # ---- What people answer
 
+MISTAKES = {  # kind -> weight
+    "slip": 15,
+    "other question": 25,
+    "other material": 5,
+    "cut short": 15,
+    "rambling": 15,
+    "rambling wrong": 3,
+    "refusal": 15,
+    "echo": 7,
+}
+
 
 def right_response(rng: Random, answer: str) -> str:
     return f" {rng.choice(LEAD_INS)}{answer}{rng.choice(ENDINGS)}"
@@ -332,61 +287,50 @@ def wrong_response(rng: Random, task: Task, fields: dict[str, str], question: st
     """A mistake of one of many kinds. Variety matters: were all mistakes one character away from the right answer, then
     DPO would push the right answer down along with them."""
     answer = task.answer(**fields)
-    kind = rng.choices(tuple(MISTAKES), MISTAKES.values())[0]
+    kind = rng.choices(tuple(MISTAKES), tuple(MISTAKES.values()))[0]
     if kind == "refusal":
         return f" {rng.choice(REFUSALS)}"
+    if kind == "echo":
+        return f" {question}"
     if kind == "rambling":
         return f" {rng.choice(LEAD_INS)}{answer}. {rng.choice(RAMBLINGS)}"
     if kind == "rambling wrong":
         return f" {rng.choice(LEAD_INS)}{slip(rng, answer)}. {rng.choice(RAMBLINGS)}"
-    if kind == "echo":
-        return f" {question.split(': ')[-1]}"
+    if kind == "cut short":
+        start = answer[: rng.randrange(len(answer))]
+        return f" {rng.choice(LEAD_INS) if start else 'The answer is '}{start}".rstrip(" ,")
     if kind == "other question":
         return right_response(rng, rng.choice(task.decoys(**fields)))
     if kind == "other material":
-        return right_response(rng, task.answer(**task.draw(rng)))
-    if kind == "cut short":
-        start = answer[: rng.randrange(len(answer))]
-        return f" {rng.choice(LEAD_INS) if start else 'The answer is '}{start}".rstrip(" ,-")
+        return right_response(rng, task.answer(**draw_question(rng, task)[0]))
     return right_response(rng, slip(rng, answer))
 
 
-MISTAKES = {  # kind -> weight
-    "slip": 30,
-    "other question": 22,
-    "other material": 8,
-    "cut short": 12,
-    "rambling": 8,
-    "rambling wrong": 5,
-    "refusal": 10,
-    "echo": 5,
-}
-
-
 def slip(rng: Random, answer: str) -> str:
-    """The answer with a small error: a number a little off, or a unit (letter, word, number) lost, doubled, moved."""
+    """The answer with a small error: a number a little off, a letter or a digit lost, doubled, moved or replaced."""
     if answer.isdigit():
-        return str(max(0, int(answer) + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))))
-    separator = next((mark for mark in (", ", "-", " ") if mark in answer), "")
-    units = answer.split(separator) if separator else list(answer)
-    i, j = rng.randrange(len(units)), rng.randrange(len(units))
-    edit = rng.choice(("lose", "double", "move", "swap", "swap"))
-    if edit == "lose":
-        del units[i]
-    elif edit == "double":
-        units.insert(i, units[i])
-    elif edit == "move":
-        units.insert(j, units.pop(i))
+        return str(max(0, int(answer) + rng.choice((-10, -2, -1, -1, 1, 1, 2, 10))))
+    if len(answer) == 1:
+        return rng.choice(CONSONANTS + VOWELS)
+    parts = parts_of(answer)
+    i, j = rng.randrange(len(parts)), rng.randrange(len(parts))
+    edit = rng.choice(("lose", "double", "move", "replace"))
+    if edit == "double":
+        parts.insert(i, parts[i])
+    elif edit == "replace":
+        parts[i] = rng.choice(parts)
     else:
-        units[i], units[j] = units[j], units[i]
-    return separator.join(units)
+        part = parts.pop(i)
+        if edit == "move":
+            parts.insert(j, part)
+    return arrange(answer, lambda _: parts)
 
 
 # ---- The dataset
 
 
 def generate(split: str, seed: int = 0) -> list[dict]:
-    """The demo dataset, a pure function of its arguments: about N_PROMPTS[split] prompts in random order.
+    """The demo dataset, a pure function of its arguments: N_PROMPTS[split] items.
 
     Each item: `prompt`; `responses`, all different, each beginning with a space; `pairs` of indices (better, worse)
     into them, by check(); `sft_index`, the response that SFT imitates. No question of the test split is in the training
@@ -397,7 +341,8 @@ def generate(split: str, seed: int = 0) -> list[dict]:
     while len(items) < N_PROMPTS[split]:
         task = TASKS[rng.choice(TASK_NAMES)]
         fields, question = draw_question(rng, task)
-        if (zlib.crc32(question.encode()) % TEST_SHARE == 0) != (split == "test") or question in seen:
+        is_test = zlib.crc32(question.encode()) % TEST_SHARE == 0
+        if is_test != (split == "test") or question in seen:
             continue
         seen.add(question)
         prompt = f"\n\nHuman: {question}\n\nAssistant:"
@@ -407,12 +352,8 @@ def generate(split: str, seed: int = 0) -> list[dict]:
     return items
 
 
-TASK_NAMES = tuple(TASKS)
-
-
 def draw_question(rng: Random, task: Task) -> tuple[dict[str, str], str]:
     template, fields = rng.choice(task.templates), task.draw(rng)
-    fields = {name: value for name, value in fields.items() if f"{{{name}}}" in template}
     return fields, template.format(**fields)
 
 

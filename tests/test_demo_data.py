@@ -28,34 +28,30 @@ def tokenizer():
 # ---- check()
 
 QUESTIONS = [  # (turns, right answer, a plausible wrong answer)
-    (("Write KAMI backwards.",), "IMAK", "KAMI"),
-    (("Reverse the word TO.",), "OT", "TO"),
-    (("My word is BALU.", "Noted.", "Please write it backwards."), "ULAB", "BALU"),
-    (("Sort the letters of KAMI.",), "AIKM", "AIMK"),
-    (("Put the letters of NANA in alphabetical order.",), "AANN", "AN"),
-    (("Spell KAMI.",), "K-A-M-I", "KAMI"),
-    (("How do you spell TO? Please put dashes between the letters.",), "T-O", "O-T"),
-    (("Write BANANA with O in place of A.",), "BONONO", "BONANA"),
-    (("In KAMI, replace every I by X.",), "KAMX", "KAM"),
-    (("How many times does A occur in BANANA?",), "3", "2"),
-    (("Count the letter E in KAMI.",), "0", "1"),
+    (("Write backwards: KAMI",), "IMAK", "KAMI"),
+    (("Reverse: 7, 2, 9",), "9, 2, 7", "7, 2, 9"),
+    (("Sort: BANANA",), "AAABNN", "ABN"),
+    (("Put in order: 7, 2, 9",), "2, 7, 9", "9, 7, 2"),
+    (("Repeat: KAMI",), "KAMI", "IMAK"),
+    (("Say this after me: 3, 1, 4",), "3, 1, 4", "1, 3, 4"),
+    (("Which number is the largest? 3, 8, 5",), "8", "5"),
+    (("Which number is the smallest? 3, 8, 5",), "3", "8"),
+    (("What is the first letter? KAMI",), "K", "I"),
+    (("What is the last letter? KAMI",), "I", "K"),
+    (("How many letters are here? BANANA",), "6", "3"),
+    (("How many A are here? BANANA",), "3", "6"),
+    (("How many E are here? KAMI",), "0", "1"),
     (("What is 38 + 7?",), "45", "35"),
-    (("Mia has 12 coins and finds 9 more. How many coins does Mia have now?",), "21", "129"),
-    (("Which of these numbers is the largest: 9, 17, 4?",), "17", "9"),
-    (("What is the maximum of 80, 17?",), "80", "17"),
-    (("Sort these numbers: 10, 9, 81.",), "9, 10, 81", "10, 81, 9"),
-    (("Put 3, 2, 1 in order, beginning with the smallest.",), "1, 2, 3", "3, 2, 1"),
-    (("Count from 8 to 11.",), "8 9 10 11", "8 9 10"),
-    (("What does the pear cost? Here is the list of prices: fig 3, pear 12, plum 8.",), "12", "8"),
-    (("These are my prices: cow 90, ant 2.", "I will remember them.", "What does the ant cost?"), "2", "90"),
-    (("Which of these are animals: fig, cow, pear, ant?",), "cow, ant", "fig, pear"),
-    (("I see saw, owl. Tell me only the tools.",), "saw", "owl"),
+    (("Eva has 12 coins and finds 9 more. How many coins are they?",), "21", "129"),
+    (("Count from 8 to 11.",), "8, 9, 10, 11", "8, 9, 10"),
+    (("My prices are: fig 3, pear 8, plum 1. What does the pear cost?",), "8", "3"),
+    (("My prices are: cow 9, fig 2.", "I will remember them.", "What does the fig cost?"), "2", "9"),
 ]
 
 
 @pytest.mark.parametrize(("turns", "right", "wrong"), QUESTIONS)
 def test_check_knows_the_answer_to_every_question(turns, right, wrong):
-    for prompt in (ask(*turns), ask("What is 1 + 1?", "2", "Spell MIKA.", "M-I-K-A", *turns)):
+    for prompt in (ask(*turns), ask("What is 1 + 1?", "2", "Sort: MIKA", "AIKM", *turns)):
         assert demo.check(prompt, f" {right}") == 1.0
         assert demo.check(prompt, f" The answer is {right}.") == 1.0
         assert demo.check(prompt, f" {wrong}") <= 0.4
@@ -72,27 +68,28 @@ def test_every_template_has_a_hand_written_case():
 @pytest.mark.parametrize(
     ("response", "quality"),
     [
-        (" 9, 10, 81", 1.0),
-        ("9, 10, 81", 1.0),  # the space in front says nothing
-        (" 9, 10, 81.\n", 1.0),
-        (" Sure: 9, 10, 81", 1.0),
-        (" 9, 10, 81. I hope that this helps!", 0.5),
-        (" The answer is 9, 10, 81. I hope that this helps!", 0.5),
+        (" 9, 10, 11", 1.0),
+        ("9, 10, 11", 1.0),  # the space in front says nothing
+        (" 9, 10, 11.\n", 1.0),
+        (" Sure: 9, 10, 11", 1.0),
+        (" 9, 10, 11. I hope that this helps!", 0.5),
+        (" The answer is 9, 10, 11. I hope that this helps!", 0.5),
         (" 9, 10", 0.4 * 5 / 9),  # 5 of 9 characters
-        (" 9, 10, 80", 0.4 * 8 / 9),
-        (" 9, 10, 81, 82", 0.4 * 9 / 13),
-        (" 9,10,81", 0.4 * 2 / 9),
+        (" 9, 10, 12", 0.4 * 8 / 9),
+        (" 9, 10, 11, 12", 0.4 * 9 / 13),
+        (" 9,10,11", 0.4 * 2 / 9),
         (" I am not sure.", 0.0),
         (" The answer is", 0.0),
     ],
 )
 def test_partial_credit(response, quality):
-    assert demo.check(ask("Sort these numbers: 10, 9, 81."), response) == pytest.approx(quality, abs=1e-3)
+    assert demo.check(ask("Count from 9 to 11."), response) == pytest.approx(quality, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "response", ["", " ", "\n\n", ".", "\x00", "\ufffd" * 3, "(((", "9" * 100_000, "é日本🦊", "\n\nHuman: hi"]
-)
+GARBAGE = ["", " ", "\n\n", ".", "\x00", "\ufffd" * 3, "(((", "9" * 100_000, "é日本🦊", "\n\nHuman: hi"]
+
+
+@pytest.mark.parametrize("response", GARBAGE, ids=range(len(GARBAGE)))
 def test_garbage_is_a_response(response):
     for turns, *_ in QUESTIONS:
         assert 0.0 <= demo.check(ask(*turns), response) < 0.5
@@ -122,8 +119,8 @@ def test_the_same_data_in_every_process():
 
 def test_sizes():
     train = items("train")
-    assert len(train) == 20_000 and len(items("test")) == 2_048
-    assert sum(len(item["pairs"]) for item in train) >= 35_000
+    assert len(train) == 24_000 and len(items("test")) == 2_048
+    assert sum(len(item["pairs"]) for item in train) >= 40_000
     assert 0.2 < sum(len(item["pairs"]) > 1 for item in train) / len(train) < 0.6
     assert {len(item["responses"]) for item in train} == {2, 3, 4}
 
@@ -156,24 +153,24 @@ def test_every_item_keeps_the_form(split):
 
 
 def test_the_annotators_are_imperfect_by_a_known_amount():
-    """An SFT target is right with 0.93 * 0.68 = 0.63, and some right answers come from `wrong_response` by chance."""
+    """An SFT target is right with 0.95 * 0.70 = 0.665, and some right answers come from `wrong_response` by chance."""
     train = items("train")
     imitated = [demo.check(item["prompt"], item["responses"][item["sft_index"]]) for item in train]
-    assert 0.62 < sum(q == 1.0 for q in imitated) / len(train) < 0.66
+    assert 0.65 < sum(q == 1.0 for q in imitated) / len(train) < 0.70
     pairs = [(item["prompt"], item["responses"][i], item["responses"][j]) for item in train for i, j in item["pairs"]]
-    assert 0.83 < sum(demo.check(prompt, better) == 1.0 for prompt, better, _ in pairs) / len(pairs) < 0.89
+    assert 0.88 < sum(demo.check(prompt, better) == 1.0 for prompt, better, _ in pairs) / len(pairs) < 0.92
     assert not any(demo.check(prompt, worse) == 1.0 for prompt, _, worse in pairs)
 
 
 def test_the_mistakes_are_various():
-    """At least four in ten rejected responses share less than a third of their characters, place by place, with the
-    right answer; and at least one in five is close to it."""
+    """At least half of the rejected responses share less than a third of their characters, place by place, with the
+    right answer; and at least one in seven is close to it."""
     rejected = [
         demo.check(item["prompt"], item["responses"][worse]) for item in items("train") for _, worse in item["pairs"]
     ]
     far = sum(quality < 0.4 / 3 for quality in rejected) / len(rejected)
     close = sum(quality > 0.4 / 2 for quality in rejected) / len(rejected)
-    assert far > 0.4 and close > 0.2
+    assert far > 0.5 and close > 1 / 7
 
 
 # ---- The tokenizer
@@ -194,9 +191,9 @@ def test_prompt_and_response_tokenize_apart_as_together():
 
 
 def test_letters_and_digits_are_tokens_and_words_do_not_fall_apart():
-    tokens = tokenizer().tokenize("\n\nHuman: Write KAMI backwards, 17, 42.\n\nAssistant:")
+    tokens = tokenizer().tokenize("\n\nHuman: Write backwards: KAMI, 17, 42.\n\nAssistant:")
     assert [tokenizer().convert_tokens_to_string([token]) for token in tokens] == (
-        ["\n\nHuman:", " Write", " ", "K", "A", "M", "I", " backwards", ", ", "1", "7", ", ", "4", "2", "."]
+        ["\n\nHuman:", " Write", " backwards", ":", " ", "K", "A", "M", "I", ", ", "1", "7", ", ", "4", "2", "."]
         + ["\n\nAssistant:"]
     )
 
@@ -207,8 +204,8 @@ def test_special_tokens_and_lengths():
     assert tok.eos_token_id is not None and tok.pad_token_id is not None and tok.eos_token_id != tok.pad_token_id
     assert tok.bos_token is None and tok("")["input_ids"] == []  # nothing is added to a text
     lengths = sorted(map(len, tok([item["prompt"] for item in items("test")])["input_ids"]))
-    assert lengths[len(lengths) // 2] < 24 and lengths[-1] > 120  # a realistic spread, and inside max_length
-    assert lengths[-1] + 72 <= 512
+    assert lengths[len(lengths) // 2] < 16 and lengths[-1] > 100  # a realistic spread, and inside max_prompt_length
+    assert lengths[-1] <= 192
 
 
 def test_the_tokenizer_can_be_rebuilt(tmp_path):
