@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 
 from dataloaders import DataLoader
-from halos import checkpoint, distributed, metrics
+from halos import checkpoint, distributed, metrics, sharding
 from halos.errors import UserError
 from halos.models import PolicyModel
 from halos.packing import split_by_tokens
@@ -173,13 +173,14 @@ class BasicTrainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.model.max_grad_norm)
         grad_norm = distributed.whole(grad_norm)
         self.check_finite(grad_norm, "gradient", [example for batch in batches for example in batch])
+        lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.examples += sum(map(len, batches))
         self.pending = []
-        self.log_step(batches, outcomes, grad_norm.item())
+        self.log_step(batches, outcomes, {"grad_norm": grad_norm.item(), "lr": lr})
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The configured class of torch.optim; weight decay spares vectors (norms and biases)."""
@@ -239,6 +240,7 @@ class BasicTrainer:
             for batch in metrics.progress(self.eval_loader, "evaluating"):
                 outcomes.append(self.outcome(self.frozen_logps(self.policy, batch), batch))
         self.policy.train()
+        sharding.reshard(self.policy)
         seconds = time.monotonic() - started
         return self.summarize(outcomes, "eval") | {"examples_per_second": self.eval_loader.examples_seen / seconds}
 
@@ -264,13 +266,13 @@ class BasicTrainer:
             values[f"rewards_{mode}/margins"] = whole.chosen_rewards.mean() - whole.rejected_rewards.mean()
         return {name: value.item() for name, value in values.items()}
 
-    def log_step(self, batches: list, outcomes: list[Outcome], grad_norm: float) -> None:
+    def log_step(self, batches: list, outcomes: list[Outcome], update: dict[str, float]) -> None:
         now = time.monotonic()
         seconds, self.step_started = now - self.step_started, now
         n_tokens = sum(example.n_tokens for batch in batches for example in batch)
-        values = self.summarize(outcomes, "train") | {
-            "grad_norm": grad_norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
+        values = {
+            **self.summarize(outcomes, "train"),
+            **update,
             "examples_per_second": sum(map(len, batches)) / seconds,
             "counters/examples": self.examples,
             "counters/updates": self.updates,

@@ -30,7 +30,7 @@ def plain(
 
 def from_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(N, V) logits and (N,) targets -> (N,) float32 log-probs."""
-    return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return logits.float().log_softmax(-1).gather(-1, targets[:, None]).sum(-1)  # over one: FSDP wants no view
 
 
 def fused(

@@ -94,6 +94,7 @@ def pack(examples: list[TokenizedExample]) -> Inputs:
 
     The last token of a response predicts nothing, so it is a target and no input.
     """
+    assert all(len(example.prompt) for example in examples), "the first response token is predicted by the prompt"
     prompts = [example.prompt for example in examples for _ in example.responses]
     responses = [response for example in examples for response in example.responses]
     rows_of_prompt: dict[bytes, list[int]] = {}

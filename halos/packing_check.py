@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from halos import sharding
 from halos.errors import UserError
 from halos.tokens import TokenizedExample
 
@@ -82,6 +83,7 @@ def probe_logps(policy, packs: bool) -> torch.Tensor:
     finally:
         policy.use_packing(before[0])
         policy.train(before[1])
+        sharding.reshard(policy)
 
 
 def probe_examples(vocab_size: int) -> list[TokenizedExample]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from halos import distributed
@@ -21,13 +21,22 @@ def prepare_policy(
     policy: a `models.PolicyModel` on its device
     """
     if activation_checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # Older transformers has only the second name.
+        enable = getattr(policy.lm, "activation_checkpointing_enable", None) or policy.lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if policy.lm.dtype != compute_dtype:
         mesh = distributed.device_mesh(policy.lm.device.type)
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for module in [*find_blocks(policy.lm, block_name), policy]:
             fully_shard(module, mesh=mesh, mp_policy=precision)
     policy.train()
+
+
+def reshard(policy: Any) -> None:
+    """Free the weights that FSDP keeps gathered at the root after a forward without a backward: until then parameters()
+    are plain tensors in the compute dtype, which an optimizer must not be given."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
 
 
 def find_blocks(lm: PreTrainedModel, block_name: str | None) -> list[torch.nn.Module]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-ANCHOR = "\n"
+ANCHORS = ("\n", ":", "a")  # a response follows one of these where a tokenizer would put a space before it
 BLOCK = 4096  # texts encoded per call: enough for every thread, small enough for the bar to move
 
 
@@ -53,10 +53,10 @@ class Encoder:
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
     @cached_property
-    def anchor_ids(self) -> list[int]:
-        """What stands for the line break before a response; empty if the tokenizer adds no space of its own."""
+    def anchors(self) -> dict[str, list[int]]:
+        """The anchors and their ids; none if the tokenizer adds no space of its own."""
         first = self.tokenizer.convert_ids_to_tokens(self._encode(["a"])[0])[0]
-        return self._encode([ANCHOR])[0] if first.startswith("▁") else []
+        return dict(zip(ANCHORS, self._encode(ANCHORS), strict=True)) if first.startswith("▁") else {}
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """[BOS] + ids; a text that already begins with BOS, as chat templates write it, gets no second one."""
@@ -69,18 +69,25 @@ class Encoder:
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
         """ids + [EOS], as they are after other text."""
-        n = len(self.anchor_ids)
-        encoded = self._encode([ANCHOR + text for text in texts] if n else texts)
-        return [ids[n:] + [self.eos_token_id] for ids in encoded]
+        encoded: dict[int, list[int]] = {}
+        for anchor, anchor_ids in self.anchors.items():
+            left = [i for i in range(len(texts)) if i not in encoded]
+            for i, ids in zip(left, self._encode([anchor + texts[i] for i in left]), strict=True):
+                # Not so where the anchor and the text have merged, as two line breaks may: then the next anchor.
+                if ids[: len(anchor_ids)] == anchor_ids:
+                    encoded[i] = ids[len(anchor_ids) :]
+        left = [i for i in range(len(texts)) if i not in encoded]
+        encoded |= zip(left, self._encode([texts[i] for i in left]), strict=True)
+        return [encoded[i] + [self.eos_token_id] for i in range(len(texts))]
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """The text of a response, with the space it begins with, up to and without EOS."""
         ids = list(ids)
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
-        anchor = self.anchor_ids
-        text = self.tokenizer.decode(anchor + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.removeprefix(ANCHOR) if anchor else text
+        anchor, anchor_ids = next(iter(self.anchors.items()), ("", []))
+        text = self.tokenizer.decode(anchor_ids + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.removeprefix(anchor)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -144,7 +151,18 @@ def _content_key(texts: Iterable[str], *parts: str) -> str:
 
 def _write(texts: Sequence[str], encode: Callable, root: str, directory: str, description: str) -> None:
     """Written beside and renamed: another process finds all of it or nothing; whoever is second drops its own."""
-    unfinished = tempfile.mkdtemp(prefix="unfinished-", dir=root)
+    unfinished = os.path.join(root, f"unfinished-{uuid.uuid4().hex}")
+    os.mkdir(unfinished)
+    try:
+        _write_files(texts, encode, unfinished, description)
+        os.rename(unfinished, directory)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not (isinstance(error, OSError) and os.path.isdir(directory)):
+            raise
+
+
+def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, description: str) -> None:
     lengths = np.empty(len(texts), np.int64)
     with open(os.path.join(unfinished, "ids.bin"), "wb") as file:
         with tqdm(total=len(texts), desc=f"tokenizing {description}", unit=" texts", delay=2, leave=False) as bar:
@@ -154,12 +172,6 @@ def _write(texts: Sequence[str], encode: Callable, root: str, directory: str, de
                 np.fromiter(chain.from_iterable(encoded), np.int32).tofile(file)
                 bar.update(len(encoded))
     np.save(os.path.join(unfinished, "offsets.npy"), np.concatenate(([0], lengths.cumsum())))
-    try:
-        os.rename(unfinished, directory)
-    except OSError:
-        if not os.path.isdir(directory):
-            raise
-        shutil.rmtree(unfinished)
 
 
 def truncate(

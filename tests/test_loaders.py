@@ -470,10 +470,6 @@ def test_a_response_has_one_space_not_two(encoder):
     assert first[0] not in ("▁▁",) and not (first[0] == "▁" and first[1].startswith("▁"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the line break put before a response merges with the response's own, and both are taken off as one",
-)
 @pytest.mark.parametrize("scheme", ["first", "always"])
 def test_line_breaks_of_a_response_survive_where_they_merge(scheme):
     """A vocabulary with a token for two line breaks: the response's own must not disappear with the one before it."""

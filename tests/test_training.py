@@ -229,9 +229,6 @@ def test_bfloat16_compute_moves_float32_weights_the_same_way(tmp_path):
     assert (half - way).norm() < 0.05 * way.norm()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the packing check leaves the root gathered, and make_optimizer() takes its bfloat16 copies"
-)
 def test_every_weight_trains_in_bfloat16_compute(tmp_path):
     """A whole run, from the command's loading to LATEST: each weight has moved, and as it does in float32.
 
@@ -436,7 +433,6 @@ def test_the_schedule_reaches_the_weights(tmp_path):
     assert (fifth - full / 5).norm() < 1e-4 * full.norm()
 
 
-@pytest.mark.xfail(strict=True, reason="log_step reads the learning rate after the scheduler has set the next one")
 def test_the_logged_lr_is_the_one_that_was_used(tmp_path):
     """lr 0.01 with four updates of warm-up: the first update is made at 0.002."""
     _, rows = trained(tmp_path, "sft", "warmup_steps=4")

@@ -1,0 +1,71 @@
+"""The project's own shape: what may import what, and lists that must say the same."""
+
+import ast
+import glob
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import yaml
+
+from helpers import PROJECT
+
+
+def imports_of(path: str) -> set[str]:
+    with open(path) as file:
+        tree = ast.parse(file.read())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_halos_never_imports_what_researchers_edit():
+    files = glob.glob(os.path.join(PROJECT, "halos", "*.py"))
+    assert len(files) > 10
+    for path in files:
+        assert not imports_of(path) & {"trainers", "dataloaders", "train", "eval"}, path
+
+
+def test_nothing_but_distributed_and_sharding_touches_torch_distributed():
+    for path in glob.glob(os.path.join(PROJECT, "halos", "*.py")) + [os.path.join(PROJECT, "trainers.py")]:
+        if os.path.basename(path) not in ("distributed.py", "sharding.py"):
+            with open(path) as file:
+                assert "torch.distributed" not in file.read(), path
+
+
+def test_environment_yml_and_pyproject_list_the_same():
+    with open(os.path.join(PROJECT, "pyproject.toml"), "rb") as file:
+        project = tomllib.load(file)["project"]
+    with open(os.path.join(PROJECT, "environment.yml")) as file:
+        conda = yaml.safe_load(file)["dependencies"]
+    assert conda[-1]["pip"] == project["dependencies"]
+    assert f"python{project['requires-python']}" == conda[0]
+
+
+def test_the_lock_holds_every_dependency_and_torch_comes_first():
+    with open(os.path.join(PROJECT, "pyproject.toml"), "rb") as file:
+        project = tomllib.load(file)["project"]
+    with open(os.path.join(PROJECT, "requirements.lock")) as file:
+        pins = [line.strip() for line in file if not line.startswith("#")]
+    assert pins[0].startswith("torch==") and all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    locked = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert {re.split("[><=]", name)[0] for name in wanted} <= locked
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    """Which is what makes it fast."""
+    code = (
+        "import sys, train; sys.argv = ['train.py', '--help']\n"
+        "try: train.main()\n"
+        "except SystemExit: pass\n"
+        "print('loaded:', sorted({'torch', 'transformers', 'datasets', 'wandb'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert "Align a language model" in done.stdout and "loaded: []" in done.stdout, done.stdout + done.stderr
