@@ -1,0 +1,83 @@
+"""README.md, word for word: its files are written, its commands are run, and what it says comes out."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from halos.metrics import read_metrics
+from helpers import PROJECT
+
+BLOCK = re.compile(r"<!-- test: (.+?) -->\n```\w*\n(.*?)```", re.DOTALL)
+
+
+def blocks(kind: str) -> list[str]:
+    with open(os.path.join(PROJECT, "README.md"), encoding="utf-8") as file:
+        return [text for name, text in BLOCK.findall(file.read()) if name == kind]
+
+
+def python(line: str, cwd) -> subprocess.CompletedProcess:
+    """`python ...` as a user types it, here."""
+    program, *words = shlex.split(line, comments=True)
+    assert program == "python"
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project in which KTO is missing, then added as the README does."""
+    copy = tmp_path_factory.mktemp("project")
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "demo", "samples", "__pycache__", ".*_cache")
+    shutil.copytree(PROJECT, copy, ignore=ignored, dirs_exist_ok=True)
+    trainers = (copy / "trainers.py").read_text()
+    start = trainers.index("class KTOTrainer")
+    end = trainers.find("\nclass ", start) + 1 or len(trainers)
+    without = trainers[:start].rstrip() + "\n\n\n" + trainers[end:]
+    (copy / "trainers.py").write_text(without)
+    os.remove(copy / "config" / "loss" / "kto.yaml")
+    gone = python("python train.py loss=kto", copy)
+    assert gone.returncode == 2 and "kto" in gone.stderr
+    (copy / "trainers.py").write_text(without + "\n\n" + blocks("trainers.py")[0])
+    (copy / "config" / "loss" / "kto.yaml").write_text(blocks("config/loss/kto.yaml")[0])
+    for name in ("pairs.jsonl", "feedback.jsonl"):
+        (copy / name).write_text(blocks(name)[0])
+    return copy
+
+
+def test_every_command_that_needs_no_gpu_runs(checkout):
+    """The KTO that the README adds trains exactly as the project's own: the same metrics, to the last bit."""
+    lines = [line for block in blocks("run") for line in block.splitlines() if line.strip()]
+    assert len(lines) >= 5
+    for line in lines:
+        done = python(line, checkout)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert len(json.loads((checkout / "samples" / "kto_tiny.json").read_text())) == 64
+    assert {"eval.json", "curves.png", "LATEST"} <= set(os.listdir(checkout / ".cache" / "kto_tiny"))
+
+    own = python(f"python {PROJECT}/train.py loss=kto n_examples=1280 exp_name=own", checkout)
+    assert own.returncode == 0, own.stderr
+    ours, theirs = (read_metrics(checkout / ".cache" / name / "metrics.jsonl") for name in ("own", "kto_tiny"))
+    assert [row.get("loss/train") for row in ours] == [row.get("loss/train") for row in theirs]
+
+
+def test_commands_for_gpus_parse_and_mean_what_they_say(checkout):
+    lines = [line for block in blocks("parse") for line in block.splitlines() if line.strip()]
+    shown = [python(line + " --cfg job", checkout) for line in lines]
+    assert all(done.returncode == 0 for done in shown), shown
+    assert "name_or_path: huggyllama/llama-7b" in shown[0].stdout and "cache_dir: /data/models" in shown[0].stdout
+    assert "name_or_path: Qwen/Qwen2.5-0.5B" in shown[1].stdout
+
+
+def test_the_file_is_finished():
+    """No measurement is still to be filled in, and every file that is linked is there."""
+    for name in ("README.md", "docs/data.md", "docs/engine.md", "LOG.md"):
+        with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
+            text = file.read()
+        assert "@@" not in text, name
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert os.path.exists(os.path.join(PROJECT, os.path.dirname(name), target)), f"{name}: {target}"
