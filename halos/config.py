@@ -64,12 +64,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "text",
         _text,
-        "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name model.block_name",
+        "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name",
     ),
     (
         "text or null",
         lambda x: x is None or _text(x),
-        "model.load_from model.name_or_path model.tokenizer_name_or_path",
+        "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name",
     ),
 )
 

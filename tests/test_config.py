@@ -305,7 +305,7 @@ def test_the_node_config_is_the_root(run, refusal):
         "optimizer_kwargs={} optimizer=Adafactor",
         "++optimizer_kwargs={betas:[0.9,0.95],fused:true} lr_scheduler=cosine",
         "++model.architecture.num_key_value_heads=2 ++model.architecture.tie_word_embeddings=true",
-        "model=base_model model.name=qwen model.name_or_path=Qwen/Qwen2.5-0.5B model.block_name=Qwen2DecoderLayer",
+        "model=base_model model.name=qwen model.name_or_path=Qwen/Qwen2.5-0.5B",
         "model.architecture=null model.name_or_path=Qwen/Qwen2.5-0.5B model.tokenizer_name_or_path=null",
         "++loss.average_log_prob=true lr=0 temperature=0 top_p=1",
         "model.packing=true model.logps=plain model.max_grad_norm=inf model.policy_dtype=bfloat16",
