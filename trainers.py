@@ -281,8 +281,8 @@ class BasicTrainer:
 
     def make_log(self, total_examples: int) -> metrics.MetricsLog:
         settings = OmegaConf.to_container(self.config, resolve=True)
-        wandb_log = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
-        return metrics.MetricsLog(self.run_dir, total_examples, self.config.minimum_log_interval_secs, wandb_log)
+        sink = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
+        return metrics.MetricsLog(self.run_dir, total_examples, self.config.minimum_log_interval_secs, sink)
 
     #### SAVING
 

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -24,14 +24,15 @@ class MetricsLog:
     """Writes one flat JSON object per optimizer step or evaluation, and keeps people informed in between.
 
     total_examples: of the whole run, for the bar
-    interval: least seconds between two updates of the bar and of wandb; metrics.jsonl has every step
+    interval: least seconds between two updates of the bar and of the sink; metrics.jsonl has every step
+    sink: what `open_wandb` returned
     """
 
-    def __init__(self, run_dir: str, total_examples: int, interval: float, wandb_log: Callable[[dict, int], None]):
+    def __init__(self, run_dir: str, total_examples: int, interval: float, sink):
         self.path = os.path.join(run_dir, "metrics.jsonl")
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  line by line, for as long as the run lasts
         self.interval = interval
-        self.wandb_log = wandb_log
+        self.sink = sink
         self.last_shown = -float("inf")
         self.bar = tqdm(total=total_examples, unit="ex", desc="training", mininterval=interval, smoothing=0.1)
 
@@ -50,11 +51,11 @@ class MetricsLog:
             shown |= {"acc": metrics["rewards_train/accuracies"]} if "rewards_train/accuracies" in metrics else {}
             postfix = ", ".join(f"{name}={value:.3g}" for name, value in shown.items())
             self.bar.set_postfix_str(f"{postfix}, {tokens_per_second:,.0f} tok/s")
-            self.wandb_log(metrics, step)
+            self.sink.log(metrics, step=step)
 
     def evaluation(self, step: int, examples: int, metrics: dict[str, float]) -> None:
         self.write(step, examples, "eval", metrics)
-        self.wandb_log(metrics, step)
+        self.sink.log(metrics, step=step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.say(f"eval after {examples} examples: {shown}")
 
@@ -65,6 +66,7 @@ class MetricsLog:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        self.sink.finish()
 
 
 def progress(loader: Collection, description: str) -> Iterator:
@@ -138,24 +140,34 @@ def _smoothed(values: tuple[float, ...]) -> list[float]:
     return out
 
 
-def open_wandb(settings, run_dir: str, name: str, config: dict) -> Callable[[dict, int], None]:
-    """A function that logs to wandb, or does nothing where wandb is not enabled.
+class NoSink:
+    """What a run logs to where wandb is not enabled."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def open_wandb(settings, run_dir: str, name: str, config: dict):
+    """A wandb run, or a `NoSink`.
 
     Without an API key the run is kept offline in the run directory: there is never a prompt, and never a wait.
     """
     if not settings.enabled:
-        return lambda metrics, step: None
+        return NoSink()
     import wandb
 
     has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    run = wandb.init(
+    return wandb.init(
         entity=settings.entity,
         project=settings.project,
         name=name,
         config=config,
         dir=run_dir,
         mode=mode,
+        reinit="finish_previous",
         settings=wandb.Settings(init_timeout=30, silent=True),
     )
-    return lambda metrics, step: run.log(metrics, step=step)
