@@ -26,7 +26,7 @@ P_IMITATED = 0.70  # that SFT imitates a right response where there is one
 P_SECOND_BEST = 0.25  # that two responses are compared of which neither is the best
 P_HISTORY = 0.05  # that a prompt has earlier turns about something else
 
-LEAD_INS = ("", "", "", "", "The answer is ", "Sure: ")  # how a response may open, mostly without a lead-in
+LEAD_INS = ("", "", "", "", "", "", "The answer is ", "Sure: ")  # how a response may open, mostly without a lead-in
 ENDINGS = ("", "", ".")
 REFUSALS = (
     "I am not sure.",
@@ -64,7 +64,7 @@ def draw_digits(rng: Random) -> str:
 
 
 def draw_word_or_digits(rng: Random) -> dict[str, str]:
-    return {"items": draw_word(rng) if rng.random() < 0.6 else draw_digits(rng)}
+    return {"items": draw_word(rng) if rng.random() < 0.7 else draw_digits(rng).replace(", ", "")}
 
 
 def draw_letter(rng: Random) -> dict[str, str]:
@@ -132,21 +132,21 @@ TASKS = {
         decoys=lambda items: [items, in_order(items), parts_of(items)[-1]],
     ),
     "sort": Task(
-        share=5,
+        share=6,
         templates=("Sort: {items}", "Put in order: {items}"),
         draw=draw_word_or_digits,
         answer=lambda items: in_order(items),
         decoys=lambda items: [items, backwards(items), backwards(in_order(items))],
     ),
     "repeat": Task(
-        share=2,
+        share=3,
         templates=("Repeat: {items}", "Say this after me: {items}"),
         draw=draw_word_or_digits,
         answer=lambda items: items,
         decoys=lambda items: [backwards(items), in_order(items), parts_of(items)[0]],
     ),
     "extreme": Task(
-        share=3,
+        share=4,
         templates=("Which number is the {extreme}? {numbers}",),
         draw=lambda rng: {"extreme": rng.choice(("largest", "largest", "smallest")), "numbers": draw_digits(rng)},
         answer=lambda extreme, numbers: (max if extreme == "largest" else min)(parts_of(numbers)),
@@ -201,7 +201,7 @@ TASKS = {
 TASK_NAMES = [name for name, task in TASKS.items() for _ in range(task.share)]
 
 FIELDS = {  # what may stand in a template's field, as a regular expression
-    "items": r"[A-Z]+|\d(?:, \d)+",
+    "items": r"[A-Z]+|\d+",
     "word": "[A-Z]+",
     "letter": "[A-Z]",
     "numbers": r"\d(?:, \d)+",
@@ -240,7 +240,9 @@ def check(prompt: str, response: str) -> float:
 
 
 def grade(answer: str, response: str) -> float:
-    said = BARE.fullmatch(response.strip()).group(1)
+    bare = BARE.fullmatch(response.strip())
+    assert bare is not None  # it matches every text
+    said = bare.group(1)
     if said == answer:
         return 1.0
     if said.startswith(answer + ". "):
@@ -268,14 +270,14 @@ def solve(prompt: str) -> str:
 # ---- What people answer
 
 MISTAKES = {  # kind -> weight
-    "slip": 15,
-    "other question": 25,
-    "other material": 5,
-    "cut short": 15,
-    "rambling": 15,
+    "slip": 14,
+    "other question": 14,
+    "other material": 4,
+    "cut short": 18,
+    "rambling": 24,
     "rambling wrong": 3,
-    "refusal": 15,
-    "echo": 7,
+    "refusal": 18,
+    "echo": 5,
 }
 
 
@@ -337,7 +339,8 @@ def generate(split: str, seed: int = 0) -> list[dict]:
     split, whatever their seeds.
     """
     rng = Random(f"demo/{split}/{seed}")
-    items, seen = [], set()
+    items: list[dict] = []
+    seen: set[str] = set()
     while len(items) < N_PROMPTS[split]:
         task = TASKS[rng.choice(TASK_NAMES)]
         fields, question = draw_question(rng, task)

@@ -18,7 +18,10 @@ from halos.demo import check  # noqa: E402
 
 N_SAMPLES = 512
 # What the demo changes on the command line, per loss; everything else is as in config/.
-SETTINGS: dict[str, list[str]] = {"sft": [], "kto": []}
+SETTINGS = {
+    "sft": ["n_epochs=2", "n_examples=30080", "lr_scheduler=cosine", "eval_every=9600"],
+    "kto": ["lr=3e-4", "n_examples=9600", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
+}
 
 
 def main() -> None:
@@ -35,7 +38,9 @@ def main() -> None:
     sft, aligned = f"sft_seed{args.seed}", f"sft_{args.loss}_seed{args.seed}"
     run("train.py", "loss=sft", f"exp_name={sft}", *SETTINGS["sft"], *common)
     load = f"model.load_from={sft}/LATEST/policy.pt"
-    run("train.py", f"loss={args.loss}", load, f"exp_name={aligned}", *SETTINGS.get(args.loss, []), *common)
+    run(
+        "train.py", f"loss={args.loss}", load, f"exp_name={aligned}", *SETTINGS.get(args.loss, SETTINGS["kto"]), *common
+    )
     samples = {}
     for name in (sft, aligned):
         config = os.path.join(args.cache_dir, name, "config.yaml")

@@ -29,11 +29,11 @@ def tokenizer():
 
 QUESTIONS = [  # (turns, right answer, a plausible wrong answer)
     (("Write backwards: KAMI",), "IMAK", "KAMI"),
-    (("Reverse: 7, 2, 9",), "9, 2, 7", "7, 2, 9"),
+    (("Reverse: 729",), "927", "729"),
     (("Sort: BANANA",), "AAABNN", "ABN"),
-    (("Put in order: 7, 2, 9",), "2, 7, 9", "9, 7, 2"),
+    (("Put in order: 729",), "279", "9, 7, 2"),
     (("Repeat: KAMI",), "KAMI", "IMAK"),
-    (("Say this after me: 3, 1, 4",), "3, 1, 4", "1, 3, 4"),
+    (("Say this after me: 314",), "314", "134"),
     (("Which number is the largest? 3, 8, 5",), "8", "5"),
     (("Which number is the smallest? 3, 8, 5",), "3", "8"),
     (("What is the first letter? KAMI",), "K", "I"),
