@@ -7,8 +7,9 @@ entry there (and a pattern in FIELDS for a new kind of field).
 
 The people are imperfect on purpose, so that alignment has something to repair: SFT imitates a response that is right
 about two times in three, while the preferred response of a pair is better than the other one, and right nine times in
-ten. The tasks are small enough for a model of two million parameters to learn in a minute or two: most are about the
-order of the letters of a word or the digits of a list, which stand at the end of the prompt.
+ten. Most tasks are small enough for a model of two million parameters to learn in a minute or two: they are about the
+letters of a word or the digits of a number, which stand at the end of the prompt. Mistakes are various, and many have a
+style of their own (rambling, refusing, stopping early), so that SFT learns the tasks in spite of them.
 """
 
 import re
@@ -43,7 +44,7 @@ RAMBLINGS = (
 )
 
 
-# ---- The material: a word in capitals (KAMI), a list of digits (7, 2, 9), a table of prices (fig 3, pear 8)
+# ---- The material: a word in capitals (KAMI), a number (4715), a list of digits (7, 2, 9), a table (fig 3, pear 8)
 
 CONSONANTS, VOWELS = "BDKLMNPRST", "AEIOU"
 THINGS = "apple axe bear brush cat cow dog drill fig fox frog hen lemon lion owl pear pig plum saw wolf".split()
@@ -59,12 +60,12 @@ def draw_word(rng: Random) -> str:
     )
 
 
-def draw_digits(rng: Random) -> str:
-    return ", ".join(rng.sample("123456789", rng.choice((3, 3, 4, 4, 5, 6))))
+def draw_digits(rng: Random) -> list[str]:
+    return rng.sample("123456789", rng.choice((3, 3, 4, 4, 5, 6)))
 
 
-def draw_word_or_digits(rng: Random) -> dict[str, str]:
-    return {"items": draw_word(rng) if rng.random() < 0.7 else draw_digits(rng).replace(", ", "")}
+def draw_word_or_number(rng: Random) -> dict[str, str]:
+    return {"items": draw_word(rng) if rng.random() < 0.7 else "".join(draw_digits(rng))}
 
 
 def draw_letter(rng: Random) -> dict[str, str]:
@@ -87,22 +88,8 @@ def draw_table(rng: Random) -> dict[str, str]:
     return {"table": ", ".join(map(" ".join, zip(things, prices, strict=True))), "thing": rng.choice(things)}
 
 
-def parts_of(items: str) -> list[str]:
-    """The letters of a word, or the digits of a list."""
-    return items.split(", ") if "," in items else list(items)
-
-
-def arrange(items: str, order: Callable[[list[str]], list[str]]) -> str:
-    """The items in another order, written as they were."""
-    return (", " if "," in items else "").join(order(parts_of(items)))
-
-
-def backwards(items: str) -> str:
-    return arrange(items, lambda parts: parts[::-1])
-
-
 def in_order(items: str) -> str:
-    return arrange(items, sorted)
+    return "".join(sorted(items))
 
 
 def price_list(table: str) -> dict[str, str]:
@@ -127,30 +114,33 @@ TASKS = {
     "reverse": Task(
         share=5,
         templates=("Write backwards: {items}", "Reverse: {items}"),
-        draw=draw_word_or_digits,
-        answer=lambda items: backwards(items),
-        decoys=lambda items: [items, in_order(items), parts_of(items)[-1]],
+        draw=draw_word_or_number,
+        answer=lambda items: items[::-1],
+        decoys=lambda items: [items, in_order(items), items[-1]],
     ),
     "sort": Task(
         share=6,
         templates=("Sort: {items}", "Put in order: {items}"),
-        draw=draw_word_or_digits,
+        draw=draw_word_or_number,
         answer=lambda items: in_order(items),
-        decoys=lambda items: [items, backwards(items), backwards(in_order(items))],
+        decoys=lambda items: [items, items[::-1], in_order(items)[::-1]],
     ),
     "repeat": Task(
         share=3,
         templates=("Repeat: {items}", "Say this after me: {items}"),
-        draw=draw_word_or_digits,
+        draw=draw_word_or_number,
         answer=lambda items: items,
-        decoys=lambda items: [backwards(items), in_order(items), parts_of(items)[0]],
+        decoys=lambda items: [items[::-1], in_order(items), items[0]],
     ),
     "extreme": Task(
         share=4,
         templates=("Which number is the {extreme}? {numbers}",),
-        draw=lambda rng: {"extreme": rng.choice(("largest", "largest", "smallest")), "numbers": draw_digits(rng)},
-        answer=lambda extreme, numbers: (max if extreme == "largest" else min)(parts_of(numbers)),
-        decoys=lambda extreme, numbers: [*parts_of(numbers), numbers],
+        draw=lambda rng: {
+            "extreme": rng.choice(("largest", "largest", "smallest")),
+            "numbers": ", ".join(draw_digits(rng)),
+        },
+        answer=lambda extreme, numbers: (max if extreme == "largest" else min)(numbers.split(", ")),
+        decoys=lambda extreme, numbers: [*numbers.split(", "), numbers],
     ),
     "end_letter": Task(
         share=2,
@@ -314,7 +304,8 @@ def slip(rng: Random, answer: str) -> str:
         return str(max(0, int(answer) + rng.choice((-10, -2, -1, -1, 1, 1, 2, 10))))
     if len(answer) == 1:
         return rng.choice(CONSONANTS + VOWELS)
-    parts = parts_of(answer)
+    separator = ", " if "," in answer else ""
+    parts = answer.split(", ") if separator else list(answer)
     i, j = rng.randrange(len(parts)), rng.randrange(len(parts))
     edit = rng.choice(("lose", "double", "move", "replace"))
     if edit == "double":
@@ -325,7 +316,7 @@ def slip(rng: Random, answer: str) -> str:
         part = parts.pop(i)
         if edit == "move":
             parts.insert(j, part)
-    return arrange(answer, lambda _: parts)
+    return separator.join(parts)
 
 
 # ---- The dataset
