@@ -20,8 +20,9 @@ N_SAMPLES = 512
 # What the demo changes on the command line, per loss; everything else is as in config/.
 SETTINGS = {
     "sft": ["n_epochs=2", "n_examples=30080", "lr_scheduler=cosine", "eval_every=9600"],
-    "kto": ["lr=3e-4", "n_examples=9600", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
+    "kto": ["lr=3e-4", "n_examples=16000", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
 }
+OTHERS = ["lr=1e-4", "n_examples=9600", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"]
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     run("train.py", "loss=sft", f"exp_name={sft}", *SETTINGS["sft"], *common)
     load = f"model.load_from={sft}/LATEST/policy.pt"
     run(
-        "train.py", f"loss={args.loss}", load, f"exp_name={aligned}", *SETTINGS.get(args.loss, SETTINGS["kto"]), *common
+        "train.py", f"loss={args.loss}", load, f"exp_name={aligned}", *SETTINGS.get(args.loss, OTHERS), *common
     )
     samples = {}
     for name in (sft, aligned):
