@@ -39,9 +39,7 @@ def main() -> None:
     sft, aligned = f"sft_seed{args.seed}", f"sft_{args.loss}_seed{args.seed}"
     run("train.py", "loss=sft", f"exp_name={sft}", *SETTINGS["sft"], *common)
     load = f"model.load_from={sft}/LATEST/policy.pt"
-    run(
-        "train.py", f"loss={args.loss}", load, f"exp_name={aligned}", *SETTINGS.get(args.loss, OTHERS), *common
-    )
+    run("train.py", f"loss={args.loss}", load, f"exp_name={aligned}", *SETTINGS.get(args.loss, OTHERS), *common)
     samples = {}
     for name in (sft, aligned):
         config = os.path.join(args.cache_dir, name, "config.yaml")
