@@ -108,6 +108,7 @@ def draw_curves(run_dir: str, title: str) -> None:
             _draw(axis, key, series[key], f"C{index // 2}" if len(keys) > 2 else f"C{index}")
         axis.set_title(name)
         axis.set_xlabel("examples")
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle(title)
