@@ -16,7 +16,7 @@ import time
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IMPORT = "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM"
-ROUNDS = 5
+ROUNDS = 3
 
 
 def seconds_of(*command: str) -> float:
