@@ -140,9 +140,13 @@ def assert_same_training(one, other, tolerance=1e-5, losses=True) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_packed_training_is_padded_training(tmp_path, loss):
-    """Three steps, 1e-5 of how far the weights move."""
-    packed = trained(tmp_path / "packed", loss, "model.packing=true")
-    padded = trained(tmp_path / "padded", loss, "model.packing=false", "model.logps=plain")
+    """Three steps, 1e-5 of how far the weights move.
+
+    Storing a weight rounds it: 1.5e-7 over all weights, whatever the step. At lr 0.01 cdpo moves them by only 0.0116
+    and that rounding alone is 1.3e-5 of it; steps five times as large put it at 3e-6.
+    """
+    packed = trained(tmp_path / "packed", loss, "model.packing=true", "lr=0.05")
+    padded = trained(tmp_path / "padded", loss, "model.packing=false", "model.logps=plain", "lr=0.05")
     assert_same_training(packed, padded)
 
 
