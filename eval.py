@@ -126,7 +126,7 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     from halos import models
     from halos.distributed import default_device
 
-    models.check_policy_pt(config, policy_pt)
+    models.check_policy_pt(config, policy_pt, with_value_head=True)
     tokenizer = models.load_tokenizer(config)
     loader = dataloaders.make_loader(config, tokenizer, "test")
     dataloaders.describe(loader, "test")

@@ -9,7 +9,9 @@ import json
 import math
 import os
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,12 @@ from halos.errors import UserError
 from halos.models import PolicyModel
 from halos.packing import split_by_tokens
 from halos.tokens import TokenizedExample
+from utils import discounted_sums
 
 
-class Outcome(NamedTuple):
-    """What the loss said of one batch: vectors over the global batch, detached."""
+@dataclass(frozen=True)
+class Outcome:
+    """What the loss said of one batch: vectors over the global batch."""
 
     losses: torch.Tensor
     chosen_rewards: torch.Tensor
@@ -32,11 +36,19 @@ class Outcome(NamedTuple):
     chosen_logps: torch.Tensor
     rejected_logps: torch.Tensor
 
+    def detach(self) -> Self:
+        return type(self)(*(getattr(self, field.name).detach() for field in fields(self)))
+
+    @classmethod
+    def concatenate(cls, outcomes: list[Self]) -> Self:
+        return cls(*(torch.cat([getattr(outcome, field.name) for outcome in outcomes]) for field in fields(cls)))
+
 
 class BasicTrainer:
     """The loop, evaluation, logging, and saving. A subclass defines `loss`."""
 
     data_format: str | None = None  # the DataLoader.data_format that the loss needs; None: any
+    needs: tuple[str, ...] = ()  # keys of the loss's YAML that cannot be false
 
     def __init__(
         self,
@@ -84,49 +96,66 @@ class BasicTrainer:
     def sequence_logps(self, model: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
         """(n_responses,) float32 log-probs: summed over tokens, or averaged if the loss's YAML says so."""
         inputs = model.inputs(examples)
-        logps = inputs.sum_by_row(model(inputs))
+        logps = inputs.sum_by_row(model(inputs).logps)
         return logps / inputs.tokens_by_row() if self.config.loss.get("average_log_prob", False) else logps
 
     @torch.no_grad()
-    def frozen_logps(self, model: PolicyModel | None, batch: list[TokenizedExample]) -> torch.Tensor | None:
-        """`sequence_logps` of a whole batch without gradient, forward by forward; None without a model."""
-        if model is None:
-            return None
-        return torch.cat([self.sequence_logps(model, [batch[i] for i in run]) for run in self.forwards(batch)])
+    def frozen(self, forward: Callable, model: PolicyModel, batch: list[TokenizedExample]) -> list[torch.Tensor]:
+        """`forward(model, examples)` over a whole batch without gradient, forward by forward."""
+        return [forward(model, examples) for examples in self.forwards(batch)]
 
-    def forwards(self, batch: list[TokenizedExample]) -> list[list[int]]:
-        """The batch in runs that fit one forward."""
-        return split_by_tokens(batch, self.config.model.max_tokens_per_forward)
+    def forwards(self, batch: list[TokenizedExample]) -> list[list[TokenizedExample]]:
+        """The batch in parts that fit one forward."""
+        runs = split_by_tokens(batch, self.config.model.max_tokens_per_forward)
+        return [[batch[i] for i in run] for run in runs]
+
+    def policy_leaf(
+        self, forward: Callable, batch: list[TokenizedExample]
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
+        """What the policy says of a batch as an autograd leaf, and a function that sends its gradient into the model.
+
+        One forward keeps its graph. Several run first without, then one by one again with it, so that memory is
+        bounded by one forward, and a loss on the leaf is still that of the whole batch.
+
+        forward: (model, examples) -> rows of numbers, example after example, such as `sequence_logps`
+        """
+        parts = self.forwards(batch)
+        if len(parts) == 1:
+            kept = forward(self.policy, batch)
+            return kept.detach().requires_grad_(), kept.backward
+        values = self.frozen(forward, self.policy, batch)
+
+        def backward(upstream: torch.Tensor) -> None:
+            for examples, gradient in zip(parts, upstream.split([len(value) for value in values]), strict=True):
+                forward(self.policy, examples).backward(gradient)
+
+        return torch.cat(values).requires_grad_(), backward
 
     def outcome(self, policy_logps: torch.Tensor, batch: list[TokenizedExample]) -> Outcome:
         """Split the batch's log-probs into chosen and rejected, and apply the loss."""
-        chosen = torch.tensor([flag for example in batch for flag in example.chosen], device=policy_logps.device)
-        reference_logps = self.frozen_logps(self.reference_model, batch)
-        reference = (None, None) if reference_logps is None else (reference_logps[chosen], reference_logps[~chosen])
+        chosen = self.chosen_rows(batch, policy_logps.device)
+        reference = None, None
+        if self.reference_model is not None:
+            reference_logps = torch.cat(self.frozen(self.sequence_logps, self.reference_model, batch))
+            reference = reference_logps[chosen], reference_logps[~chosen]
         logps = (policy_logps[chosen], policy_logps[~chosen])
-        return Outcome(*self.loss(*logps, *reference), *(part.detach() for part in logps))
+        return Outcome(*self.loss(*logps, *reference), *logps)
+
+    def chosen_rows(self, batch: list[TokenizedExample], device: torch.device) -> torch.Tensor:
+        """(n_responses,) bool: which responses of the batch are chosen, or desirable."""
+        return torch.tensor([flag for example in batch for flag in example.chosen], device=device)
 
     def forward_backward(self, batch: list[TokenizedExample]) -> Outcome:
-        """Add the gradient of the summed losses of a batch; `update` divides by their number.
+        """The outcome of a batch, and its gradient added to the policy's."""
+        leaf, into_policy = self.policy_leaf(self.sequence_logps, batch)
+        return self.backward(self.outcome(leaf, batch), leaf, into_policy, batch)
 
-        The loss is computed on the vector of all log-probs as an autograd leaf, whose gradient is then sent through
-        the model. One forward keeps its graph. Several run first without, then one by one again with it, so that
-        memory is bounded by one forward, and the loss is still that of the whole batch.
-        """
-        runs = self.forwards(batch)
-        kept = self.sequence_logps(self.policy, batch) if len(runs) == 1 else None
-        values = kept.detach() if kept is not None else self.frozen_logps(self.policy, batch)
-        leaf = values.requires_grad_()
-        outcome = self.outcome(leaf, batch)
+    def backward(self, outcome: Outcome, leaf: torch.Tensor, into_policy: Callable, batch: list) -> Outcome:
+        """Send the gradient of the summed losses through the leaf into the policy; `update` divides by their number."""
         self.check_finite(outcome.losses, "loss", batch)
         outcome.losses.sum().backward()
-        if kept is not None:
-            kept.backward(leaf.grad)
-            return Outcome(*(part.detach() for part in outcome))
-        upstream = iter(leaf.grad.split([sum(len(batch[i].responses) for i in run) for run in runs]))
-        for run in runs:
-            self.sequence_logps(self.policy, [batch[i] for i in run]).backward(next(upstream))
-        return Outcome(*(part.detach() for part in outcome))
+        into_policy(leaf.grad)
+        return outcome.detach()
 
     #### TRAINING
 
@@ -141,8 +170,7 @@ class BasicTrainer:
                 if self.eval_is_due():
                     self.log_evaluation()
                     self.save()
-            if self.pending:
-                self.update()
+            self.flush()
             if self.evaluated_at < self.examples:
                 self.log_evaluation()
                 self.save()
@@ -160,27 +188,39 @@ class BasicTrainer:
 
     def train_step(self, batch: list[TokenizedExample]) -> None:
         """Forward and backward of a microbatch, and an update when the accumulation is complete."""
+        self.examples += len(batch)
         self.pending.append((batch, self.forward_backward(batch)))
         if len(self.pending) == self.config.model.gradient_accumulation_steps:
+            self.update()
+
+    def flush(self) -> None:
+        """An update from what is left of an accumulation at the end of the data."""
+        if self.pending:
             self.update()
 
     def update(self) -> None:
         """Clip (raising before the weights change if the gradient is not finite), step, schedule, zero, log."""
         batches, outcomes = zip(*self.pending, strict=True)
         n_losses = sum(len(outcome.losses) for outcome in outcomes)
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        torch._foreach_div_([p.grad for p in parameters], n_losses)  # the sum of losses becomes their mean
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.model.max_grad_norm)
-        grad_norm = distributed.whole(grad_norm)
-        self.check_finite(grad_norm, "gradient", [example for batch in batches for example in batch])
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, n_losses)  # the sum of losses becomes their mean
+        norms = self.clip_gradients()
+        for norm in norms.values():
+            self.check_finite(norm, "gradient", [example for batch in batches for example in batch])
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        self.examples += sum(map(len, batches))
         self.pending = []
-        self.log_step(batches, outcomes, {"grad_norm": grad_norm.item(), "lr": lr})
+        self.log_step(batches, outcomes, {name: norm.item() for name, norm in norms.items()} | {"lr": lr})
+
+    def clip_gradients(self) -> dict[str, torch.Tensor]:
+        """Scale gradients down to their largest allowed norm; the norms before, by the name they are logged under."""
+        return {"grad_norm": self.clipped(self.policy.lm, self.config.model.max_grad_norm)}
+
+    def clipped(self, module: torch.nn.Module, max_norm: float) -> torch.Tensor:
+        return distributed.whole(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The configured class of torch.optim; weight decay spares vectors (norms and biases)."""
@@ -195,13 +235,16 @@ class BasicTrainer:
         warmup = self.config.warmup_steps
         if update < warmup:
             return (update + 1) / (warmup + 1)
-        total = -(-len(self.train_loader) // self.config.model.gradient_accumulation_steps)
-        progress = min(1.0, (update - warmup) / max(1, total - warmup))
+        progress = min(1.0, (update - warmup) / max(1, self.total_updates() - warmup))
         return {
             "constant": 1.0,
             "linear": 1.0 - progress,
             "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
         }[self.config.lr_scheduler]
+
+    def total_updates(self) -> int:
+        """Of the whole run."""
+        return -(-len(self.train_loader) // self.config.model.gradient_accumulation_steps)
 
     def check_finite(self, values: torch.Tensor, what: str, batch: list[TokenizedExample]) -> None:
         """Stop before a value that is not finite reaches the weights: save what there is, say which examples."""
@@ -238,11 +281,14 @@ class BasicTrainer:
         outcomes = []
         with torch.no_grad():
             for batch in metrics.progress(self.eval_loader, "evaluating"):
-                outcomes.append(self.outcome(self.frozen_logps(self.policy, batch), batch))
+                outcomes.append(self.evaluate_batch(batch))
         self.policy.train()
         sharding.reshard(self.policy)
         seconds = time.monotonic() - started
         return self.summarize(outcomes, "eval") | {"examples_per_second": self.eval_loader.examples_seen / seconds}
+
+    def evaluate_batch(self, batch: list[TokenizedExample]) -> Outcome:
+        return self.outcome(torch.cat(self.frozen(self.sequence_logps, self.policy, batch)), batch)
 
     def log_evaluation(self) -> None:
         self.eval_metrics = self.evaluate()
@@ -254,7 +300,7 @@ class BasicTrainer:
 
     def summarize(self, outcomes: list[Outcome], mode: str) -> dict[str, float]:
         """Means over all examples of all outcomes, under the names that every loss shares."""
-        whole = Outcome(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
+        whole = Outcome.concatenate(outcomes)
         values = {f"loss/{mode}": whole.losses.mean()}
         for side in ("chosen", "rejected"):
             rewards, logps = getattr(whole, f"{side}_rewards"), getattr(whole, f"{side}_logps")
@@ -299,6 +345,7 @@ class BasicTrainer:
             step=self.updates,
             metrics=self.eval_metrics,
             export_dtype=self.policy.export_dtype,
+            v_head=self.policy.v_head,
         )
         metrics.draw_curves(self.run_dir, self.config.exp_name)
 
@@ -382,3 +429,166 @@ class KTOTrainer(UnpairedPreferenceTrainer):
         rejected_losses = 1 - torch.sigmoid(beta * (chosen_KL - rejected_logratios))
         losses = torch.cat((chosen_losses, rejected_losses))
         return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
+
+
+#### PPO
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What all PPO epochs on a batch share, frozen. Vectors over tokens hold response after response."""
+
+    mask: torch.Tensor  # (n_responses, longest response) bool: True where there is a token
+    chosen: torch.Tensor  # (n_responses,) bool
+    reference_logps: torch.Tensor  # (n_tokens,) of the old policy, which is the reference model
+    advantages: torch.Tensor  # (n_tokens,) of mean 0 and variance 1
+    returns: torch.Tensor  # (n_tokens,)
+
+
+@dataclass(frozen=True)
+class PPOOutcome(Outcome):
+    """`losses` and everything here: (n_tokens,)."""
+
+    policy_losses: torch.Tensor
+    critic_losses: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    clipped: torch.Tensor  # 1 where the clipped loss counts
+    values: torch.Tensor
+    returns: torch.Tensor
+
+
+class PPOTrainer(UnpairedPreferenceTrainer):
+    """Offline, off-policy PPO (https://arxiv.org/abs/1707.06347): what the data holds stands in for samples.
+
+    The last token of a desirable response has the reward +1, that of an undesirable one -1, and the old policy of the
+    ratio is the reference model. The loss is one of tokens, with a critic, so it replaces `train_step` and not `loss`.
+    As rewards it reports the log-ratio of policy and reference, summed over a response.
+    """
+
+    needs = ("use_reference_model", "use_value_head")
+
+    def train_step(self, batch):
+        """Wait for the whole accumulation: advantages are normalised over all of its tokens."""
+        self.examples += len(batch)
+        self.pending.append((batch, None))
+        if len(self.pending) == self.config.model.gradient_accumulation_steps:
+            self.flush()
+
+    def flush(self):
+        """The PPO epochs on all pending batches as one: an update each, over the same advantages and returns."""
+        batch = [example for pending, _ in self.pending for example in pending]
+        episode = None
+        for _ in range(self.config.loss.ppo_epochs if batch else 0):
+            leaf, into_policy = self.policy_leaf(self.token_outputs, batch)
+            episode = episode or self.episode(batch, values=leaf.detach()[:, 1])
+            outcome = self.backward(self.token_loss(leaf, episode), leaf, into_policy, batch)
+            self.pending = [(batch, outcome)]
+            self.update()
+
+    def evaluate_batch(self, batch):
+        tokens = torch.cat(self.frozen(self.token_outputs, self.policy, batch))
+        return self.token_loss(tokens, self.episode(batch, values=tokens[:, 1]))
+
+    def total_updates(self):
+        return super().total_updates() * self.config.loss.ppo_epochs
+
+    def clip_gradients(self):
+        """The critic's gradient has a limit of its own."""
+        v_head_norm = self.clipped(self.policy.v_head, self.config.model.v_head_max_grad_norm)
+        return super().clip_gradients() | {"v_head_grad_norm": v_head_norm}
+
+    def token_outputs(self, model: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
+        """(n_tokens, 3): log-prob, value, and entropy (which has no gradient) of each response token."""
+        return torch.stack(model(model.inputs(examples), with_entropy=True), dim=1)
+
+    def token_logps(self, model: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
+        return model(model.inputs(examples)).logps
+
+    def episode(self, batch: list[TokenizedExample], values: torch.Tensor) -> Episode:
+        """values: (n_tokens,), of the policy before the first update"""
+        reference_logps = torch.cat(self.frozen(self.token_logps, self.reference_model, batch))
+        chosen = self.chosen_rows(batch, values.device)
+        lengths = torch.tensor([len(response) for example in batch for response in example.responses])
+        lengths = lengths.to(values.device)[:, None]
+        token = torch.arange(int(lengths.max()), device=values.device)
+        mask, is_last = token < lengths, token == lengths - 1
+        rewards = is_last * torch.where(chosen, 1.0, -1.0)[:, None]
+        values = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        advantages, returns = self.advantages_and_returns(values, rewards)
+        advantages = advantages[mask]
+        advantages = (advantages - advantages.mean()) * torch.rsqrt(advantages.var(correction=0) + 1e-8)
+        return Episode(mask, chosen, reference_logps, advantages, returns[mask])
+
+    def advantages_and_returns(
+        self, values: torch.Tensor, rewards: torch.Tensor
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+        """Advantages by GAE (Eq. 16 of https://arxiv.org/abs/1506.02438), and discounted rewards from each token on.
+
+        All: (n_responses, longest response), 0 behind the end of a response, so that nothing comes after it.
+        """
+        gamma, lam = self.config.loss.gamma, self.config.loss.lam
+        deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+        return discounted_sums(deltas, gamma * lam), discounted_sums(rewards, gamma)
+
+    def token_loss(self, tokens: torch.Tensor, episode: Episode) -> PPOOutcome:
+        """PPO's clipped objective (Eq. 7 of https://arxiv.org/abs/1707.06347) with a critic and a KL penalty.
+
+        tokens: (n_tokens, 3) float32, as `token_outputs` gives them
+        """
+        settings = self.config.loss
+        logps, values, entropy = tokens.unbind(1)
+        logratios = logps - episode.reference_logps
+        ratios = logratios.exp()
+        unclipped = -episode.advantages * ratios
+        clipped = -episode.advantages * ratios.clamp(settings.cliprange, 1 / settings.cliprange)
+        policy_losses = torch.maximum(unclipped, clipped)
+        critic_losses = 0.5 * (values - episode.returns) ** 2
+        # Both estimate the KL divergence of the policy from a reference that wrote the data; k1 can be negative.
+        kl = torch.expm1(logratios) - logratios if settings.kl_estimator == "k3" else -logratios
+        losses = policy_losses + settings.critic_coef * critic_losses + settings.KL_coef * kl
+        chosen, rewards = episode.chosen, self.by_response(logratios, episode.mask)
+        sequence_logps = self.by_response(logps, episode.mask)
+        return PPOOutcome(
+            losses=losses,
+            chosen_rewards=rewards[chosen],
+            rejected_rewards=rewards[~chosen],
+            chosen_logps=sequence_logps[chosen],
+            rejected_logps=sequence_logps[~chosen],
+            policy_losses=policy_losses,
+            critic_losses=critic_losses,
+            kl=kl,
+            entropy=entropy,
+            clipped=(clipped > unclipped).float(),
+            values=values,
+            returns=episode.returns,
+        )
+
+    def by_response(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(n_tokens,) -> (n_responses,): as `sequence_logps` sums or averages."""
+        sums = tokens.new_zeros(mask.shape).masked_scatter(mask, tokens).sum(1)
+        return sums / mask.sum(1) if self.config.loss.get("average_log_prob", False) else sums
+
+    def summarize(self, outcomes, mode):
+        """What every loss reports, and what PPO does: in training under the original's names, such as loss/policy."""
+        whole = PPOOutcome.concatenate(outcomes)
+        logratios = torch.cat((whole.chosen_rewards, whole.rejected_rewards))
+        returns_var = whole.returns.var(correction=0)
+        metrics = {
+            "loss/total": whole.losses.mean(),
+            "loss/policy": whole.policy_losses.mean(),
+            "loss/critic": whole.critic_losses.mean(),
+            "loss/entropy": whole.entropy.mean(),
+            "loss/policykl": whole.kl.mean(),
+            "loss/seqratio": logratios.double().clamp(max=700).exp().mean(),  # a float64 holds e^700, and no e^710
+            "clipfrac/policy": whole.clipped.mean(),
+            "returns/mean": whole.returns.mean(),
+            "returns/var": returns_var,
+            "val/mean": whole.values.mean(),
+            "val/var": whole.values.var(correction=0),
+        }
+        if returns_var > 0:
+            metrics["val/explained_variance"] = 1 - (whole.returns - whole.values).var(correction=0) / returns_var
+        suffix = "" if mode == "train" else f"_{mode}"
+        named = {name.replace("/", f"{suffix}/"): value.item() for name, value in metrics.items()}
+        return super().summarize(outcomes, mode) | named

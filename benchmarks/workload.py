@@ -46,7 +46,7 @@ def shp_like_pairs(n: int, vocab_size: int, seed: int = 0, max_length: int = 204
 def dpo_backward(policy: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
     """Forward, DPO's loss with a reference of 0 (beta 0.1), backward; what a step does but the optimizer's part."""
     inputs = policy.inputs(examples)
-    summed = inputs.sum_by_row(policy(inputs))
+    summed = inputs.sum_by_row(policy(inputs).logps)
     loss = -torch.nn.functional.logsigmoid(0.1 * (summed[0::2] - summed[1::2])).mean()
     loss.backward()
     return loss.detach()

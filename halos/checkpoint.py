@@ -1,4 +1,5 @@
-"""Saving and loading: `policy.pt`, the Hugging Face export beside it, and the run directory that holds them.
+"""Saving and loading: `policy.pt`, the Hugging Face export beside it, and the run directory that holds them. A critic
+is in `v_head.pt`, so that the policy stays a plain language model.
 
 A checkpoint directory is written beside and then renamed, so that `LATEST` is a whole checkpoint whenever it is there.
 """
@@ -18,6 +19,7 @@ from halos.distributed import whole
 from halos.errors import UserError, set_aside
 
 POLICY = "policy.pt"
+V_HEAD = "v_head.pt"
 
 
 #### THE RUN DIRECTORY
@@ -60,17 +62,21 @@ def save(
     step: int,
     metrics: dict[str, float],
     export_dtype: torch.dtype,
+    v_head: torch.nn.Module | None = None,
 ) -> None:
     """Write a checkpoint to the first directory, replacing what is there, and link it to the others.
 
-    It holds `policy.pt` ({'step_idx', 'state', 'metrics'}, weights in policy_dtype under the model's own names), a
-    Hugging Face export with tokenizer and model card, and the run's config.yaml.
+    It holds `policy.pt` ({'step_idx', 'state', 'metrics'}, weights in policy_dtype under the model's own names),
+    `v_head.pt` of the same form if there is a critic (in float32), a Hugging Face export with tokenizer and model card,
+    and the run's config.yaml.
     """
     unfinished = f"{directories[0]}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
     state = full_state(lm, getattr(torch, config.model.policy_dtype))
-    torch.save({"step_idx": step, "state": state, "metrics": metrics}, os.path.join(unfinished, POLICY))
+    states = {POLICY: state} | ({V_HEAD: full_state(v_head, torch.float32)} if v_head is not None else {})
+    for name, content in states.items():
+        torch.save({"step_idx": step, "state": content, "metrics": metrics}, os.path.join(unfinished, name))
     export(unfinished, lm, state, tokenizer, export_dtype)
     with open(os.path.join(unfinished, "README.md"), "w") as file:
         file.write(model_card(config, step, metrics))
@@ -179,7 +185,7 @@ def _set_dtype(path: str, dtype: torch.dtype) -> None:
 
 
 def load_state(path: str) -> dict[str, torch.Tensor]:
-    """The weights in a `policy.pt`, memory-mapped. UserError if it is missing, truncated, or something else."""
+    """The weights in a `policy.pt` or `v_head.pt`, memory-mapped. UserError if missing, truncated, or something else."""
     if not os.path.isfile(path):
         raise UserError(
             f"{path} does not exist; model.load_from takes a policy.pt (absolute or relative to cache_dir), "

@@ -26,7 +26,7 @@ from halos.errors import UserError, did_you_mean
 # Dictionaries whose keys are not all in the YAML files: a check further down knows them.
 OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
 # Keys that every loss has, whether its YAML says so or not.
-OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False}
+OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False, "loss.use_value_head": False}
 
 
 def _number(x: Any) -> bool:
@@ -83,7 +83,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.export_dtype": ("float32", "bfloat16", "float16", "null"),
 }
 
-RULED = (*(key for _, _, keys in RULES for key in keys.split()), *CHOICES)
+# The same for hyperparameters that some losses have and others do not.
+LOSS_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("a whole number of at least 1", lambda x: _whole(x) and x >= 1, "loss.ppo_epochs"),
+    ("a number above 0 and at most 1", lambda x: _number(x) and 0 < x <= 1, "loss.cliprange"),
+    ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, "loss.gamma loss.lam"),
+    ("a number of at least 0", lambda x: _number(x) and 0 <= x < math.inf, "loss.critic_coef loss.KL_coef"),
+    ("true or false", lambda x: isinstance(x, bool), "loss.average_log_prob loss.use_value_head"),
+    ("k3 or k1", lambda x: x in ("k3", "k1"), "loss.kl_estimator"),
+)
+
+ALWAYS_RULED = (*(key for _, _, keys in RULES for key in keys.split()), *CHOICES)
+RULED = (*ALWAYS_RULED, *(key for _, _, keys in LOSS_RULES for key in keys.split()))
 
 
 def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) -> None:
@@ -253,7 +264,7 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 
 def _check_value(key: str, value: Any) -> None:
     shown, known = _shown(value), CHOICES.get(key)
-    for expected, test, keys in RULES:
+    for expected, test, keys in RULES + LOSS_RULES:
         if key in keys.split() and not test(value):
             raise UserError(f"{key}={shown} must be {expected}")
     if known and shown == "float16" and shown not in known:
@@ -264,7 +275,8 @@ def _check_value(key: str, value: Any) -> None:
 
 def _check_values(values: dict[str, Any]) -> None:
     for key in RULED:
-        _check_value(key, values.get(key))
+        if key in values or key in ALWAYS_RULED:
+            _check_value(key, values.get(key))
     if values.get("n_epochs") is None and values.get("n_examples") is None:
         raise UserError("n_epochs=null and n_examples=null: the run would never end; set one, such as n_epochs=1")
 
@@ -311,6 +323,9 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
     """The trainer and the loader exist and speak of the same data; `data_format` None takes and gives any."""
     trainer = component(trainers, values["loss.trainer"], trainers.BasicTrainer, "loss.trainer")
     loader = component(dataloaders, values["loss.dataloader"], dataloaders.DataLoader, "loss.dataloader")
+    for key in getattr(trainer, "needs", ()):
+        if not values.get(f"loss.{key}"):
+            raise UserError(f"loss.{key}=false: loss.trainer={trainer.__name__} cannot do without; use loss.{key}=true")
     needs, gives = (getattr(c, "data_format", None) for c in (trainer, loader))
     if needs is None or gives is None or needs == gives:
         return

@@ -2,7 +2,8 @@
 
 Both return float32. `fused` takes the tokens in chunks. A chunk's logits are recomputed in the backward pass, except
 for the last one's, so no more than one chunk of logits is kept, and a batch of one chunk recomputes nothing. Inputs may
-be bfloat16; the logits and everything after them are float32.
+be bfloat16; the logits and everything after them are float32. The entropy of the distributions, where it is wanted, is
+a by-product of the same chunks.
 
 Shapes: N targets, d hidden size, V vocabulary.
 """
@@ -19,18 +20,30 @@ def plain(
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
+    entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """log p(target) for each row of `hidden`, by the definition.
 
     hidden: (N, d); weight: (V, d); targets: (N,); bias: (V,)
     softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2
+    entropy: (N,) float32, filled with the entropy of each row's distribution in nats, without gradient
     """
-    return from_logits(_logits(hidden, weight, bias, softcap), targets)
+    return from_logits(_logits(hidden, weight, bias, softcap), targets, entropy)
 
 
-def from_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(N, V) logits and (N,) targets -> (N,) float32 log-probs."""
-    return logits.float().log_softmax(-1).gather(-1, targets[:, None]).sum(-1)  # over one: FSDP wants no view
+def from_logits(logits: torch.Tensor, targets: torch.Tensor, entropy: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, V) logits and (N,) targets -> (N,) float32 log-probs; `entropy` as in `plain`."""
+    logits = logits.float()
+    if entropy is not None:
+        entropy.copy_(entropy_of(logits, logits.logsumexp(-1)))
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).sum(-1)  # over one: FSDP wants no view
+
+
+@torch.no_grad()
+def entropy_of(logits: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Entropies in nats, lse - sum p z. logits: (N, V) float32; lse: (N,) their logsumexp; returns (N,)."""
+    p = logits.sub(lse[:, None]).exp_()
+    return lse - torch.einsum("nv,nv->n", p, logits)  # which makes no tensor of products
 
 
 def fused(
@@ -39,16 +52,17 @@ def fused(
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
+    entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`plain` without the (N, V) tensors."""
-    return _FusedLogps.apply(hidden, weight, targets, bias, softcap)
+    return _FusedLogps.apply(hidden, weight, targets, bias, softcap, entropy)
 
 
 class _FusedLogps(torch.autograd.Function):
     """log p_t = z_t - logsumexp(z). Its gradient in the logits z is (onehot(t) - softmax(z)), times the upstream."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, softcap):
+    def forward(ctx, hidden, weight, targets, bias, softcap, entropy):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         lse = torch.empty_like(logps)
         logits = None
@@ -57,6 +71,8 @@ class _FusedLogps(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, bias, softcap)
             lse[rows] = logits.logsumexp(-1)
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+            if entropy is not None:
+                entropy[rows] = entropy_of(logits, lse[rows])
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
         ctx.softcap = softcap
         ctx.last_logits = logits
@@ -65,7 +81,7 @@ class _FusedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         hidden, weight, targets, bias, lse = ctx.saved_tensors
-        wants_hidden, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
+        wants_hidden, wants_weight, _, wants_bias, _, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Summed over chunks in float32: a bfloat16 sum would round once per chunk.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -91,7 +107,7 @@ class _FusedLogps(torch.autograd.Function):
                     grad_weight += grad.T @ hidden[rows]
         grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None else None
         grad_bias = grad_bias.to(bias.dtype) if grad_bias is not None else None
-        return grad_hidden, grad_weight, None, grad_bias, None
+        return grad_hidden, grad_weight, None, grad_bias, None, None
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:

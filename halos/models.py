@@ -1,4 +1,5 @@
-"""Policy, reference, and tokenizer: where they are loaded from, and the one forward from a pack to per-token log-probs.
+"""Policy, reference, and tokenizer: where they are loaded from, and the one forward from a pack to per-token log-probs
+(and values, where a loss wants a critic).
 
 Weights come from `model.name_or_path` (the hub or a directory) or, where that is null, from `model.architecture` with
 random weights; `model.load_from` replaces them: a `policy.pt` of this project, a directory in Hugging Face's layout, or
@@ -9,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -28,19 +29,54 @@ if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
 
 
+class PerToken(NamedTuple):
+    """What a forward says of each response token: (n_targets,) float32 each."""
+
+    logps: torch.Tensor  # in nats
+    values: torch.Tensor | None  # of the state that the token was chosen in; None without a value head
+    entropy: torch.Tensor | None  # of the distribution that it was chosen from, in nats, detached; None if not wanted
+
+
+class ValueHead(nn.Module):
+    """A critic: from the hidden state that predicts a token to the return expected from there.
+
+    It reads detached hidden states, so that it never moves the language model, and computes in float32. It starts at
+    a value of 0 everywhere.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, d) hidden states -> (N,) float32 values."""
+        return self.value(torch.relu(self.hidden(hidden.detach().float()))).sum(-1)  # over one: FSDP wants no view
+
+
 class PolicyModel(nn.Module):
-    """A causal language model whose one forward gives the log-probs of response tokens.
+    """A causal language model whose one forward gives the log-probs of response tokens, and their values.
 
     It is the root that is sharded: body, head, and log-probs run inside one forward, and the head sees response
     positions only.
 
     lm: a transformers causal LM with all dropout at 0
     token_logps: one of the functions of `halos.logps`
+    v_head: the critic of losses that have one
     """
 
-    def __init__(self, lm: PreTrainedModel, token_logps: Callable = logps.fused, pad_token_id: int = 0):
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        token_logps: Callable = logps.fused,
+        pad_token_id: int = 0,
+        v_head: ValueHead | None = None,
+    ):
         super().__init__()
         self.lm = lm
+        self.v_head = v_head
         self.token_logps = token_logps
         self.pad_token_id = pad_token_id
         self.packs = False
@@ -57,27 +93,40 @@ class PolicyModel(nn.Module):
         inputs = pack(examples) if self.packs else pad(examples, self.pad_token_id)
         return inputs.to(next(self.lm.parameters()).device)
 
-    def forward(self, inputs: Inputs) -> torch.Tensor:
-        """(n_targets,) float32 log-probs of `inputs.targets`, in nats."""
-        if inputs.layout is None:
-            return self._plain_forward(inputs)
+    def forward(self, inputs: Inputs, with_entropy: bool = False) -> PerToken:
+        """The log-probs of `inputs.targets` and, where there is a value head, the values of where they were chosen."""
+        device = inputs.targets.device
+        entropy = torch.empty(len(inputs.targets), dtype=torch.float32, device=device) if with_entropy else None
+        way = self._plain_forward if inputs.layout is None else self._packed_forward
+        token_logps, hidden = way(inputs, entropy)
+        return PerToken(token_logps, self.v_head(hidden) if self.v_head is not None else None, entropy)
+
+    def _packed_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probs, the hidden states that they were computed from); `entropy` is filled in."""
         body = self.lm.base_model
         output = body(
             input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout, use_cache=False
         )
         hidden = output.last_hidden_state[0].index_select(0, inputs.target_positions)
         head = self.lm.get_output_embeddings()
-        return self.token_logps(hidden, head.weight, inputs.targets, getattr(head, "bias", None), self._softcap)
+        bias = getattr(head, "bias", None)
+        return self.token_logps(hidden, head.weight, inputs.targets, bias, self._softcap, entropy), hidden
 
-    def _plain_forward(self, inputs: Inputs) -> torch.Tensor:
-        """The model's own logits of a padded batch: what every faster way is compared with."""
-        logits = self.lm(
+    def _plain_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same from the model's own logits of a padded batch: what every faster way is compared with."""
+        output = self.lm(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
             position_ids=inputs.position_ids,
             use_cache=False,
-        ).logits
-        return logps.from_logits(logits.flatten(0, 1).index_select(0, inputs.target_positions), inputs.targets)
+            output_hidden_states=self.v_head is not None,
+        )
+
+        def at_targets(states: torch.Tensor) -> torch.Tensor:
+            return states.flatten(0, 1).index_select(0, inputs.target_positions)
+
+        hidden = at_targets(output.hidden_states[-1]) if self.v_head is not None else None
+        return logps.from_logits(at_targets(output.logits), inputs.targets, entropy), hidden
 
     @property
     def _softcap(self) -> float | None:
@@ -118,7 +167,7 @@ def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.devic
     """
     base_dtype = load_config(config).dtype  # of the checkpoint; loading replaces it in the model's own config
     lm = load_lm(config, getattr(torch, config.model.policy_dtype), policy_pt=policy_pt)
-    policy = build(config, lm, tokenizer, device)
+    policy = build(config, lm, tokenizer, device, load_value_head(config, lm, policy_pt))
     export_dtype = config.model.export_dtype or base_dtype
     if export_dtype:
         policy.export_dtype = getattr(torch, str(export_dtype).removeprefix("torch."))
@@ -137,8 +186,10 @@ def load_reference(config: DictConfig, tokenizer, device: torch.device, packs: b
     return reference.requires_grad_(False).eval()
 
 
-def build(config: DictConfig, lm: PreTrainedModel, tokenizer, device: torch.device) -> PolicyModel:
-    model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id).to(device)
+def build(
+    config: DictConfig, lm: PreTrainedModel, tokenizer, device: torch.device, v_head: ValueHead | None = None
+) -> PolicyModel:
+    model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head).to(device)
     if len(tokenizer) > model.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}; "
@@ -206,17 +257,50 @@ def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: 
     return lm
 
 
+def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:
+    """The critic, if the loss has one: the v_head.pt beside the policy's weights, or new weights if there is none.
+
+    lm: the model whose hidden states it reads; one on the meta device will do
+    policy_pt: as in `load_lm`; then there must be a v_head.pt
+    """
+    if not config.loss.get("use_value_head", False):
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        v_head = ValueHead(lm.get_output_embeddings().weight.shape[1])
+    path = _v_head_pt(config, policy_pt)
+    if path and (policy_pt or os.path.exists(path)):
+        state = checkpoint.load_state(path)
+        _compare_state(v_head, state, path)
+        v_head.load_state_dict(state)
+    return v_head
+
+
 def check_load_from(config: DictConfig) -> None:
     """Raise UserError if `model.load_from` is a checkpoint that is missing, damaged, or of another architecture.
 
-    Only headers are read, so that this is over long before a model would be."""
-    path = _policy_pt(config)
-    if path:
-        check_policy_pt(config, path)
+    Little more than headers are read, so that this is over long before a model would be."""
+    path, has_critic = _policy_pt(config), config.loss.get("use_value_head", False)
+    if path or has_critic:
+        meta = _meta_lm(load_config(config), config.trust_remote_code)
+        if path:
+            _compare_state(meta, checkpoint.load_state(path), path)
+        load_value_head(config, meta)
 
 
-def check_policy_pt(config: DictConfig, path: str) -> None:
-    _compare_state(_meta_lm(load_config(config), config.trust_remote_code), checkpoint.load_state(path), path)
+def check_policy_pt(config: DictConfig, path: str, with_value_head: bool = False) -> None:
+    """The same for a given policy.pt, and for the critic beside it."""
+    meta = _meta_lm(load_config(config), config.trust_remote_code)
+    _compare_state(meta, checkpoint.load_state(path), path)
+    if with_value_head:
+        load_value_head(config, meta, path)
+
+
+def _v_head_pt(config: DictConfig, policy_pt: str | None) -> str | None:
+    """Where the critic of a checkpoint is, if it has one; None for a model that starts from no checkpoint."""
+    policy_pt = policy_pt or _policy_pt(config)
+    directory = os.path.dirname(policy_pt) if policy_pt else config.model.load_from
+    return os.path.join(directory, checkpoint.V_HEAD) if directory else None
 
 
 def _source(config: DictConfig, use_load_from: bool) -> str | None:
@@ -269,7 +353,7 @@ def _from_state(lm_config, state: dict, path: str, dtype: torch.dtype, trust_rem
     return _from_pretrained(type(meta), None, lm_config, dtype, trust_remote_code, state_dict=state)
 
 
-def _compare_state(meta: PreTrainedModel, state: dict, path: str) -> None:
+def _compare_state(meta: nn.Module, state: dict, path: str) -> None:
     """The names and shapes of a checkpoint against the model that is to have them; the first difference is named."""
     expected = meta.state_dict()
     for key in [*expected, *state]:

@@ -79,7 +79,7 @@ def probe_logps(policy, packs: bool) -> torch.Tensor:
     policy.use_packing(packs)
     policy.eval()
     try:
-        return policy(policy.inputs(probe_examples(policy.vocab_size))).double()
+        return policy(policy.inputs(probe_examples(policy.vocab_size))).logps.double()
     finally:
         policy.use_packing(before[0])
         policy.train(before[1])

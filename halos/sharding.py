@@ -27,8 +27,11 @@ def prepare_policy(
     if policy.lm.dtype != compute_dtype:
         mesh = distributed.device_mesh(policy.lm.device.type)
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for module in [*find_blocks(policy.lm, block_name), policy]:
+        for module in find_blocks(policy.lm, block_name):
             fully_shard(module, mesh=mesh, mp_policy=precision)
+        if policy.v_head is not None:  # apart, since it computes in float32
+            fully_shard(policy.v_head, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+        fully_shard(policy, mesh=mesh, mp_policy=precision)
     policy.train()
 
 

@@ -185,7 +185,7 @@ def test_packed_attention_is_attention_under_a_dense_mask(sliding_window, softca
 def values_and_gradients(policy: PolicyModel, examples, upstream=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Per-token log-probs in the order of the batch, and the gradient of every parameter for a random upstream."""
     policy.zero_grad(set_to_none=True)
-    logps = policy(policy.inputs(examples))
+    logps = policy(policy.inputs(examples)).logps
     generator = torch.Generator().manual_seed(0)
     logps.backward(torch.randn(len(logps), generator=generator) if upstream is None else upstream)
     gradients = {name: parameter.grad for name, parameter in policy.lm.named_parameters()}
@@ -241,7 +241,7 @@ def test_responses_do_not_see_each_other(name):
     other = example([5, 6, 7, 8], [31, 32, 33, 34, 35], [21, 22, 23, 24])
     rest = example([3, 4], [41, 42])
     with torch.no_grad():
-        before, after = (policy(policy.inputs([first, rest])) for first in (one, other))
+        before, after = (policy(policy.inputs([first, rest])).logps for first in (one, other))
     assert not torch.equal(before[:5], after[:5])
     assert torch.equal(before[5:], after[5:])
 
@@ -276,7 +276,7 @@ def test_order_of_the_batch_does_not_matter(name, packs):
     def run(examples, weights):
         policy.zero_grad(set_to_none=True)
         inputs = policy.inputs(examples)
-        sums = inputs.sum_by_row(policy(inputs))
+        sums = inputs.sum_by_row(policy(inputs).logps)
         (sums * weights).sum().backward()
         return sums.detach(), {key: p.grad.clone() for key, p in policy.lm.named_parameters()}
 
@@ -363,7 +363,7 @@ def test_the_check_falls_back_with_a_reason(name):
     packs, reason = check(policy, "auto", torch.float32)
     assert not packs and reason.startswith("packed and padded log-probs differ by ")
     with torch.no_grad():
-        values = policy(policy.inputs([PAIR, SINGLE])).split([3, 2, 2])
+        values = policy(policy.inputs([PAIR, SINGLE])).logps.split([3, 2, 2])
         for row, (ids, n_prompt) in enumerate([([1, 2, 3, 4, 5, 9], 3), ([1, 2, 3, 6, 9], 3), ([7, 8, 5, 9], 2)]):
             every = policy.lm(torch.tensor([ids])).logits[0].log_softmax(-1)
             expected = torch.stack([every[i - 1, ids[i]] for i in range(n_prompt, len(ids))])
@@ -451,9 +451,9 @@ def test_bfloat16_close_to_float32_over_a_long_response():
     ids = torch.randint(VOCAB, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     inputs = policy.inputs([example([1, 2, 3], ids)])
     with torch.no_grad():
-        truth = policy(inputs)
+        truth = policy(inputs).logps
         sharding.prepare_policy(policy, torch.bfloat16, activation_checkpointing=False, block_name=None)
-        half = policy(inputs)
+        half = policy(inputs).logps
     assert half.dtype == torch.float32
     assert truth.sum() < -512 * 4.5
     error = (half - truth).double()
