@@ -185,7 +185,7 @@ def _set_dtype(path: str, dtype: torch.dtype) -> None:
 
 
 def load_state(path: str) -> dict[str, torch.Tensor]:
-    """The weights in a `policy.pt` or `v_head.pt`, memory-mapped. UserError if missing, truncated, or something else."""
+    """The weights in a `policy.pt` or `v_head.pt`, memory-mapped. UserError if missing, damaged, or something else."""
     if not os.path.isfile(path):
         raise UserError(
             f"{path} does not exist; model.load_from takes a policy.pt (absolute or relative to cache_dir), "

@@ -89,7 +89,6 @@ LOSS_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a number above 0 and at most 1", lambda x: _number(x) and 0 < x <= 1, "loss.cliprange"),
     ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, "loss.gamma loss.lam"),
     ("a number of at least 0", lambda x: _number(x) and 0 <= x < math.inf, "loss.critic_coef loss.KL_coef"),
-    ("true or false", lambda x: isinstance(x, bool), "loss.average_log_prob loss.use_value_head"),
     ("k3 or k1", lambda x: x in ("k3", "k1"), "loss.kl_estimator"),
 )
 

@@ -119,7 +119,7 @@ def test_the_checkpoint_opens_in_transformers(run):
     assert "`sft` loss (SFTTrainer) on demo: 4 updates" in card and "| loss/eval |" in card
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cdpo", "slic", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "slic", "kto", "ppo"])
 def test_every_loss_trains_from_a_checkpoint(command, run, cache_dir, loss):
     """From the SFT weights, relative to cache_dir: log-ratio 0 at the start where there is a reference."""
     words = [f"loss={loss}", "model.load_from=base/LATEST/policy.pt", f"exp_name={loss}", f"cache_dir={cache_dir}"]
@@ -281,6 +281,24 @@ def test_closed_form_metrics(command, run):
     assert saved["metadata"]["exp_name"] == "base"
     for name in ("loss/eval", "logps_eval/chosen"):
         assert saved["results"][name] == pytest.approx(last[name], rel=1e-5)
+
+
+def test_a_run_with_a_critic(command, run, cache_dir, tmp_path):
+    """It is saved with the run, needed where the run is evaluated, and not where it is sampled from."""
+    words = ["loss=ppo", "model.load_from=base/LATEST/policy.pt", "exp_name=critic", f"cache_dir={cache_dir}", *SMALL]
+    code, _, err = command("train.py", *words)
+    assert code == 0, err
+    directory = cache_dir / "critic"
+    code, out, err = command("eval.py", "-c", directory / "config.yaml", "-m", "eval")
+    assert code == 0, err
+    results = json.loads((directory / "eval.json").read_text())["results"]
+    last = read_metrics(directory / "metrics.jsonl")[-1]
+    for name in ("loss/eval", "val_eval/mean", "rewards_eval/margins"):
+        assert results[name] == pytest.approx(last[name], rel=1e-4, abs=1e-6)
+    os.remove(directory / "LATEST" / "v_head.pt")
+    mistake(command("eval.py", "-c", directory / "config.yaml", "-m", "eval"), "v_head.pt does not exist")
+    words = ["-n", "2", "-u", "false", f"samples_dir={tmp_path}"]
+    assert command("eval.py", "-c", directory / "config.yaml", *words)[0] == 0
 
 
 def test_intermediate_checkpoints_are_evaluated_by_their_own_config(command, run, cache_dir, tmp_path):

@@ -47,8 +47,10 @@ TRAINERS = stub(
     CDPOTrainer="paired",
     SLiCTrainer="paired",
     KTOTrainer="unpaired",
+    PPOTrainer="unpaired",
     AnyTrainer=None,
 )
+TRAINERS.PPOTrainer.needs = ("use_reference_model", "use_value_head")
 TRAINERS.helper = print
 DATALOADERS = stub(
     "dataloaders",
@@ -210,6 +212,24 @@ def test_losses(check, loss, trainer, loader, reference, hyperparameters):
     assert check(f"loss={loss}").loss == names | hyperparameters
 
 
+def test_ppo(check):
+    """The original's values, and the estimator that cannot be negative in the place of the original's."""
+    assert check("loss=ppo").loss == {
+        "name": "ppo",
+        "trainer": "PPOTrainer",
+        "dataloader": UNPAIRED,
+        "use_reference_model": True,
+        "use_value_head": True,
+        "ppo_epochs": 1,
+        "cliprange": 0.5,
+        "lam": 0.95,
+        "gamma": 0.99,
+        "critic_coef": 0.01,
+        "KL_coef": 0.1,
+        "kl_estimator": "k3",
+    }
+
+
 def test_models_differ_in_names_only(check):
     """Every published model has the defaults of base_model.yaml; tiny alone has its own."""
     repositories = {
@@ -356,7 +376,7 @@ REFUSED_BY_HYDRA = [
     ),
     (
         "loss=kot",
-        "loss=kot: there is no config/loss/kot.yaml; did you mean 'kto'? (one of: cdpo, dpo, kto, sft, slic)",
+        "loss=kot: there is no config/loss/kot.yaml; did you mean 'kto'? (one of: cdpo, dpo, kto, ppo, sft, slic)",
     ),
     (
         "model=lama7b",
@@ -594,23 +614,33 @@ REFUSED = [
     (
         "loss.trainer=DPOTrianer",
         "loss.trainer=DPOTrianer is not defined in trainers.py; did you mean 'DPOTrainer'? (one of: "
-        "AnyTrainer, CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, SLiCTrainer)",
+        "AnyTrainer, CDPOTrainer, DPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer, SLiCTrainer)",
     ),
     (
         "loss.trainer=helper",
         "loss.trainer=helper is no subclass of BasicTrainer in trainers.py; choose one of: AnyTrainer, "
-        "CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, SLiCTrainer",
+        "CDPOTrainer, DPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer, SLiCTrainer",
     ),
     (
         "loss.trainer=BasicTrainer",
         "loss.trainer=BasicTrainer is no subclass of BasicTrainer in trainers.py; did you mean "
-        "'SLiCTrainer'? (one of: AnyTrainer, CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, "
-        "SLiCTrainer)",
+        "'SLiCTrainer'? (one of: AnyTrainer, CDPOTrainer, DPOTrainer, KTOTrainer, PPOTrainer, "
+        "SFTTrainer, SLiCTrainer)",
     ),
     (
         "loss.dataloader=SFTLoader",
         "loss.dataloader=SFTLoader is not defined in dataloaders.py; did you mean 'SFTDataLoader'? (one "
         "of: PairedPreferenceDataLoader, SFTDataLoader, UnpairedPreferenceDataLoader)",
+    ),
+    ("loss=ppo loss.ppo_epochs=0", "loss.ppo_epochs=0 must be a whole number of at least 1"),
+    ("loss=ppo loss.cliprange=1.5", "loss.cliprange=1.5 must be a number above 0 and at most 1"),
+    ("loss=ppo loss.gamma=2", "loss.gamma=2 must be a number from 0 to 1"),
+    ("loss=ppo loss.lam=-0.1", "loss.lam=-0.1 must be a number from 0 to 1"),
+    ("loss=ppo loss.KL_coef=-1", "loss.KL_coef=-1 must be a number of at least 0"),
+    ("loss=ppo loss.kl_estimator=k2", "loss.kl_estimator=k2 must be k3 or k1"),
+    (
+        "loss=ppo loss.use_value_head=false",
+        "loss.use_value_head=false: loss.trainer=PPOTrainer cannot do without; use loss.use_value_head=true",
     ),
     (
         "loss=dpo loss.dataloader=UnpairedPreferenceDataLoader",
@@ -781,7 +811,7 @@ def test_flags_that_show_and_stop(run, tmp_path):
     shown = run("loss=kto", "--cfg", "job")
     assert (shown.code, shown.configs) == (0, []) and OmegaConf.create(shown.out).loss.beta == 0.1
     help_text = run("--help").out
-    assert "loss: cdpo, dpo, kto, sft, slic" in help_text and "Align a language model" in help_text
+    assert "loss: cdpo, dpo, kto, ppo, sft, slic" in help_text and "Align a language model" in help_text
     assert "complete" in run("-sc", "install=bash").out
     assert os.listdir(tmp_path) == []
 

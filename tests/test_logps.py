@@ -1,5 +1,6 @@
 """Log-probs of targets: the plain function against the definition, the fused one against the plain one."""
 
+import functools
 import math
 
 import pytest
@@ -76,6 +77,38 @@ def test_softcap_by_hand(function):
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]])
     expected = torch.tensor([0.0, 1.0]) - math.log(1 + math.e)
     torch.testing.assert_close(function(hidden, weight, torch.tensor([0, 1]), softcap=2.0), expected)
+
+
+@pytest.mark.parametrize("function", [logps.plain, logps.fused])
+def test_entropy_by_hand(function):
+    """Odds 1 : 2 : 5 have the entropy sum p ln(1 / p) = (ln 8 + 2 ln 4 + 5 ln(8 / 5)) / 8. Equal odds have ln 3; one
+    logit that towers over the others has 0."""
+    weight = torch.tensor([[0.0, 0, 0], [math.log(2), 0, 0], [math.log(5), 0, 1000]])
+    entropy = torch.empty(3)
+    values = function(torch.eye(3), weight, torch.tensor([0, 1, 2]), entropy=entropy)
+    expected = (math.log(8) + 2 * math.log(4) + 5 * math.log(8 / 5)) / 8
+    torch.testing.assert_close(entropy, torch.tensor([expected, math.log(3), 0.0]))
+    torch.testing.assert_close(values, torch.tensor([math.log(1 / 8), math.log(1 / 3), 0.0]))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 1000])
+def test_entropy_in_chunks(chunk, rows_per_chunk, softcap):
+    """The same however the rows are cut; values and gradients are those without it; bfloat16 inputs do."""
+    chunk(rows_per_chunk * V)
+    hidden, weight, targets, bias, upstream = case(with_bias=True)
+    plain, fused, half = (torch.empty(N) for _ in range(3))
+    logps.plain(hidden, weight, targets, bias, softcap, plain)
+    with_entropy = functools.partial(logps.fused, entropy=fused)
+    results = values_and_gradients(with_entropy, hidden, weight, targets, bias, upstream, softcap=softcap)
+    without = values_and_gradients(logps.fused, hidden, weight, targets, bias, upstream, softcap=softcap)
+    assert all(torch.equal(one, other) for one, other in zip(results, without, strict=True))
+    logits = hidden.double() @ weight.double().T + bias.double()
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    exact = torch.distributions.Categorical(logits=logits).entropy()
+    assert relative(plain, exact) < 1e-6 and relative(fused, exact) < 1e-6
+    logps.fused(hidden.bfloat16(), weight.bfloat16(), targets, bias.bfloat16(), softcap, half)
+    assert relative(half, exact) < 0.02
 
 
 @pytest.mark.parametrize("function", [logps.plain, logps.fused])
@@ -194,11 +227,11 @@ class Largest(TorchDispatchMode):
 
 def test_tokens_times_vocabulary_never_exists(chunk):
     """128 targets x 512 tokens would be 65,536 elements. With chunks of 8 rows nothing is larger than 8 x 512 = 4096
-    logits, or the 512 x 8 weights; the plain function shows that the recorder sees what it should."""
+    logits, or the 512 x 8 weights, entropy included; the plain function shows that the recorder sees what it should."""
     inputs = case(n=128, d=8, v=512, with_bias=True)
     chunk(8 * 512)
     with Largest() as fused:
-        values_and_gradients(logps.fused, *inputs, softcap=5.0)
+        values_and_gradients(functools.partial(logps.fused, entropy=torch.empty(128)), *inputs, softcap=5.0)
     with Largest() as plain:
         values_and_gradients(logps.plain, *inputs, softcap=5.0)
     assert plain.numel == 128 * 512

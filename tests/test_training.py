@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-from functools import cache
 
 import pytest
 import torch
@@ -18,28 +17,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trainers
 from halos import checkpoint, metrics, models
 from halos.errors import UserError
-from helpers import PROJECT, example, make_config, random_examples
-
-CPU = torch.device("cpu")
-LOSSES = ["sft", "dpo", "cdpo", "kto", "slic"]
-
-# Two small layers, and an optimizer whose step is the gradient itself.
-SMALL = (
-    "model=tiny",
-    "model.architecture.hidden_size=32",
-    "model.architecture.num_hidden_layers=2",
-    "model.architecture.intermediate_size=48",
-    "++model.architecture.num_key_value_heads=2",
-    "++model.architecture.initializer_range=0.1",
-    "optimizer=SGD",
-    "lr=0.01",
-    "warmup_steps=0",
-    "do_first_eval=false",
-    "exp_name=run",
-    "minimum_log_interval_secs=1000",
-    "model.batch_size=8",
-    "eval_every=8",
+from helpers import example, make_config
+from small_runs import (
+    CPU,
+    SMALL,
+    Batches,
+    assert_same_training,
+    batches_for,
+    make_trainer,
+    moved,
+    rows_of,
+    state_of,
+    tokenizer,
+    trained,
 )
+
+LOSSES = ["sft", "dpo", "cdpo", "kto", "slic", "ppo"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,91 +41,6 @@ def curves(monkeypatch):
     draw = metrics.draw_curves
     monkeypatch.setattr(metrics, "draw_curves", lambda *args: None)
     return lambda: monkeypatch.setattr(metrics, "draw_curves", draw)
-
-
-class Batches:
-    """A loader of given batches."""
-
-    def __init__(self, batches):
-        self.batches = batches
-        self.total_examples = sum(map(len, batches))
-        self.examples_seen = 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for batch in self.batches:
-            self.examples_seen += len(batch)
-            yield batch
-
-    def restart(self):
-        self.examples_seen = 0
-
-
-@cache
-def tokenizer():
-    return AutoTokenizer.from_pretrained(os.path.join(PROJECT, "assets", "tiny_tokenizer"))
-
-
-def batches_for(loss: str, n_batches: int = 3, n: int = 8, seed: int = 0) -> list:
-    """Batches of pairs, of single responses of which every other is chosen, or of responses to imitate."""
-    n_responses = 2 if loss in ("dpo", "cdpo", "slic") else 1
-    drawn = random_examples(n_batches * n, (n_responses,), seed)
-    if loss == "kto":
-        drawn = [one._replace(chosen=(i % 2 == 0,)) for i, one in enumerate(drawn)]
-    return [drawn[i * n : (i + 1) * n] for i in range(n_batches)]
-
-
-def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None):
-    """A trainer as train.py builds it, in the run directory folder/run."""
-    config = make_config(folder, f"loss={loss}", *SMALL, *words)
-    run_dir = checkpoint.create_run_directory(config)
-    policy, reference = models.load_policy_and_reference(config, tokenizer(), CPU)
-    batches = batches if batches is not None else batches_for(loss)
-    loaders = Batches(batches), Batches(eval_batches if eval_batches is not None else batches[:1])
-    trainer_class = getattr(trainers, config.loss.trainer)
-    return trainer_class(policy, reference, tokenizer(), config, *loaders, run_dir)
-
-
-def state_of(trainer) -> dict[str, torch.Tensor]:
-    """A copy of the policy's weights, whole."""
-    state = checkpoint.full_state(trainer.policy.lm, torch.float32)
-    return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def moved(before: dict, after: dict) -> torch.Tensor:
-    """The way from one set of weights to another, as one vector, in float64."""
-    return torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
-
-
-def trained(folder, loss: str, *words: str, batches=None) -> tuple[torch.Tensor, list[dict]]:
-    """How far the weights move over all batches, and the rows of metrics.jsonl."""
-    trainer = make_trainer(folder, loss, *words, batches=batches)
-    before = state_of(trainer)
-    trainer.start_training()
-    for batch in trainer.train_loader:
-        trainer.train_step(batch)
-    if trainer.pending:
-        trainer.update()
-    trainer.log.close()
-    return moved(before, state_of(trainer)), rows_of(trainer)
-
-
-def rows_of(trainer, mode: str = "train") -> list[dict]:
-    with open(os.path.join(trainer.run_dir, "metrics.jsonl")) as file:
-        return [row for row in map(json.loads, file) if row["mode"] == mode]
-
-
-def assert_same_training(one, other, tolerance=1e-5, losses=True) -> None:
-    """The same way through weight space, relative to its length, and the same numbers in the log."""
-    (way, rows), (other_way, other_rows) = one, other
-    assert other_way.norm() > 1e-3
-    assert (way - other_way).norm() <= tolerance * other_way.norm()
-    assert len(rows) == len(other_rows)
-    for row, other_row in zip(rows, other_rows, strict=True):
-        for key in ("loss/train", "grad_norm", "logps_train/chosen", "rewards_train/chosen") if losses else ():
-            assert row[key] == pytest.approx(other_row[key], rel=1e-4, abs=1e-5)
 
 
 #### EQUIVALENCES

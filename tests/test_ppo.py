@@ -1,0 +1,621 @@
+"""Offline PPO: its pieces by hand, and the whole step against one that is written out response by response."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import trainers
+from halos import checkpoint, metrics, models, sharding
+from halos.errors import UserError
+from halos.models import PolicyModel, ValueHead
+from helpers import ARCHITECTURES, example, make_config, random_examples, tiny_lm
+from small_runs import (
+    CPU,
+    SMALL,
+    assert_same_training,
+    batches_for,
+    make_trainer,
+    moved,
+    rows_of,
+    state_of,
+    tokenizer,
+    trained,
+)
+from utils import discounted_sums
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(metrics, "draw_curves", lambda *args: None)
+
+
+def ppo(**hyper) -> trainers.PPOTrainer:
+    """A trainer that has its hyperparameters and nothing else."""
+    settings = {"cliprange": 0.5, "lam": 0.95, "gamma": 0.99, "critic_coef": 0.0, "KL_coef": 0.0, "kl_estimator": "k3"}
+    trainer = trainers.PPOTrainer.__new__(trainers.PPOTrainer)
+    trainer.config = OmegaConf.create({"loss": settings | hyper})
+    return trainer
+
+
+def close(actual, expected, **kwargs) -> None:
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), **kwargs)
+
+
+#### ADVANTAGES AND RETURNS
+
+
+def test_gae_and_returns_by_hand():
+    """gamma = lam = 1/2. Three tokens with values 0.5, 0.2, 0.6, rewarded with +1 at the end:
+
+    deltas     0.5 * 0.2 - 0.5 = -0.4    0.5 * 0.6 - 0.2 = 0.1    1 - 0.6 = 0.4
+    advantages -0.4 + 0.25 * 0.2 = -0.35    0.1 + 0.25 * 0.4 = 0.2    0.4
+    returns    0.25    0.5    1: the last token's own reward is in its return
+
+    One token of value 0.3, rewarded with -1: delta, advantage -1.3; return -1. Behind it there is nothing.
+    """
+    values = torch.tensor([[0.5, 0.2, 0.6], [0.3, 0.0, 0.0]])
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0]])
+    advantages, returns = ppo(gamma=0.5, lam=0.5).advantages_and_returns(values, rewards)
+    close(advantages, [[-0.35, 0.2, 0.4], [-1.3, 0.0, 0.0]])
+    close(returns, [[0.25, 0.5, 1.0], [-1.0, 0.0, 0.0]])
+
+
+def by_definition(values: list[float], reward: float, gamma: float, lam: float) -> tuple[list[float], list[float]]:
+    """(advantages, returns) of one response as double sums over its tokens.
+
+    A_t = sum_l (gamma lam)^l delta_(t+l) and G_t = sum_l gamma^l r_(t+l), with value 0 behind the end.
+    """
+    n = len(values)
+    rewards = [0.0] * (n - 1) + [reward]
+    deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
+    advantages = [sum((gamma * lam) ** ahead * deltas[t + ahead] for ahead in range(n - t)) for t in range(n)]
+    returns = [sum(gamma**ahead * rewards[t + ahead] for ahead in range(n - t)) for t in range(n)]
+    return advantages, returns
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5), (1.0, 0.3)])
+def test_gae_and_returns_by_definition(gamma, lam):
+    """Ragged responses of 1 to 60 tokens, against the O(T^2) sums in Python's floats."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 60, 7, 33]
+    values = torch.zeros(4, 60)
+    rewards = torch.zeros(4, 60)
+    for row, length in enumerate(lengths):
+        values[row, :length] = torch.randn(length, generator=generator)
+        rewards[row, length - 1] = 1 - 2 * (row % 2)
+    advantages, returns = ppo(gamma=gamma, lam=lam).advantages_and_returns(values, rewards)
+    for row, length in enumerate(lengths):
+        expected = by_definition(values[row, :length].tolist(), 1 - 2 * (row % 2), gamma, lam)
+        close(advantages[row, :length], expected[0], rtol=1e-5, atol=1e-5)
+        close(returns[row, :length], expected[1], rtol=1e-5, atol=1e-5)
+        assert not advantages[row, length:].any() and not returns[row, length:].any()
+
+
+def test_lam_1_is_return_minus_value():
+    """The deltas telescope: A_t = G_t - V_t."""
+    values, rewards = torch.randn(3, 9), torch.randn(3, 9)
+    advantages, returns = ppo(gamma=0.9, lam=1.0).advantages_and_returns(values, rewards)
+    close(advantages, returns - values)
+
+
+def test_discounted_sums_of_a_long_response():
+    """2048 ones at 0.99: the sum of the geometric series, (1 - 0.99^n) / (1 - 0.99), with n terms left."""
+    sums = discounted_sums(torch.ones(1, 2048), 0.99)[0]
+    close(sums[[0, 1948, 2047]], [(1 - 0.99**n) / 0.01 for n in (2048, 100, 1)], rtol=1e-5, atol=0.0)
+
+
+def test_an_episode_by_hand(tmp_path):
+    """A desirable response of two tokens, an undesirable one of one, all values 0, gamma 1/2, lam 1: returns 1/2, 1 and
+    -1, which are the advantages, too. Their mean is 1/6 and their variance (1/4 + 1 + 1) / 3 - 1/36 = 13/18."""
+    trainer = make_trainer(tmp_path, "ppo", "loss.gamma=0.5", "loss.lam=1")
+    batch = [example([5, 6], [7, 8], chosen=(True,)), example([5], [9], chosen=(False,))]
+    episode = trainer.episode(batch, values=torch.zeros(3))
+    close(episode.returns, [0.5, 1.0, -1.0])
+    close(episode.advantages, (torch.tensor([0.5, 1.0, -1.0]) - 1 / 6) / math.sqrt(13 / 18))
+    assert episode.mask.tolist() == [[True, True], [True, False]] and episode.chosen.tolist() == [True, False]
+    with torch.no_grad():
+        logps = trainer.reference_model(trainer.reference_model.inputs(batch)).logps
+    close(episode.reference_logps, logps)
+
+
+#### THE LOSS
+
+
+def loss_of_tokens(trainer, logratios, advantages, values=None, returns=None):
+    """(outcome, gradient in the log-probs, gradient in the values) of the summed losses; one token a response."""
+    n = len(logratios)
+    reference = torch.full((n,), -3.0)
+    tokens = torch.stack((reference + torch.as_tensor(logratios), torch.tensor(values or [0.0] * n), torch.ones(n)), 1)
+    episode = trainers.Episode(
+        mask=torch.ones(n, 1, dtype=torch.bool),
+        chosen=torch.arange(n) % 2 == 0,
+        reference_logps=reference,
+        advantages=torch.tensor(advantages),
+        returns=torch.tensor(returns or [0.0] * n),
+    )
+    outcome = trainer.token_loss(tokens.requires_grad_(), episode)
+    outcome.losses.sum().backward()
+    return outcome.detach(), tokens.grad[:, 0], tokens.grad[:, 1]
+
+
+def test_clipping_on_both_sides():
+    """cliprange 1/2, so ratios count within [1/2, 2]; the loss is the larger one of -A r and -A clip(r).
+
+    r = 1,   A = +1: -1, inside                     gradient -A r = -1
+    r = 3,   A = +1: max(-3, -2) = -2, clipped      gradient 0: more of a good token earns no more
+    r = 3,   A = -1: max(3, 2) = 3, not clipped     gradient +3: too much of a bad one still hurts
+    r = 1/4, A = -1: max(1/4, 1/2) = 1/2, clipped   gradient 0
+    r = 1/4, A = +1: max(-1/4, -1/2) = -1/4         gradient -1/4
+    """
+    ratios, advantages = [1.0, 3.0, 3.0, 0.25, 0.25], [1.0, 1.0, -1.0, -1.0, 1.0]
+    outcome, gradient, _ = loss_of_tokens(ppo(), [math.log(r) for r in ratios], advantages)
+    close(outcome.losses, [-1.0, -2.0, 3.0, 0.5, -0.25])
+    close(outcome.policy_losses, outcome.losses)
+    close(gradient, [-1.0, 0.0, 3.0, 0.0, -0.25])
+    assert outcome.clipped.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_the_critic_by_hand():
+    """0.5 (V - G)^2 times critic_coef 0.1: V = 3, G = 1 costs 2 and 0.2, with gradient 0.1 * 2; V = G costs nothing."""
+    outcome, gradient, value_gradient = loss_of_tokens(
+        ppo(critic_coef=0.1), [0.0, 0.0], [0.0, 0.0], values=[3.0, 0.5], returns=[1.0, 0.5]
+    )
+    close(outcome.critic_losses, [2.0, 0.0])
+    close(outcome.losses, [0.2, 0.0])
+    close(value_gradient, [0.2, 0.0])
+    close(gradient, [0.0, 0.0])
+
+
+def test_kl_by_hand():
+    """d = ln 2: exp(d) - 1 - d = 1 - ln 2, gradient exp(d) - 1 = 1; d = -ln 2: ln 2 - 1/2, gradient -1/2. Times 0.1.
+
+    The original's estimator is -d, with gradient -1, and negative for d > 0.
+    """
+    logratios = [math.log(2), -math.log(2)]
+    outcome, gradient, _ = loss_of_tokens(ppo(KL_coef=0.1), logratios, [0.0, 0.0])
+    close(outcome.kl, [1 - math.log(2), math.log(2) - 0.5])
+    close(outcome.losses, 0.1 * outcome.kl)
+    close(gradient, [0.1, -0.05])
+    outcome, gradient, _ = loss_of_tokens(ppo(KL_coef=0.1, kl_estimator="k1"), logratios, [0.0, 0.0])
+    close(outcome.kl, [-math.log(2), math.log(2)])
+    close(gradient, [-0.1, -0.1])
+
+
+def test_kl_is_never_negative_and_means_kl_reference_policy():
+    """Its mean over tokens that the reference draws is sum r log(r / p), for any two distributions."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 50, generator=generator).log_softmax(-1)
+    outcome, *_ = loss_of_tokens(ppo(), policy - reference, [0.0] * 50)
+    assert (outcome.kl >= 0).all()
+    close((reference.exp() * outcome.kl).sum(), (reference.exp() * (reference - policy)).sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_small_logratio_keeps_its_kl():
+    """d = 1e-3: d^2 / 2 + d^3 / 6 = 5.0017e-7. exp(d) - 1 - d in float32 would be off by 1e-7, a fifth of it."""
+    trainer = ppo()
+    episode = trainers.Episode(
+        torch.ones(1, 1, dtype=torch.bool), torch.tensor([True]), torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    )
+    kl = trainer.token_loss(torch.tensor([[1e-3, 0.0, 0.0]]), episode).kl
+    close(kl, [5.0017e-7], rtol=1e-3, atol=0.0)
+
+
+def test_metrics_by_hand():
+    """Two responses of one token: desirable with log-ratio ln 2, undesirable with -ln 2.
+
+    Values 0 and 1, returns 1 and -1: variance of the returns 1, of what is left of them (1, -2) 9/4: the critic
+    explains 1 - 9/4. Ratios 2 and 1/2 have the mean 5/4. Nothing is clipped at [1/2, 2].
+    """
+    trainer = ppo(critic_coef=0.01, KL_coef=0.1)
+    outcome, *_ = loss_of_tokens(
+        trainer, [math.log(2), -math.log(2)], [1.0, -1.0], values=[0.0, 1.0], returns=[1.0, -1.0]
+    )
+    values = trainer.summarize([outcome], "train")
+    policy, critic, kl = (-2 + 0.5) / 2, 0.5 * (1 + 4) / 2, 0.25
+    expected = {
+        "loss/policy": policy,
+        "loss/critic": critic,
+        "loss/policykl": kl,
+        "loss/total": policy + 0.01 * critic + 0.1 * kl,
+        "loss/train": policy + 0.01 * critic + 0.1 * kl,
+        "loss/entropy": 1.0,
+        "loss/seqratio": 1.25,
+        "clipfrac/policy": 0.0,
+        "returns/mean": 0.0,
+        "returns/var": 1.0,
+        "val/mean": 0.5,
+        "val/var": 0.25,
+        "val/explained_variance": -1.25,
+        "rewards_train/chosen": math.log(2),
+        "rewards_train/rejected": -math.log(2),
+        "rewards_train/accuracies": 1.0,
+        "rewards_train/margins": 2 * math.log(2),
+        "logps_train/chosen": -3 + math.log(2),
+        "logps_train/rejected": -3 - math.log(2),
+    }
+    assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    in_evaluation = trainer.summarize([outcome, outcome], "eval")
+    assert in_evaluation["loss_eval/policy"] == values["loss/policy"]
+    assert in_evaluation["loss/eval"] == values["loss/train"] and "val_eval/mean" in in_evaluation
+    assert not {"loss/policy", "val/mean", "loss/train"} & set(in_evaluation)
+
+
+def test_metrics_stay_finite():
+    """A sequence ratio of e^60, returns that are all equal: JSON has no Infinity and no NaN."""
+    outcome, *_ = loss_of_tokens(ppo(), [50.0, 60.0], [0.0, 0.0], returns=[1.0, 1.0])
+    values = ppo().summarize([outcome], "train")
+    assert all(map(math.isfinite, values.values())) and "val/explained_variance" not in values
+    assert values["loss/seqratio"] > 1e20
+
+
+#### THE VALUE HEAD
+
+
+def critic_policy(name: str, packs: bool, dtype: torch.dtype = torch.float32) -> PolicyModel:
+    """A small model with a value head whose last layer is not at its neutral start."""
+    lm = tiny_lm(name)
+    torch.manual_seed(0)
+    v_head = ValueHead(lm.get_output_embeddings().weight.shape[1])
+    torch.nn.init.normal_(v_head.value.weight, std=0.3)
+    policy = PolicyModel(lm, v_head=v_head)
+    sharding.prepare_policy(policy, dtype, activation_checkpointing=False, block_name=None)
+    policy.use_packing(packs)
+    return policy
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_values_are_padded_values(name):
+    """Values, entropies, and the value head's gradients, to 1e-5, where prompts are shared and where they are not."""
+    examples = random_examples(6, (2, 1, 3))
+    results = []
+    for packs in (True, False):
+        policy = critic_policy(name, packs)
+        per_token = policy(policy.inputs(examples), with_entropy=True)
+        per_token.values.pow(2).sum().backward()
+        grads = [parameter.grad for parameter in policy.v_head.parameters()]
+        results.append([per_token.logps, per_token.values, per_token.entropy, *grads])
+    for packed, padded in zip(*results, strict=True):
+        assert (packed - padded).norm() <= 1e-5 * padded.norm() and padded.norm() > 0.01
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_critic_never_moves_the_language_model(packs, dtype):
+    """The values' gradient reaches every weight of the value head, in float32, and none of the language model."""
+    policy = critic_policy("llama", packs, dtype)
+    values = policy(policy.inputs(random_examples(4))).values
+    assert values.dtype == torch.float32
+    values.sum().backward()
+    for name, parameter in policy.named_parameters():
+        gradient = parameter.grad
+        if name.startswith("v_head."):
+            assert parameter.dtype == gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+        else:
+            assert gradient is None or not gradient.abs().sum()
+
+
+def test_a_new_value_head_says_0_and_learns_at_once():
+    """Its last layer starts at 0, so that the first advantages are those of no critic; its gradient is not 0."""
+    v_head = ValueHead(8)
+    hidden = torch.randn(5, 8)
+    values = v_head(hidden)
+    assert values.shape == (5,) and not values.any()
+    values.sum().backward()
+    assert v_head.value.weight.grad.any()
+
+
+def test_one_forward_per_epoch_serves_the_critic_too(tmp_path, monkeypatch):
+    """Two epochs on a batch that fits one forward: the reference runs once, the policy twice."""
+    trainer = make_trainer(tmp_path, "ppo", "loss.ppo_epochs=2")
+    calls = []
+    forward = PolicyModel.forward
+    monkeypatch.setattr(PolicyModel, "forward", lambda self, *a, **k: calls.append(self) or forward(self, *a, **k))
+    trainer.start_training()
+    trainer.train_step(trainer.train_loader.batches[0])
+    trainer.log.close()
+    assert calls == [trainer.policy, trainer.reference_model, trainer.policy]
+
+
+#### THE STEP
+
+
+def critic_state(trainer) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.clone() for name, tensor in checkpoint.full_state(trainer.policy.v_head, torch.float32).items()
+    }
+
+
+def plain_ppo(trainer, batch, epochs: int) -> None:
+    """PPO on one batch as a textbook has it: response by response through the model's own logits, GAE backwards over a
+    list, one mean over all tokens, SGD by hand; no packing, no leaf, no clipping of gradients."""
+    loss, lm, v_head = trainer.config.loss, trainer.policy.lm, trainer.policy.v_head
+    for model in (trainer.policy, trainer.reference_model):
+        model.use_packing(False)
+
+    def forward(model, prompt, response):
+        ids = torch.tensor([[*prompt, *response]])
+        output = model(ids, output_hidden_states=True)
+        at = slice(len(prompt) - 1, -1)
+        logps = output.logits[0, at].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        return logps, output.hidden_states[-1][0, at].detach()
+
+    rows = [(one.prompt, one.responses[0], 1.0 if one.chosen[0] else -1.0) for one in batch]
+    old, advantages, returns = [], [], []
+    for prompt, response, reward in rows:
+        with torch.no_grad():
+            old.append(forward(trainer.reference_model.lm, prompt, response)[0])
+            values = v_head(forward(lm, prompt, response)[1]).tolist()
+        pairs = by_definition(values, reward, loss.gamma, loss.lam)
+        advantages.append(torch.tensor(pairs[0]))
+        returns.append(torch.tensor(pairs[1]))
+    every = torch.cat(advantages)
+    mean, std = every.mean(), (every.var(correction=0) + 1e-8).sqrt()
+    parameters = list(trainer.policy.parameters())
+    for _ in range(epochs):
+        total = 0.0
+        for row, (prompt, response, _) in enumerate(rows):
+            logps, hidden = forward(lm, prompt, response)
+            d = logps - old[row]
+            advantage = (advantages[row] - mean) / std
+            clipped = d.exp().clamp(loss.cliprange, 1 / loss.cliprange)
+            policy_loss = -torch.minimum(advantage * d.exp(), advantage * clipped).sum()
+            critic_loss = 0.5 * ((v_head(hidden) - returns[row]) ** 2).sum()
+            kl = (d.exp() - 1 - d).sum()
+            total = total + policy_loss + loss.critic_coef * critic_loss + loss.KL_coef * kl
+        grads = torch.autograd.grad(total / len(every), parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, grads, strict=True):
+                parameter -= trainer.config.lr * gradient
+
+
+@pytest.mark.parametrize("words", ["", "model.packing=false model.logps=plain", "model.max_tokens_per_forward=60"])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_step_is_the_textbooks(tmp_path, epochs, words):
+    """Two batches, one or three epochs each: weights and critic move as in `plain_ppo`, to 1e-5 of the way. Steps are
+    large enough (lr 0.3) for ratios to be clipped on both sides."""
+    words = (*words.split(), f"loss.ppo_epochs={epochs}", "lr=0.3", "loss.critic_coef=0.5")
+    words += ("model.max_grad_norm=1e9", "model.v_head_max_grad_norm=1e9")
+    trainers_ = [make_trainer(tmp_path / name, "ppo", *words) for name in ("ours", "plain")]
+    start, critic_start = state_of(trainers_[0]), critic_state(trainers_[0])
+    trainers_[0].start_training()
+    for batch in batches_for("ppo", 2):
+        trainers_[0].train_step(batch)
+        plain_ppo(trainers_[1], batch, epochs)
+    trainers_[0].log.close()
+    ways = [moved(start, state_of(trainer)) for trainer in trainers_]
+    critic_ways = [moved(critic_start, critic_state(trainer)) for trainer in trainers_]
+    for ours, plain in (ways, critic_ways):
+        assert plain.norm() > 0.01
+        assert (ours - plain).norm() <= 1e-5 * plain.norm()
+    rows = rows_of(trainers_[0])
+    assert len(rows) == 2 * epochs
+    if epochs > 1:
+        assert 0 < rows[-1]["clipfrac/policy"] < 1
+
+
+def test_epochs_are_updates_over_the_same_advantages(tmp_path):
+    """Two batches of 8, two epochs each: four updates and four rows, at 8, 8, 16, 16 examples; the targets of the
+    critic are the same in both epochs of a batch, its values are not. A linear schedule counts all four."""
+    words = ("loss.ppo_epochs=2", "lr_scheduler=linear", "lr=0.1", "loss.critic_coef=1", "model.v_head_max_grad_norm=9")
+    _, rows = trained(tmp_path, "ppo", *words, batches=batches_for("ppo", 2))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] == [row["counters/updates"] for row in rows]
+    assert [row["counters/examples"] for row in rows] == [8, 8, 16, 16]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert rows[0]["returns/mean"] == rows[1]["returns/mean"] != rows[2]["returns/mean"]
+    assert rows[0]["val/mean"] == 0 != rows[1]["val/mean"]
+    assert rows[0]["loss/policykl"] == 0 < rows[1]["loss/policykl"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("sizes", [(4, 4), (6, 2), (5, 2, 1)], ids=str)
+def test_accumulation_is_one_batch(tmp_path, sizes, epochs):
+    """Advantages are normalised over all microbatches of an update, whatever their sizes."""
+    (batch,) = batches_for("ppo", 1)
+    one = trained(tmp_path / "one", "ppo", f"loss.ppo_epochs={epochs}", batches=[list(batch)])
+    parts = [[batch.pop(0) for _ in range(size)] for size in sizes]
+    words = (f"loss.ppo_epochs={epochs}", f"model.gradient_accumulation_steps={len(sizes)}")
+    accumulated = trained(tmp_path / "accumulated", "ppo", *words, batches=parts)
+    assert_same_training(accumulated, one)
+    assert [row["examples"] for row in accumulated[1]] == [8] * epochs
+
+
+def test_the_last_incomplete_accumulation_is_not_lost(tmp_path):
+    """Three microbatches of 4, two at a time, two epochs: updates after 8, 8, 12, 12 examples, by `train` itself."""
+    words = ("model.batch_size=4", "model.gradient_accumulation_steps=2", "loss.ppo_epochs=2")
+    trainer = make_trainer(tmp_path, "ppo", *words, batches=batches_for("ppo", 3, 4))
+    trainer.train()
+    assert [row["examples"] for row in rows_of(trainer)] == [8, 8, 12, 12]
+    assert [row["examples"] for row in rows_of(trainer, "eval")] == [8, 12]
+
+
+def test_the_critic_has_a_clip_of_its_own(tmp_path):
+    """SGD at lr 0.01 moves the value head by 0.01 * 0.05, however steep its loss, and that takes nothing from the
+    language model, which moves as it does without a critic: by one update, since later advantages know the critic."""
+    batches = batches_for("ppo", 1)
+    steep = ("loss.critic_coef=1000", "model.v_head_max_grad_norm=0.05")
+    ways = []
+    for name, words in (("none", ("loss.critic_coef=0",)), ("steep", steep)):
+        trainer = make_trainer(tmp_path / name, "ppo", *words, batches=batches)
+        start, critic_start = state_of(trainer), critic_state(trainer)
+        trainer.train()
+        ways.append((moved(start, state_of(trainer)), moved(critic_start, critic_state(trainer)), rows_of(trainer)[0]))
+    (way, critic_way, row), (steep_way, steep_critic_way, steep_row) = ways
+    assert way.norm() > 1e-4 and torch.equal(way, steep_way)
+    assert not critic_way.any() and row["v_head_grad_norm"] == 0
+    assert steep_critic_way.norm() == pytest.approx(0.01 * 0.05, rel=1e-4)
+    assert steep_row["v_head_grad_norm"] > 1 and steep_row["grad_norm"] == row["grad_norm"]
+
+
+def test_bfloat16_compute(tmp_path):
+    """Training starts at a ratio of exactly 1, and policy and critic move as in float32, but for a few percent."""
+    ways = []
+    for precision in ("float32", "bfloat16"):
+        words = (f"model.fsdp_policy_mp={precision}", "loss.critic_coef=1", "model.v_head_max_grad_norm=10", "lr=0.1")
+        trainer = make_trainer(tmp_path / precision, "ppo", *words)
+        start, critic_start = state_of(trainer), critic_state(trainer)
+        trainer.train()
+        row = rows_of(trainer)[0]
+        assert row["rewards_train/margins"] == 0 == row["loss/policykl"] and row["loss/seqratio"] == 1
+        ways.append((moved(start, state_of(trainer)), moved(critic_start, critic_state(trainer))))
+    for exact, half in zip(*ways, strict=True):
+        assert exact.norm() > 1e-3 and (half - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
+    """The critic's too, before a weight changes."""
+    trainer = make_trainer(tmp_path, "ppo")
+    torch.nn.init.constant_(trainer.policy.v_head.value.bias, float("inf"))
+    before = state_of(trainer)
+    with pytest.raises(UserError, match="the loss is not finite after 0 updates"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(trainer).items())
+    assert len(json.loads((tmp_path / "run/not_finite.json").read_text())) == 8
+
+
+def test_evaluation_reports_what_other_losses_do(tmp_path):
+    """Rewards are log-ratios, summed per response: 0 at the start; after a step as computed here from the log-probs."""
+    trainer = make_trainer(tmp_path, "ppo", "lr=0.1")
+    assert trainer.evaluate()["rewards_eval/margins"] == 0
+    trainer.train()
+    values = trainer.evaluate()
+    batch = trainer.eval_loader.batches[0]
+    with torch.no_grad():
+        policy, reference = (trainer.sequence_logps(m, batch) for m in (trainer.policy, trainer.reference_model))
+    chosen = torch.tensor([one.chosen[0] for one in batch])
+    rewards = policy - reference
+    expected = {
+        "rewards_eval/chosen": rewards[chosen].mean(),
+        "rewards_eval/rejected": rewards[~chosen].mean(),
+        "rewards_eval/margins": rewards[chosen].mean() - rewards[~chosen].mean(),
+        "rewards_eval/accuracies": (rewards[chosen][:, None] > rewards[~chosen]).float().mean(),
+        "logps_eval/chosen": policy[chosen].mean(),
+        "logps_eval/rejected": policy[~chosen].mean(),
+    }
+    for name, value in expected.items():
+        assert values[name] == pytest.approx(value.item(), rel=1e-5), name
+    assert {"loss/eval", "val_eval/explained_variance", "loss_eval/policykl"} <= set(values)
+
+
+def test_average_log_prob_is_heard(tmp_path):
+    """A loss of tokens has no use for it but in what it reports: log-probs and rewards are means over a response."""
+    trainer = make_trainer(tmp_path, "ppo", "++loss.average_log_prob=true")
+    batch = trainer.eval_loader.batches[0]
+    with torch.no_grad():
+        logps = trainer.sequence_logps(trainer.policy, batch)
+    chosen = torch.tensor([one.chosen[0] for one in batch])
+    assert trainer.evaluate()["logps_eval/chosen"] == pytest.approx(logps[chosen].mean().item(), rel=1e-5)
+
+
+#### CHECKPOINTS
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: (its cache_dir, the critic's final weights)."""
+    folder = tmp_path_factory.mktemp("cache")
+    draw, metrics.draw_curves = metrics.draw_curves, lambda *args: None
+    trainer = make_trainer(folder, "ppo", "lr=0.1", "loss.critic_coef=1", "intermediate_checkpoints=true")
+    trainer.train()
+    metrics.draw_curves = draw
+    return folder, critic_state(trainer)
+
+
+def test_v_head_pt(run):
+    """{'step_idx', 'state', 'metrics'} in float32, in LATEST and in each step-N; `weights_only` opens it."""
+    folder, critic = run
+    saved = torch.load(folder / "run/LATEST/v_head.pt", weights_only=True)
+    assert saved["step_idx"] == 3 and "loss/eval" in saved["metrics"] and set(saved["state"]) == set(critic)
+    for name, tensor in critic.items():
+        assert saved["state"][name].dtype == torch.float32 and torch.equal(saved["state"][name], tensor)
+    first = checkpoint.load_state(str(folder / "run/step-1/v_head.pt"))
+    assert not torch.equal(first["value.weight"], critic["value.weight"])
+
+
+def test_the_export_is_a_plain_language_model(run):
+    folder, _ = run
+    latest = folder / "run" / "LATEST"
+    names = set(load_file(latest / "model.safetensors"))
+    assert names == set(checkpoint.load_state(str(latest / "policy.pt"))) and not [n for n in names if "v_head" in n]
+    assert set(AutoModelForCausalLM.from_pretrained(latest).state_dict()) == names
+
+
+@pytest.mark.parametrize("form", ["policy.pt", "directory"])
+def test_a_critic_goes_on_from_its_checkpoint(run, form):
+    """Whichever way `model.load_from` names the checkpoint: the values are those of its end, bit by bit."""
+    folder, critic = run
+    path = "run/LATEST/policy.pt" if form == "policy.pt" else str(folder / "run" / "LATEST")
+    trainer = make_trainer(folder, "ppo", f"exp_name=next_{form[:3]}", f"model.load_from={path}")
+    assert all(torch.equal(tensor, critic[name]) for name, tensor in critic_state(trainer).items())
+
+
+def test_a_new_critic_depends_on_the_seed_alone(run, tmp_path, monkeypatch):
+    """Where the policy comes from a run without one, or from nowhere; a v_head.pt that lies around is not taken."""
+    folder, _ = run
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "run/LATEST/v_head.pt", tmp_path / "v_head.pt")
+    (tmp_path / "sft").mkdir()
+    shutil.copy(folder / "run/LATEST/policy.pt", tmp_path / "sft/policy.pt")
+    words = [(), (f"model.load_from={tmp_path}/sft/policy.pt",), ("seed=2",)]
+    states = [critic_state(make_trainer(tmp_path / str(i), "ppo", *given)) for i, given in enumerate(words)]
+    assert not states[0]["value.weight"].any()
+    assert torch.equal(states[0]["hidden.weight"], states[1]["hidden.weight"])
+    assert not torch.equal(states[0]["hidden.weight"], states[2]["hidden.weight"])
+
+
+def test_a_new_critic_moves_no_other_random_number(tmp_path):
+    """Whether a loss has a critic does not change the generator that its user may draw from."""
+    draws = []
+    for loss in ("ppo", "kto"):
+        torch.manual_seed(5)
+        make_trainer(tmp_path / loss, loss)
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
+
+
+def test_checkpoints_without_their_critic(run, tmp_path):
+    """Evaluating a run needs its critic; a damaged one, or one of another width, is named before a model loads."""
+    folder, _ = run
+    shutil.copytree(folder / "run" / "LATEST", tmp_path / "LATEST")
+    policy_pt, v_head_pt = str(tmp_path / "LATEST/policy.pt"), tmp_path / "LATEST/v_head.pt"
+    config = make_config(tmp_path, "loss=ppo", *SMALL, f"model.load_from={policy_pt}")
+    models.check_load_from(config)
+    models.check_policy_pt(config, policy_pt, with_value_head=True)
+    saved = torch.load(v_head_pt, weights_only=True)
+    saved["state"]["hidden.weight"] = saved["state"]["hidden.weight"][:, :7]
+    torch.save(saved, v_head_pt)
+    with pytest.raises(
+        UserError, match=r"v_head.pt .* it has hidden.weight of shape \(32, 7\), the model of \(32, 32\)"
+    ):
+        models.check_load_from(config)
+    v_head_pt.write_bytes(b"no")
+    with pytest.raises(UserError, match="v_head.pt is damaged"):
+        models.check_load_from(config)
+    os.remove(v_head_pt)
+    models.check_load_from(config)  # a new one will do for training
+    with pytest.raises(UserError, match="v_head.pt does not exist"):
+        models.load_policy_and_reference(config, tokenizer(), CPU, policy_pt)
+
+
+def test_losses_without_a_critic_have_none(tmp_path):
+    trainer = make_trainer(tmp_path, "kto")
+    trainer.train()
+    assert trainer.policy.v_head is None and not (tmp_path / "run/LATEST/v_head.pt").exists()
+
+
+def test_the_columns_of_a_token(tmp_path):
+    """`token_outputs` stacks what a forward says under the names of its fields."""
+    trainer = make_trainer(tmp_path, "ppo")
+    batch = batches_for("ppo", 1)[0]
+    with torch.no_grad():
+        columns = trainer.token_outputs(trainer.policy, batch).unbind(1)
+        per_token = trainer.policy(trainer.policy.inputs(batch), with_entropy=True)
+    assert len(columns) == len(per_token) == 3
+    assert all(torch.equal(one, other) for one, other in itertools.zip_longest(columns, per_token))
