@@ -21,6 +21,7 @@ N_SAMPLES = 512
 SETTINGS = {
     "sft": ["n_epochs=2", "n_examples=30080", "lr_scheduler=cosine", "eval_every=9600"],
     "kto": ["lr=3e-4", "n_examples=16000", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
+    "ppo": ["lr=1e-4", "n_examples=16000", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
 }
 OTHERS = ["lr=1e-4", "n_examples=9600", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"]
 
