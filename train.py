@@ -19,25 +19,39 @@ def main(config: DictConfig) -> None:
     import trainers
 
     validate(config, trainers, dataloaders)
-    from halos import checkpoint, models
-    from halos.distributed import default_device
+    from halos import checkpoint, distributed, models
+    from halos.launch import launch
+
+    if distributed.is_main():
+        checkpoint.refuse_existing(config)
+    models.check_load_from(config)
+    launch(run, config, nproc_per_node=config.nproc_per_node)
+
+
+def run(config: DictConfig) -> None:
+    """What each process of a run does."""
+    import dataloaders
+    import trainers
+    from halos import checkpoint, distributed, models
     from utils import rank0_print
 
-    checkpoint.refuse_existing(config)
-    models.check_load_from(config)
     tokenizer = models.load_tokenizer(config)
 
     #### DATA
     training = config.mode == "train"
-    loaders = {split: dataloaders.make_loader(config, tokenizer, split) for split in ["train"] * training + ["test"]}
+    splits = ["train"] * training + ["test"]
+    with distributed.first_on_each_node():
+        loaders = {split: dataloaders.make_loader(config, tokenizer, split) for split in splits}
     counts = {split: dataloaders.describe(loader, split) for split, loader in loaders.items()}
     run_dir = checkpoint.create_run_directory(config)
-    with open(os.path.join(run_dir, "data.json"), "w") as file:
-        json.dump(counts, file, indent=1)
+    if distributed.is_main():
+        with open(os.path.join(run_dir, "data.json"), "w") as file:
+            json.dump(counts, file, indent=1)
 
     #### MODELS
-    policy, reference = models.load_policy_and_reference(config, tokenizer, default_device())
-    rank0_print(f"{type(policy.lm).__name__}, {policy.lm.num_parameters():,} parameters; {policy.description}")
+    policy, reference = models.load_policy_and_reference(config, tokenizer, distributed.default_device())
+    parameters = f"{type(policy.lm).__name__}, {policy.lm.num_parameters():,} parameters"
+    rank0_print(f"{parameters}; {policy.description}; {distributed.describe()}")
 
     #### TRAINING
     trainer_class = getattr(trainers, config.loss.trainer)

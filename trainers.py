@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
@@ -21,9 +22,11 @@ from dataloaders import DataLoader
 from halos import checkpoint, distributed, metrics, sharding
 from halos.errors import UserError
 from halos.models import PolicyModel
-from halos.packing import split_by_tokens
+from halos.packing import schedule
 from halos.tokens import TokenizedExample
 from utils import discounted_sums
+
+DUMMY = TokenizedExample(np.zeros(1, np.int32), (np.zeros(1, np.int32),), (True,))  # for a forward without examples
 
 
 @dataclass(frozen=True)
@@ -93,50 +96,75 @@ class BasicTrainer:
 
     #### FORWARD AND BACKWARD
 
-    def sequence_logps(self, model: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
-        """(n_responses,) float32 log-probs: summed over tokens, or averaged if the loss's YAML says so."""
-        inputs = model.inputs(examples)
-        logps = inputs.sum_by_row(model(inputs).logps)
-        return logps / inputs.tokens_by_row() if self.config.loss.get("average_log_prob", False) else logps
+    def token_logps(self, model: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
+        """(n_tokens,) float32 log-probs of the response tokens, response after response."""
+        return model(model.inputs(examples)).logps
+
+    def sequence_logps(self, token_logps: torch.Tensor, batch: list[TokenizedExample]) -> torch.Tensor:
+        """(n_tokens,) -> (n_responses,): summed over tokens, or averaged if the loss's YAML says so."""
+        lengths = torch.tensor([len(r) for example in batch for r in example.responses], device=token_logps.device)
+        rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        sums = token_logps.new_zeros(len(lengths)).index_add(0, rows, token_logps)
+        return sums / lengths if self.config.loss.get("average_log_prob", False) else sums
+
+    def forwards(self, batch: list[TokenizedExample]) -> list[tuple[list[TokenizedExample], torch.Tensor]]:
+        """This process's forwards over its share of a batch: the examples of each, and which of the batch's tokens
+        are theirs.
+
+        Every process has as many; one that has fewer examples runs a dummy instead, of whose tokens it keeps none.
+        """
+        limit = self.config.model.max_tokens_per_forward
+        runs = schedule(batch, distributed.world_size(), limit)[distributed.rank()]
+        lengths = torch.tensor([sum(map(len, example.responses)) for example in batch])
+        tokens = torch.arange(int(lengths.sum()), device=distributed.default_device()).split(lengths.tolist())
+        none = tokens[0][:0]
+        return [([batch[i] for i in run] or [DUMMY], torch.cat([none, *(tokens[i] for i in run)])) for run in runs]
 
     @torch.no_grad()
-    def frozen(self, forward: Callable, model: PolicyModel, batch: list[TokenizedExample]) -> list[torch.Tensor]:
-        """`forward(model, examples)` over a whole batch without gradient, forward by forward."""
-        return [forward(model, examples) for examples in self.forwards(batch)]
+    def frozen(self, forward: Callable, model: PolicyModel, batch: list[TokenizedExample]) -> torch.Tensor:
+        """`forward(model, examples)` of the whole batch without gradient: its rows for all tokens of the batch.
 
-    def forwards(self, batch: list[TokenizedExample]) -> list[list[TokenizedExample]]:
-        """The batch in parts that fit one forward."""
-        runs = split_by_tokens(batch, self.config.model.max_tokens_per_forward)
-        return [[batch[i] for i in run] for run in runs]
+        forward: (model, examples) -> a row per response token, such as `token_logps`
+        """
+        forwards = self.forwards(batch)
+        return self.gather([forward(model, examples) for examples, _ in forwards], forwards, batch)
+
+    def gather(self, parts: list[torch.Tensor], forwards: list, batch: list[TokenizedExample]) -> torch.Tensor:
+        rows = [rows for _, rows in forwards]
+        n_tokens = sum(len(response) for example in batch for response in example.responses)
+        parts = [part[: len(own)] for part, own in zip(parts, rows, strict=True)]
+        return distributed.gather_rows(parts, rows, n_tokens)
 
     def policy_leaf(
         self, forward: Callable, batch: list[TokenizedExample]
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
-        """What the policy says of a batch as an autograd leaf, and a function that sends its gradient into the model.
+        """What the policy says of a batch, all processes together, as an autograd leaf; and a function that sends the
+        leaf's gradient into the model.
 
         One forward keeps its graph. Several run first without, then one by one again with it, so that memory is
         bounded by one forward, and a loss on the leaf is still that of the whole batch.
 
-        forward: (model, examples) -> rows of numbers, example after example, such as `sequence_logps`
+        forward: as in `frozen`
         """
-        parts = self.forwards(batch)
-        if len(parts) == 1:
-            kept = forward(self.policy, batch)
-            return kept.detach().requires_grad_(), kept.backward
-        values = self.frozen(forward, self.policy, batch)
+        forwards = self.forwards(batch)
+        kept = forward(self.policy, forwards[0][0]) if len(forwards) == 1 else None
+        values = self.gather([kept], forwards, batch) if kept is not None else self.frozen(forward, self.policy, batch)
 
-        def backward(upstream: torch.Tensor) -> None:
-            for examples, gradient in zip(parts, upstream.split([len(value) for value in values]), strict=True):
-                forward(self.policy, examples).backward(gradient)
+        def into_policy(upstream: torch.Tensor) -> None:
+            # FSDP averages gradients over processes, each of which has those of its own tokens: hence the factor.
+            upstream = upstream * distributed.world_size()
+            for examples, rows in forwards:
+                output = kept if kept is not None else forward(self.policy, examples)
+                output[: len(rows)].backward(upstream[rows])
 
-        return torch.cat(values).requires_grad_(), backward
+        return values.requires_grad_(), into_policy
 
-    def outcome(self, policy_logps: torch.Tensor, batch: list[TokenizedExample]) -> Outcome:
+    def outcome(self, token_logps: torch.Tensor, batch: list[TokenizedExample]) -> Outcome:
         """Split the batch's log-probs into chosen and rejected, and apply the loss."""
-        chosen = self.chosen_rows(batch, policy_logps.device)
-        reference = None, None
+        chosen = self.chosen_rows(batch, token_logps.device)
+        policy_logps, reference = self.sequence_logps(token_logps, batch), (None, None)
         if self.reference_model is not None:
-            reference_logps = torch.cat(self.frozen(self.sequence_logps, self.reference_model, batch))
+            reference_logps = self.sequence_logps(self.frozen(self.token_logps, self.reference_model, batch), batch)
             reference = reference_logps[chosen], reference_logps[~chosen]
         logps = (policy_logps[chosen], policy_logps[~chosen])
         return Outcome(*self.loss(*logps, *reference), *logps)
@@ -147,7 +175,7 @@ class BasicTrainer:
 
     def forward_backward(self, batch: list[TokenizedExample]) -> Outcome:
         """The outcome of a batch, and its gradient added to the policy's."""
-        leaf, into_policy = self.policy_leaf(self.sequence_logps, batch)
+        leaf, into_policy = self.policy_leaf(self.token_logps, batch)
         return self.backward(self.outcome(leaf, batch), leaf, into_policy, batch)
 
     def backward(self, outcome: Outcome, leaf: torch.Tensor, into_policy: Callable, batch: list) -> Outcome:
@@ -258,8 +286,9 @@ class BasicTrainer:
             }
             for example in batch
         ]
-        with open(path, "w") as file:
-            json.dump(texts, file, indent=1)
+        if distributed.is_main():
+            with open(path, "w") as file:
+                json.dump(texts, file, indent=1)
         self.save()
         raise UserError(
             f"the {what} is not finite after {self.updates} updates; no weight has been changed by it, the weights "
@@ -288,7 +317,7 @@ class BasicTrainer:
         return self.summarize(outcomes, "eval") | {"examples_per_second": self.eval_loader.examples_seen / seconds}
 
     def evaluate_batch(self, batch: list[TokenizedExample]) -> Outcome:
-        return self.outcome(torch.cat(self.frozen(self.sequence_logps, self.policy, batch)), batch)
+        return self.outcome(self.frozen(self.token_logps, self.policy, batch), batch)
 
     def log_evaluation(self) -> None:
         self.eval_metrics = self.evaluate()
@@ -325,7 +354,9 @@ class BasicTrainer:
         }
         self.log.training_step(self.updates, self.examples, values, n_tokens / seconds)
 
-    def make_log(self, total_examples: int) -> metrics.MetricsLog:
+    def make_log(self, total_examples: int) -> metrics.MetricsLog | metrics.NoLog:
+        if not distributed.is_main():
+            return metrics.NoLog()
         settings = OmegaConf.to_container(self.config, resolve=True)
         sink = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
         return metrics.MetricsLog(self.run_dir, total_examples, self.config.minimum_log_interval_secs, sink)
@@ -347,7 +378,8 @@ class BasicTrainer:
             export_dtype=self.policy.export_dtype,
             v_head=self.policy.v_head,
         )
-        metrics.draw_curves(self.run_dir, self.config.exp_name)
+        if distributed.is_main():
+            metrics.draw_curves(self.run_dir, self.config.exp_name)
 
 
 class SFTTrainer(BasicTrainer):
@@ -438,8 +470,7 @@ class KTOTrainer(UnpairedPreferenceTrainer):
 class Episode:
     """What all PPO epochs on a batch share, frozen. Vectors over tokens hold response after response."""
 
-    mask: torch.Tensor  # (n_responses, longest response) bool: True where there is a token
-    chosen: torch.Tensor  # (n_responses,) bool
+    batch: list[TokenizedExample]
     reference_logps: torch.Tensor  # (n_tokens,) of the old policy, which is the reference model
     advantages: torch.Tensor  # (n_tokens,) of mean 0 and variance 1
     returns: torch.Tensor  # (n_tokens,)
@@ -487,7 +518,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             self.update()
 
     def evaluate_batch(self, batch):
-        tokens = torch.cat(self.frozen(self.token_outputs, self.policy, batch))
+        tokens = self.frozen(self.token_outputs, self.policy, batch)
         return self.token_loss(tokens, self.episode(batch, values=tokens[:, 1]))
 
     def total_updates(self):
@@ -502,12 +533,9 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         """(n_tokens, 3): log-prob, value, and entropy (which has no gradient) of each response token."""
         return torch.stack(model(model.inputs(examples), with_entropy=True), dim=1)
 
-    def token_logps(self, model: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
-        return model(model.inputs(examples)).logps
-
     def episode(self, batch: list[TokenizedExample], values: torch.Tensor) -> Episode:
         """values: (n_tokens,), of the policy before the first update"""
-        reference_logps = torch.cat(self.frozen(self.token_logps, self.reference_model, batch))
+        reference_logps = self.frozen(self.token_logps, self.reference_model, batch)
         chosen = self.chosen_rows(batch, values.device)
         lengths = torch.tensor([len(response) for example in batch for response in example.responses])
         lengths = lengths.to(values.device)[:, None]
@@ -518,7 +546,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         advantages, returns = self.advantages_and_returns(values, rewards)
         advantages = advantages[mask]
         advantages = (advantages - advantages.mean()) * torch.rsqrt(advantages.var(correction=0) + 1e-8)
-        return Episode(mask, chosen, reference_logps, advantages, returns[mask])
+        return Episode(batch, reference_logps, advantages, returns[mask])
 
     def advantages_and_returns(
         self, values: torch.Tensor, rewards: torch.Tensor
@@ -547,8 +575,8 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         # Both estimate the KL divergence of the policy from a reference that wrote the data; k1 can be negative.
         kl = torch.expm1(logratios) - logratios if settings.kl_estimator == "k3" else -logratios
         losses = policy_losses + settings.critic_coef * critic_losses + settings.KL_coef * kl
-        chosen, rewards = episode.chosen, self.by_response(logratios, episode.mask)
-        sequence_logps = self.by_response(logps, episode.mask)
+        chosen = self.chosen_rows(episode.batch, logps.device)
+        rewards, sequence_logps = (self.sequence_logps(part, episode.batch) for part in (logratios, logps))
         return PPOOutcome(
             losses=losses,
             chosen_rewards=rewards[chosen],
@@ -563,11 +591,6 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             values=values,
             returns=episode.returns,
         )
-
-    def by_response(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(n_tokens,) -> (n_responses,): as `sequence_logps` sums or averages."""
-        sums = tokens.new_zeros(mask.shape).masked_scatter(mask, tokens).sum(1)
-        return sums / mask.sum(1) if self.config.loss.get("average_log_prob", False) else sums
 
     def summarize(self, outcomes, mode):
         """What every loss reports, and what PPO does: in training under the original's names, such as loss/policy."""

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from halos.distributed import whole
+from halos import distributed
 from halos.errors import UserError, set_aside
 
 POLICY = "policy.pt"
@@ -41,8 +41,10 @@ def refuse_existing(config: DictConfig) -> None:
 
 
 def create_run_directory(config: DictConfig) -> str:
-    """The run's directory with its config.yaml; an old run there is renamed."""
+    """The run's directory, which the main process makes, with its config.yaml; an old run there is renamed."""
     path = run_directory(config)
+    if not distributed.is_main():
+        return path
     if os.path.isdir(path) and not os.listdir(path):
         os.rmdir(path)
     set_aside(path)
@@ -68,16 +70,22 @@ def save(
 
     It holds `policy.pt` ({'step_idx', 'state', 'metrics'}, weights in policy_dtype under the model's own names),
     `v_head.pt` of the same form if there is a critic (in float32), a Hugging Face export with tokenizer and model card,
-    and the run's config.yaml.
+    and the run's config.yaml. All processes of a run take part, and the main one writes.
     """
+    state = full_state(lm, getattr(torch, config.model.policy_dtype))
+    states = {POLICY: state} | ({V_HEAD: full_state(v_head, torch.float32)} if v_head is not None else {})
+    if distributed.is_main():
+        _write(directories, states, lm, tokenizer, config, step, metrics, export_dtype)
+    distributed.barrier()
+
+
+def _write(directories, states, lm, tokenizer, config, step, metrics, export_dtype) -> None:
     unfinished = f"{directories[0]}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
-    state = full_state(lm, getattr(torch, config.model.policy_dtype))
-    states = {POLICY: state} | ({V_HEAD: full_state(v_head, torch.float32)} if v_head is not None else {})
     for name, content in states.items():
         torch.save({"step_idx": step, "state": content, "metrics": metrics}, os.path.join(unfinished, name))
-    export(unfinished, lm, state, tokenizer, export_dtype)
+    export(unfinished, lm, states[POLICY], tokenizer, export_dtype)
     with open(os.path.join(unfinished, "README.md"), "w") as file:
         file.write(model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(unfinished, "config.yaml"), resolve=True)
@@ -106,13 +114,18 @@ def replace_directory(new: str, directory: str) -> None:
 
 
 def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU in `dtype`; tied weights are one tensor under two names."""
+    """The whole state dict on the CPU in `dtype`; tied weights are one tensor under two names.
+
+    Sharded tensors are gathered one after the other, and only the main process keeps them: elsewhere it is empty.
+    """
     copies: dict[int, torch.Tensor] = {}
     state = {}
     for name, tensor in lm.state_dict(keep_vars=True).items():
         if id(tensor) not in copies:
-            copy = whole(tensor.detach()).cpu()
-            copies[id(tensor)] = copy.to(dtype) if copy.is_floating_point() else copy
+            copy = distributed.whole(tensor.detach())
+            if not distributed.is_main():
+                continue
+            copies[id(tensor)] = copy.to("cpu", dtype if copy.is_floating_point() else copy.dtype)
         state[name] = copies[id(tensor)]
     return state
 

@@ -49,7 +49,11 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "eval_every n_eval_examples n_samples model.batch_size model.gradient_accumulation_steps model.eval_batch_size"
         " model.max_length model.max_prompt_length model.max_tokens_per_forward",
     ),
-    ("a whole number of at least 1, or null", lambda x: x is None or (_whole(x) and x >= 1), "n_epochs n_examples"),
+    (
+        "a whole number of at least 1, or null",
+        lambda x: x is None or (_whole(x) and x >= 1),
+        "n_epochs n_examples nproc_per_node hsdp_replicas",
+    ),
     ("a whole number of at least 0", lambda x: _whole(x) and x >= 0, "seed warmup_steps"),
     ("a number of at least 0", lambda x: _number(x) and 0 <= x < math.inf, "lr temperature minimum_log_interval_secs"),
     ("a number above 0", lambda x: _number(x) and x > 0, "model.max_grad_norm model.v_head_max_grad_norm"),
@@ -58,7 +62,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "true or false",
         lambda x: isinstance(x, bool),
         "do_first_eval intermediate_checkpoints overwrite trust_remote_code wandb.enabled loss.use_reference_model"
-        " model.activation_checkpointing",
+        " model.activation_checkpointing model.compile use_fsdp",
     ),
     ("true, false or auto", lambda x: isinstance(x, bool) or x == "auto", "model.packing"),
     (

@@ -1,9 +1,52 @@
-"""Devices and process groups; nothing else touches torch.distributed."""
+"""Processes, devices, and what the processes tell each other; nothing else touches torch.distributed.
+
+A run is a group of processes, one per GPU, or any number on a CPU. `launch` starts them on this machine; under torchrun
+or SLURM, on one node or many, each process finds itself started and joins the group that the environment describes.
+What a collective here returns is the same in every process.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from halos.errors import UserError
+
+# How long a process waits for the others in a collective before it gives the run up. A process that dies ends the run
+# at once (its launcher sees it); this is about one that hangs. Writing a checkpoint of 65B takes minutes.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+#### THE GROUP
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def default_device() -> torch.device:
@@ -11,15 +54,137 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def device_mesh(device_type: str) -> DeviceMesh:
-    """All processes in one dimension. FSDP needs a group even for one process: then it is made here, without a
-    launcher or a port."""
+def describe() -> str:
+    """Who takes part, for people."""
+    nodes = max(1, world_size() // local_world_size())
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    processes = f"{world_size()} process{'es' if world_size() > 1 else ''}"
+    return f"{processes} on {kind}" + (f", {nodes} nodes" if nodes > 1 else "")
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Inside, this process is one of those that its environment describes (RANK, WORLD_SIZE, ...), if it does."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    _check_environment()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    device = torch.device("cuda", local_rank()) if cuda else None
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device)
+    except (RuntimeError, ValueError) as error:  # torch's DistNetworkError among them
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"MASTER_ADDR:MASTER_PORT={address}: the processes cannot meet there ({reason}); "
+            "use a free port of the first node, the same in every process"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_environment() -> None:
+    """What a launcher said about this process, before it waits for others that will never come."""
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name, "")
+        if not text.isdigit():
+            raise UserError(f"{name}={text or 'nothing'} in the environment is no number; start with torchrun or srun")
+        numbers[name] = int(text)
+    for mine, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
+        if numbers[mine] >= numbers[of] + (mine == "LOCAL_WORLD_SIZE"):
+            raise UserError(f"{mine}={numbers[mine]} does not fit {of}={numbers[of]}; start all processes alike")
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and numbers["LOCAL_RANK"] >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={numbers['LOCAL_RANK']}, but this machine shows {gpus} GPUs; start one process per GPU"
+        )
+
+
+#### SHARDS
+
+
+def device_mesh(device_type: str, replicas: int = 1) -> DeviceMesh:
+    """All processes: in one dimension to shard over, or `replicas` times a part of them that holds all shards.
+
+    FSDP needs a group even for one process: then it is made here, without a launcher or a port.
+    """
     if not dist.is_initialized():
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device_type, (dist.get_world_size(),))
+    if replicas == 1:
+        return init_device_mesh(device_type, (world_size(),))
+    return init_device_mesh(device_type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered, any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this process holds of a sharded one; of any other, all."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, n) for n in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + n) for n, start in zip(shape, offset, strict=True))
+
+
+def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Like `tensor`, sharded or not, with `local` as what this process holds of it."""
+    if not isinstance(tensor, DTensor):
+        return local
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+#### COLLECTIVES
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_rows(parts: list[torch.Tensor], rows: list[torch.Tensor], n_rows: int) -> torch.Tensor:
+    """One tensor of n_rows from the rows that each process has; without gradient.
+
+    parts, rows: this process's rows in pieces, and where they belong; every row belongs to one process
+    """
+    ours, where = torch.cat(parts).detach(), torch.cat(rows)
+    everyone = ours.new_zeros(n_rows, *ours.shape[1:]).index_copy(0, where, ours)
+    if world_size() > 1:
+        dist.all_reduce(everyone)  # a sum of one value and zeros: exact
+    return everyone
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What each process has, in the order of their ranks."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """The main process's values, written into `tensor`."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+@contextmanager
+def first_on_each_node() -> Iterator[None]:
+    """One process of each machine is inside at first, and then the others: what it put into a cache is there then."""
+    if local_rank() != 0:
+        barrier()
+    yield
+    if local_rank() == 0:
+        barrier()

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from halos import distributed
+
 # The panels of curves.png: title -> the metrics in it, whatever of them a loss reports.
 PANELS = {
     "loss": ["loss/{mode}"],
@@ -69,9 +71,23 @@ class MetricsLog:
         self.sink.finish()
 
 
+class NoLog:
+    """The log of a process that is not the main one, which writes the same numbers."""
+
+    def training_step(self, *args) -> None:
+        pass
+
+    def evaluation(self, *args) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def progress(loader: Collection, description: str) -> Iterator:
     """The loader's batches under a bar, which shows up only if they take more than a few seconds."""
-    return iter(tqdm(loader, desc=description, unit="batch", delay=3, leave=False))
+    quiet = not distributed.is_main()
+    return iter(tqdm(loader, desc=description, unit="batch", delay=3, leave=False, disable=quiet))
 
 
 def read_metrics(path: str) -> list[dict]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from halos import checkpoint, logps, packing_check, sharding
+from halos import checkpoint, distributed, logps, packing_check, sharding, weights
 from halos.errors import UserError
 from halos.packing import ATTENTION, Inputs, pack, pad
 from halos.tokens import TokenizedExample
@@ -166,30 +166,88 @@ def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.devic
     policy_pt: a checkpoint that the policy has instead
     """
     base_dtype = load_config(config).dtype  # of the checkpoint; loading replaces it in the model's own config
-    lm = load_lm(config, getattr(torch, config.model.policy_dtype), policy_pt=policy_pt)
-    policy = build(config, lm, tokenizer, device, load_value_head(config, lm, policy_pt))
+    load = _load_whole if distributed.world_size() == 1 else _load_sharded
+    policy, reference, float32 = load(config, tokenizer, device, policy_pt)
     export_dtype = config.model.export_dtype or base_dtype
     if export_dtype:
         policy.export_dtype = getattr(torch, str(export_dtype).removeprefix("torch."))
     dtype = compute_dtype(config, device)
-    float32 = packing_check.in_float32(policy)  # before the weights are sharded
-    sharding.prepare_policy(policy, dtype, config.model.activation_checkpointing, config.model.block_name)
     packs, reason = packing_check.choose(policy, config.model.packing, dtype, float32)
     policy.use_packing(packs)
     policy.description = f"{'packed' if packs else 'padded, not packed'} ({reason}), computing in {dtype}"
-    return policy, load_reference(config, tokenizer, device, packs) if config.loss.use_reference_model else None
+    if reference is not None:
+        reference.use_packing(packs)
+        reference.eval()
+    return policy, reference
 
 
-def load_reference(config: DictConfig, tokenizer, device: torch.device, packs: bool) -> PolicyModel:
-    reference = build(config, load_lm(config, reference_dtype(config, device)), tokenizer, device)
-    reference.use_packing(packs)
-    return reference.requires_grad_(False).eval()
+def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
+    """On one process: (policy, reference, what the packing check found in float32)."""
+    lm = load_lm(config, _policy_dtype(config), policy_pt=policy_pt)
+    policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt)).to(device)
+    float32 = packing_check.in_float32(policy)  # before the weights are cast
+    sharding.prepare_policy(policy, compute_dtype(config, device), **_preparation(config))
+    if not config.loss.use_reference_model:
+        return policy, None, float32
+    reference = build(config, load_lm(config, reference_dtype(config, device)), tokenizer).to(device)
+    return policy, reference.requires_grad_(False), float32
 
 
-def build(
-    config: DictConfig, lm: PreTrainedModel, tokenizer, device: torch.device, v_head: ValueHead | None = None
-) -> PolicyModel:
-    model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head).to(device)
+def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
+    """The same on several processes, each of which only ever has its shards."""
+    mesh = sharding.mesh_of(config, device)
+    lm_config = load_config(config)
+
+    def empty_policy(dtype: torch.dtype, **preparation) -> PolicyModel:
+        lm = weights.empty_lm(lm_config, _policy_dtype(config), config.trust_remote_code)
+        policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt))
+        sharding.prepare_policy(policy, dtype, mesh=mesh, **preparation)
+        return policy
+
+    reference = None
+    if config.loss.use_reference_model:
+        lm = weights.empty_lm(lm_config, reference_dtype(config, device), config.trust_remote_code)
+        reference = build(config, lm, tokenizer).requires_grad_(False)
+        sharding.prepare_reference(reference, config.model.block_name, mesh)
+    # First as it computes in float32, for the packing check; then its shards move to the model that trains.
+    first = empty_policy(torch.float32, block_name=config.model.block_name)
+    lms = [first.lm] + ([reference.lm] if reference is not None else [])
+    for together in [lms[:1], lms[1:]] if policy_pt else [lms]:  # from the same weights in one pass over them
+        if together:
+            is_policy = together[0] is first.lm
+            opened = _open_weights(config, together[0], device, policy_pt if is_policy else None)
+            weights.fill(together, opened, device)
+    float32 = packing_check.in_float32(first)
+    policy = empty_policy(compute_dtype(config, device), **_preparation(config))
+    policy.lm.load_state_dict(first.lm.state_dict(keep_vars=True), assign=True)
+    return policy, reference, float32
+
+
+def _open_weights(config: DictConfig, lm: PreTrainedModel, device: torch.device, policy_pt: str | None = None):
+    """Where a sharded model gets its weights: from files if they have them as the model does."""
+    path, source = policy_pt or _policy_pt(config), _source(config, use_load_from=True)
+    if path:
+        return weights.FromPolicyPt(path)
+    if source:
+        with _loading(_source_key(config, use_load_from=True), source), distributed.first_on_each_node():
+            found = weights.find_safetensors(_local(source), lm)
+        if found:
+            return found
+    whole = load_lm(config, torch.float32) if distributed.is_main() else None
+    return weights.FromMainProcess(whole, device)
+
+
+def _policy_dtype(config: DictConfig) -> torch.dtype:
+    return getattr(torch, config.model.policy_dtype)
+
+
+def _preparation(config: DictConfig) -> dict[str, Any]:
+    """What `sharding.prepare_policy` takes from the config."""
+    return {name: config.model[name] for name in ("activation_checkpointing", "block_name", "compile")}
+
+
+def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: ValueHead | None = None) -> PolicyModel:
+    model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head)
     if len(tokenizer) > model.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}; "

@@ -46,10 +46,6 @@ class Inputs:
         """(n_targets,) -> (n_rows,): the sum over each response's tokens."""
         return per_token.new_zeros(self.n_rows).index_add(0, self.rows, per_token)
 
-    def tokens_by_row(self) -> torch.Tensor:
-        """(n_rows,) float32: how many targets each response has."""
-        return self.sum_by_row(torch.ones_like(self.targets, dtype=torch.float32))
-
 
 class Layout:
     """Who attends to whom in a pack. Segment i holds the queries [start, end) in causal order; before them it sees
@@ -174,6 +170,35 @@ def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[l
         runs[-1].append(index)
         room -= example.n_tokens
     return runs
+
+
+def balanced_shares(examples: list[TokenizedExample], n: int) -> list[list[int]]:
+    """The indices of `examples` in n shares of nearly equal numbers of tokens, each in the examples' order.
+
+    The longest first, always to the share that has least; so the largest share is at most 4/3 of the best possible.
+    """
+    shares: list[list[int]] = [[] for _ in range(n)]
+    tokens = [0] * n
+    for index in sorted(range(len(examples)), key=lambda i: -examples[i].n_tokens):
+        least = min(range(n), key=tokens.__getitem__)
+        shares[least].append(index)
+        tokens[least] += examples[index].n_tokens
+    return [sorted(share) for share in shares]
+
+
+def schedule(examples: list[TokenizedExample], n: int, max_tokens: int) -> list[list[list[int]]]:
+    """What each of n processes runs: a list of forwards, each the indices of its examples.
+
+    Each process has the same number of forwards, since each forward is one that all take part in; one that has less to
+    do has empty ones at its end.
+    """
+    shares = balanced_shares(examples, n)
+    runs = [
+        [[share[i] for i in run] for run in split_by_tokens([examples[i] for i in share], max_tokens)]
+        for share in shares
+    ]
+    most = max(map(len, runs))
+    return [own + [[]] * (most - len(own)) for own in runs]
 
 
 #### ATTENTION

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from halos import sharding
+from halos import distributed, sharding
 from halos.errors import UserError
 from halos.tokens import TokenizedExample
 
@@ -29,6 +29,7 @@ def choose(
     if packing in (False, "false"):
         return False, "model.packing=false"
     agrees, reason = _verdict(policy, dtype, *float32)
+    agrees = all(distributed.gather_objects(agrees))  # all or none: kernels may round differently from run to run
     if not agrees and packing in (True, "true"):
         raise UserError(f"model.packing=true, but this model cannot be packed ({reason}); use model.packing=auto")
     return agrees, reason
@@ -50,9 +51,12 @@ def _verdict(policy, dtype: torch.dtype, oracle: torch.Tensor, packed: torch.Ten
 def in_float32(policy) -> tuple[torch.Tensor, torch.Tensor | str]:
     """Padded and packed log-probs of the probe in float32; in place of the packed ones, what the model raised.
 
-    The weights are as they were afterwards: float32 holds every bfloat16 value.
+    The weights are as they were afterwards: float32 holds every bfloat16 value. A sharded model is one whose FSDP
+    computes in float32.
     """
     stored = policy.lm.dtype
+    if stored == torch.float32 or sharding.is_sharded(policy):
+        return probe_logps(policy, packs=False), _packed_logps(policy)
     cast_weights(policy.lm, torch.float32)
     try:
         return probe_logps(policy, packs=False), _packed_logps(policy)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
@@ -10,35 +11,74 @@ from halos import distributed
 from halos.errors import UserError, did_you_mean
 
 
+def mesh_of(config: Any, device: torch.device) -> DeviceMesh:
+    """The processes of the run as FSDP sees them: sharded within a node, replicated across nodes, unless configured.
+
+    `use_fsdp: false` is the case of shards of one process: each holds the whole model.
+    """
+    world_size = distributed.world_size()
+    replicas = config.hsdp_replicas or max(1, world_size // distributed.local_world_size())
+    if not config.use_fsdp:
+        replicas = world_size
+    if world_size % replicas:
+        raise UserError(
+            f"hsdp_replicas={replicas} does not divide the {world_size} processes of this run; use one of "
+            f"{', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}"
+        )
+    return distributed.device_mesh(device.type, replicas)
+
+
 def prepare_policy(
-    policy: Any, compute_dtype: torch.dtype, activation_checkpointing: bool, block_name: str | None
+    policy: Any,
+    compute_dtype: torch.dtype,
+    *,
+    activation_checkpointing: bool = False,
+    block_name: str | None = None,
+    compile: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> None:
-    """Activation checkpointing, then FSDP if the weights are kept in another dtype than they compute in; in place.
+    """Activation checkpointing, compilation of each block, and FSDP; in place.
 
-    FSDP keeps the float32 weights, casts them for each forward, and gives the optimizer float32 gradients; so it is
-    the mixed precision of one process, too.
+    FSDP keeps the weights as they are stored, sharded over the mesh, casts them to `compute_dtype` for each forward,
+    and gives the optimizer gradients that were reduced in float32; so it is the mixed precision of one process, too.
 
-    policy: a `models.PolicyModel` on its device
+    policy: a `models.PolicyModel` on its device, or of parameters on the meta device that get their values later
+    mesh: None for one process, which needs FSDP only to compute in another dtype than weights are stored in
     """
     if activation_checkpointing:
         # Older transformers has only the second name.
         enable = getattr(policy.lm, "activation_checkpointing_enable", None) or policy.lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if policy.lm.dtype != compute_dtype:
+    if compile:
+        for block in find_blocks(policy.lm, block_name):
+            block.compile()
+    if mesh is None and policy.lm.dtype != compute_dtype:
         mesh = distributed.device_mesh(policy.lm.device.type)
+    if mesh is not None:
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for module in find_blocks(policy.lm, block_name):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
+        for block in find_blocks(policy.lm, block_name):
+            fully_shard(block, mesh=mesh, mp_policy=precision)
         if policy.v_head is not None:  # apart, since it computes in float32
             fully_shard(policy.v_head, mesh=mesh, mp_policy=MixedPrecisionPolicy())
         fully_shard(policy, mesh=mesh, mp_policy=precision)
     policy.train()
 
 
+def prepare_reference(reference: Any, block_name: str | None, mesh: DeviceMesh) -> None:
+    """FSDP for a model that never sees a backward: its root is sharded again right after each forward, too."""
+    for block in find_blocks(reference.lm, block_name):
+        fully_shard(block, mesh=mesh)
+    fully_shard(reference, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(model: Any) -> bool:
+    return isinstance(model, FSDPModule)
+
+
 def reshard(policy: Any) -> None:
     """Free the weights that FSDP keeps gathered at the root after a forward without a backward: until then parameters()
     are plain tensors in the compute dtype, which an optimizer must not be given."""
-    if isinstance(policy, FSDPModule):
+    if is_sharded(policy):
         policy.reshard()
 
 

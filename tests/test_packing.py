@@ -12,7 +12,7 @@ import torch
 from halos import models, packing, sharding
 from halos.errors import UserError
 from halos.models import PolicyModel
-from halos.packing import Layout, pack, pad, split_by_tokens
+from halos.packing import Layout, balanced_shares, pack, pad, schedule, split_by_tokens
 from halos.packing_check import cast_weights, choose, in_float32, probe_logps
 from helpers import ARCHITECTURES, VOCAB, example, random_examples, tiny_lm, tiny_policy
 
@@ -115,11 +115,9 @@ def test_layout_for_a_variable_length_kernel():
     assert layout.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8]
 
 
-def test_sums_and_token_counts_by_row():
-    """Rows 0 0 0 1 1 2 2 of 1 to 7: 6, 9, 13, from 3, 2, 2 tokens."""
-    inputs = pack([PAIR, SINGLE])
-    assert inputs.sum_by_row(torch.arange(1.0, 8.0)).tolist() == [6, 9, 13]
-    assert inputs.tokens_by_row().tolist() == [3, 2, 2]
+def test_sums_by_row():
+    """Rows 0 0 0 1 1 2 2 of 1 to 7: 6, 9, 13."""
+    assert pack([PAIR, SINGLE]).sum_by_row(torch.arange(1.0, 8.0)).tolist() == [6, 9, 13]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +135,38 @@ def test_split_by_tokens(max_tokens, runs):
     examples = [example(list(range(n)), [9]) for n in (4, 4, 4, 20, 4)]
     assert [one.n_tokens for one in examples] == [4, 4, 4, 20, 4]
     assert split_by_tokens(examples, max_tokens) == runs
+
+
+def test_balanced_shares():
+    """Tokens 2, 9, 4, 6, 3 for two: 9, 6, 4, 3, 2, always to the lighter one: 9 + 3 = 12 and 6 + 4 + 2 = 12. Shares are
+    in the order of the batch, and one share of all is the batch as it is."""
+    examples = [example(list(range(n)), [9]) for n in (2, 9, 4, 6, 3)]
+    assert balanced_shares(examples, 2) == [[1, 4], [0, 2, 3]]
+    assert balanced_shares(examples, 1) == [[0, 1, 2, 3, 4]]
+    assert balanced_shares(examples[:1], 3) == [[0], [], []]
+
+
+def test_shares_are_balanced_on_ragged_lengths():
+    """64 examples of 3 to 26 tokens for 2 to 8 processes: the largest share is within 3 % of the mean."""
+    examples = random_examples(64)
+    for n in (2, 3, 8):
+        tokens = [sum(examples[i].n_tokens for i in share) for share in balanced_shares(examples, n)]
+        assert max(tokens) <= 1.03 * sum(tokens) / n
+
+
+def test_a_schedule_has_as_many_forwards_everywhere():
+    """Every example once; a process with fewer runs has empty ones at its end; a forward keeps to its limit."""
+    examples = [example(list(range(n)), [9]) for n in (20, 3, 3, 3, 3, 3, 3)]
+    for n in (1, 2, 3, 5, 9):
+        per_process = schedule(examples, n, max_tokens=6)
+        assert len(per_process) == n and len({len(runs) for runs in per_process}) == 1
+        every = [i for runs in per_process for run in runs for i in run]
+        assert sorted(every) == list(range(7))
+        for runs in per_process:
+            assert runs == sorted(runs, key=lambda run: not run)  # the empty ones last
+            assert all(sum(examples[i].n_tokens for i in run) <= 6 or run == [0] for run in runs)
+    # Two processes: one has the long example, 20 tokens in one forward; the other six of 3 tokens, two by two.
+    assert schedule(examples, 2, max_tokens=6) == [[[0], [], []], [[1, 2], [3, 4], [5, 6]]]
 
 
 def test_split_by_tokens_of_nothing():

@@ -120,7 +120,6 @@ def test_an_episode_by_hand(tmp_path):
     episode = trainer.episode(batch, values=torch.zeros(3))
     close(episode.returns, [0.5, 1.0, -1.0])
     close(episode.advantages, (torch.tensor([0.5, 1.0, -1.0]) - 1 / 6) / math.sqrt(13 / 18))
-    assert episode.mask.tolist() == [[True, True], [True, False]] and episode.chosen.tolist() == [True, False]
     with torch.no_grad():
         logps = trainer.reference_model(trainer.reference_model.inputs(batch)).logps
     close(episode.reference_logps, logps)
@@ -135,8 +134,7 @@ def loss_of_tokens(trainer, logratios, advantages, values=None, returns=None):
     reference = torch.full((n,), -3.0)
     tokens = torch.stack((reference + torch.as_tensor(logratios), torch.tensor(values or [0.0] * n), torch.ones(n)), 1)
     episode = trainers.Episode(
-        mask=torch.ones(n, 1, dtype=torch.bool),
-        chosen=torch.arange(n) % 2 == 0,
+        batch=[example([5], [6], chosen=(i % 2 == 0,)) for i in range(n)],
         reference_logps=reference,
         advantages=torch.tensor(advantages),
         returns=torch.tensor(returns or [0.0] * n),
@@ -201,9 +199,7 @@ def test_kl_is_never_negative_and_means_kl_reference_policy():
 def test_a_small_logratio_keeps_its_kl():
     """d = 1e-3: d^2 / 2 + d^3 / 6 = 5.0017e-7. exp(d) - 1 - d in float32 would be off by 1e-7, a fifth of it."""
     trainer = ppo()
-    episode = trainers.Episode(
-        torch.ones(1, 1, dtype=torch.bool), torch.tensor([True]), torch.zeros(1), torch.zeros(1), torch.zeros(1)
-    )
+    episode = trainers.Episode([example([5], [6])], torch.zeros(1), torch.zeros(1), torch.zeros(1))
     kl = trainer.token_loss(torch.tensor([[1e-3, 0.0, 0.0]]), episode).kl
     close(kl, [5.0017e-7], rtol=1e-3, atol=0.0)
 
@@ -488,7 +484,8 @@ def test_evaluation_reports_what_other_losses_do(tmp_path):
     values = trainer.evaluate()
     batch = trainer.eval_loader.batches[0]
     with torch.no_grad():
-        policy, reference = (trainer.sequence_logps(m, batch) for m in (trainer.policy, trainer.reference_model))
+        models_ = (trainer.policy, trainer.reference_model)
+        policy, reference = (trainer.sequence_logps(trainer.token_logps(m, batch), batch) for m in models_)
     chosen = torch.tensor([one.chosen[0] for one in batch])
     rewards = policy - reference
     expected = {
@@ -509,7 +506,7 @@ def test_average_log_prob_is_heard(tmp_path):
     trainer = make_trainer(tmp_path, "ppo", "++loss.average_log_prob=true")
     batch = trainer.eval_loader.batches[0]
     with torch.no_grad():
-        logps = trainer.sequence_logps(trainer.policy, batch)
+        logps = trainer.sequence_logps(trainer.token_logps(trainer.policy, batch), batch)
     chosen = torch.tensor([one.chosen[0] for one in batch])
     assert trainer.evaluate()["logps_eval/chosen"] == pytest.approx(logps[chosen].mean().item(), rel=1e-5)
 

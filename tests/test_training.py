@@ -174,7 +174,8 @@ def test_average_log_prob(tmp_path):
     mean = make_trainer(tmp_path / "mean", "sft", "++loss.average_log_prob=true", batches=[batch])
     lengths = torch.tensor([float(len(one.responses[0])) for one in batch])
     with torch.no_grad():
-        sums, means = (trainer.sequence_logps(trainer.policy, batch) for trainer in (summed, mean))
+        tokens = summed.token_logps(summed.policy, batch)
+        sums, means = (trainer.sequence_logps(tokens, batch) for trainer in (summed, mean))
     torch.testing.assert_close(means * lengths, sums)
 
 
