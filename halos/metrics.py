@@ -19,6 +19,9 @@ PANELS = {
     "rewards": ["rewards_{mode}/chosen", "rewards_{mode}/rejected"],
     "log-probs (nats per response)": ["logps_{mode}/chosen", "logps_{mode}/rejected"],
     "gradient norm": ["grad_norm"],
+    "critic: explained variance": ["val/explained_variance", "val_eval/explained_variance"],
+    "KL estimate (nats per token)": ["loss/policykl", "loss_eval/policykl"],
+    "share of clipped tokens": ["clipfrac/policy", "clipfrac_eval/policy"],
 }
 
 

@@ -5,7 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+import dataloaders
+from halos import models
 from helpers import PROJECT
 
 ROW = r"^{name} +([\d.]+) % ± [\d.]+ +([\d.]+) +([\d.]+) % ± [\d.]+$"
@@ -30,14 +34,41 @@ def test_the_shortened_demo(tmp_path):
     assert {"sft_seed1", "sft_kto_seed1"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def gain_over_sft(tmp_path, loss: str) -> float:
+    """Points of true accuracy that the whole demo at the default seed wins over SFT."""
+    command = [sys.executable, "scripts/demo.py", "--cache_dir", str(tmp_path), "--loss", loss]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sft, aligned = (
+        float(re.search(ROW.format(name=re.escape(name)), done.stdout, re.MULTILINE)[1])
+        for name in ("SFT", f"SFT+{loss.upper()}")
+    )
+    return aligned - sft
+
+
 @pytest.mark.slow
 def test_kto_improves_on_sft(tmp_path):
-    """The whole demo at the default seed: at least 5 points of true accuracy above SFT."""
-    done = subprocess.run(
-        [sys.executable, "scripts/demo.py", "--cache_dir", str(tmp_path)], cwd=PROJECT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    sft, kto = (
-        float(re.search(ROW.format(name=re.escape(name)), done.stdout, re.MULTILINE)[1]) for name in ("SFT", "SFT+KTO")
-    )
-    assert kto >= sft + 5
+    assert gain_over_sft(tmp_path, "kto") >= 5
+
+
+@pytest.mark.slow
+def test_ppo_improves_on_sft_and_its_critic_separates_good_from_bad(tmp_path, capsys):
+    """The value of the last state of 256 held-out responses, against their label of +1 or -1."""
+    assert gain_over_sft(tmp_path, "ppo") >= 5
+    directory = tmp_path / "sft_ppo_seed1"
+    config = OmegaConf.load(directory / "config.yaml")
+    tokenizer = models.load_tokenizer(config)
+    loader = dataloaders.make_loader(config, tokenizer, "test")
+    policy_pt = str(directory / "LATEST" / "policy.pt")
+    policy, _ = models.load_policy_and_reference(config, tokenizer, torch.device("cpu"), policy_pt)
+    values, labels = [], []
+    for batch in loader:
+        with torch.no_grad():
+            per_token = policy(policy.inputs(batch)).values
+        lengths = [len(example.responses[0]) for example in batch]
+        values += [response[-1] for response in per_token.split(lengths)]
+        labels += [1.0 if example.chosen[0] else -1.0 for example in batch]
+    correlation = torch.corrcoef(torch.stack((torch.tensor(values), torch.tensor(labels))))[0, 1].item()
+    with capsys.disabled():
+        print(f" correlation of value and label over {len(labels)} responses: {correlation:.2f}")
+    assert correlation > 0.2
