@@ -72,21 +72,21 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
     """samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
     import dataloaders
-    from halos import models
-    from halos.distributed import default_device
+    from halos import distributed, models
     from halos.sampling import sample as sample_from
     from halos.tokens import Encoder, truncate_prompt
 
-    models.check_policy_pt(config, policy_pt)
     tokenizer = models.load_tokenizer(config)
     encoder = Encoder(tokenizer)
-    prompts = dataloaders.read_prompts(config, tokenizer, args.file, args.n_samples)
+    with distributed.first_on_each_node():
+        prompts = dataloaders.read_prompts(config, tokenizer, args.file, args.n_samples)
     ids = [
         truncate_prompt(ids, config.model.max_prompt_length, prompt.truncation_mode, len(encoder.bos))
         for prompt, ids in zip(prompts, encoder.prompt_arrays([prompt.text for prompt in prompts]), strict=True)
     ]
     path = os.path.join(config.samples_dir, f"{sample_name(config, policy_pt)}.json")
-    device = default_device()
+    device = distributed.default_device()
+    models.check_whole_copy(config, device)
 
     def responses_of(description: str, **weights) -> list[str]:
         lm = models.load_lm(config, models.compute_dtype(config, device), **weights).to(device)
@@ -110,8 +110,9 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
         {"prompt": prompt.text, "chosen": prompt.chosen, "policy": ours, "reference": theirs}
         for prompt, ours, theirs in zip(prompts, policy, reference, strict=True)
     ]
-    write_json(path, rows)
-    print(f"{len(rows)} samples written to {path}")
+    if distributed.is_main():
+        write_json(path, rows)
+        print(f"{len(rows)} samples written to {path}")
 
 
 def sample_name(config: DictConfig, policy_pt: str) -> str:
@@ -123,17 +124,18 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     """eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
     import dataloaders
     import trainers
-    from halos import models
-    from halos.distributed import default_device
+    from halos import distributed, models
 
-    models.check_policy_pt(config, policy_pt, with_value_head=True)
     tokenizer = models.load_tokenizer(config)
-    loader = dataloaders.make_loader(config, tokenizer, "test")
+    with distributed.first_on_each_node():
+        loader = dataloaders.make_loader(config, tokenizer, "test")
     dataloaders.describe(loader, "test")
-    policy, reference = models.load_policy_and_reference(config, tokenizer, default_device(), policy_pt)
+    policy, reference = models.load_policy_and_reference(config, tokenizer, distributed.default_device(), policy_pt)
     directory = os.path.dirname(os.path.abspath(args.config))
     trainer = getattr(trainers, config.loss.trainer)(policy, reference, tokenizer, config, None, loader, directory)
     results = trainer.evaluate()
+    if not distributed.is_main():
+        return
     for name, value in results.items():
         print(f"{name}: {value:.6g}")
     path = os.path.join(directory, "eval.json")
@@ -156,7 +158,12 @@ def main() -> None:
     args = arguments()
     with report_user_errors():
         config, policy_pt = load_run(args)
-        {"sample": sample, "eval": evaluate}[args.mode](args, config, policy_pt)
+        from halos import models
+        from halos.launch import launch
+
+        models.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
+        command = {"sample": sample, "eval": evaluate}[args.mode]
+        launch(command, args, config, policy_pt, nproc_per_node=config.nproc_per_node)
 
 
 if __name__ == "__main__":

@@ -118,16 +118,15 @@ def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tenso
 
     Sharded tensors are gathered one after the other, and only the main process keeps them: elsewhere it is empty.
     """
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor | None] = {}
     state = {}
     for name, tensor in lm.state_dict(keep_vars=True).items():
         if id(tensor) not in copies:
             copy = distributed.whole(tensor.detach())
-            if not distributed.is_main():
-                continue
-            copies[id(tensor)] = copy.to("cpu", dtype if copy.is_floating_point() else copy.dtype)
+            to_dtype = dtype if copy.is_floating_point() else copy.dtype
+            copies[id(tensor)] = copy.to("cpu", to_dtype) if distributed.is_main() else None
         state[name] = copies[id(tensor)]
-    return state
+    return {name: copy for name, copy in state.items() if copy is not None}
 
 
 def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: torch.dtype) -> None:

@@ -54,6 +54,18 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on a device; of a machine's memory, its share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in file)}
+        total = kilobytes["MemAvailable"] * 1024
+    return total // local_world_size()
+
+
 def describe() -> str:
     """Who takes part, for people."""
     nodes = max(1, world_size() // local_world_size())

@@ -354,6 +354,18 @@ def check_policy_pt(config: DictConfig, path: str, with_value_head: bool = False
         load_value_head(config, meta, path)
 
 
+def check_whole_copy(config: DictConfig, device: torch.device) -> None:
+    """Raise UserError if what a process needs to sample, the whole model in its compute dtype, has no room."""
+    dtype = compute_dtype(config, device)
+    meta = _meta_lm(load_config(config), config.trust_remote_code)
+    needed, free = sum(p.numel() for p in meta.parameters()) * dtype.itemsize, distributed.free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"sampling needs the whole model in each process, {needed / 2**30:.1f} GiB in {dtype}, and {device} has "
+            f"{free / 2**30:.1f} GiB free for it; use fewer processes (nproc_per_node=1) or a larger device"
+        )
+
+
 def _v_head_pt(config: DictConfig, policy_pt: str | None) -> str | None:
     """Where the critic of a checkpoint is, if it has one; None for a model that starts from no checkpoint."""
     policy_pt = policy_pt or _policy_pt(config)

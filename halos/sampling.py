@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StoppingCriteria
 
+from halos import distributed
 from halos.tokens import Encoder
 
 
@@ -74,23 +75,27 @@ def sample(
 ) -> list[str]:
     """One response per prompt, in the prompts' order, up to EOS or to where prompt and response reach max_length.
 
+    Each process of a run has a whole `lm`, samples for its part of the prompts, and returns the responses to all.
+
     prompts: (n,) ids each, with BOS, shorter than max_length
     """
     lm.eval()
     # What a checkpoint brings along (a repetition penalty, say) would change the distribution.
     lm.generation_config = GenerationConfig()
     seeds = response_seeds(prompts, seed)
-    texts = [""] * len(prompts)
+    texts: dict[int, str] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    with tqdm(total=len(prompts), desc=description, unit="response") as bar:
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
+    own = by_length[distributed.rank() :: distributed.world_size()]
+    with tqdm(total=len(own), desc=description, unit="response", disable=not distributed.is_main()) as bar:
+        for start in range(0, len(own), batch_size):
+            rows = own[start : start + batch_size]
             limits = [max_length - len(prompts[i]) for i in rows]
             sampler = GumbelSampler([seeds[i] for i in rows], top_p, temperature)
             for i, ids in zip(rows, _generate(lm, encoder, [prompts[i] for i in rows], limits, sampler), strict=True):
                 texts[i] = encoder.decode_response(ids)
             bar.update(len(rows))
-    return texts
+    everyone = {i: text for texts in distributed.gather_objects(texts) for i, text in texts.items()}
+    return [everyone[i] for i in range(len(prompts))]
 
 
 def _generate(lm, encoder: Encoder, prompts: list[np.ndarray], limits: list[int], sampler) -> list[list[int]]:

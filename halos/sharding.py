@@ -49,14 +49,15 @@ def prepare_policy(
         # Older transformers has only the second name.
         enable = getattr(policy.lm, "activation_checkpointing_enable", None) or policy.lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if compile:
-        for block in find_blocks(policy.lm, block_name):
-            block.compile()
     if mesh is None and policy.lm.dtype != compute_dtype:
         mesh = distributed.device_mesh(policy.lm.device.type)
+    blocks = find_blocks(policy.lm, block_name) if block_name or compile or mesh is not None else []
+    if compile:
+        for block in blocks:
+            block.compile()
     if mesh is not None:
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for block in find_blocks(policy.lm, block_name):
+        for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=precision)
         if policy.v_head is not None:  # apart, since it computes in float32
             fully_shard(policy.v_head, mesh=mesh, mp_policy=MixedPrecisionPolicy())
@@ -87,7 +88,9 @@ def find_blocks(lm: PreTrainedModel, block_name: str | None) -> list[torch.nn.Mo
     names = {block_name} if block_name else set(lm._no_split_modules or ())
     blocks = [module for module in lm.modules() if type(module).__name__ in names]
     if not blocks:
-        classes = {type(module).__name__ for module in lm.modules()}
+        # A block is repeated, and no leaf: the candidates are what lists of modules hold.
+        lists = (module for module in lm.modules() if isinstance(module, torch.nn.ModuleList))
+        classes = {type(child).__name__ for children in lists for child in children}
         raise UserError(
             f"model.block_name={block_name} is no module of {type(lm).__name__}; "
             f"{did_you_mean(str(block_name), classes)}"

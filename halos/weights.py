@@ -13,6 +13,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -47,10 +49,13 @@ class FromSafetensors:
         self.opened = {path: safe_open(path, framework="pt") for path in set(files.values())}
         self.files = files
 
-    def read(self, name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    def stored(self, name: str):
+        """The weight in its file, of which a slice can be read."""
         name = self.names[name]
-        stored = self.opened[self.files[name]].get_slice(name)
-        return stored[part] if part else stored[:]
+        return self.opened[self.files[name]].get_slice(name)
+
+    def read(self, name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
+        return self.stored(name)[part]
 
 
 class FromMainProcess:
@@ -70,32 +75,38 @@ class FromMainProcess:
 
 
 def find_safetensors(source: str, lm: PreTrainedModel) -> FromSafetensors | None:
-    """The files of `source` if they hold the weights of `lm` as it names and shapes them; else None.
+    """The files of `source` if they hold the weights of `lm`, under its names or ones that transformers knows to be
+    theirs; None if there are no such files, or if weights would have to be converted."""
+    files = _weight_files(source)
+    state = lm.state_dict(keep_vars=True)
+    transforms = get_model_conversion_mapping(lm)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    stored: dict[int, str] = {}  # by tensor, since a tied weight may be there under one of its names only
+    for key in files:
+        name, converter = rename_source_key(key, renamings, converters, lm.base_model_prefix, state)
+        if converter is not None:
+            return None
+        if name in state:
+            stored[id(state[name])] = key
+    if not all(id(tensor) in stored for tensor in state.values()):
+        return None
+    weights = FromSafetensors(files, {name: stored[id(tensor)] for name, tensor in state.items()})
+    shapes = all(list(tensor.shape) == weights.stored(name).get_shape() for name, tensor in state.items())
+    return weights if shapes else None
 
-    A name that is not there may be that of a tied weight which is there under its other name.
-    """
-    index = _cached(source, SAFE_WEIGHTS_INDEX_NAME)
+
+def _weight_files(source: str) -> dict[str, str]:
+    """The safetensors file of each weight of `source`; empty if it has none."""
+    index, single = (_cached(source, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
     if index:
         paths, metadata = get_checkpoint_shard_files(source, index)
         of_file = {os.path.basename(path): path for path in paths}
-        files = {name: of_file[file] for name, file in metadata["weight_map"].items()}
-    else:
-        path = _cached(source, SAFE_WEIGHTS_NAME)
-        if not path:
-            return None
-        with safe_open(path, framework="pt") as opened:
-            files = dict.fromkeys(opened.keys(), path)
-    state = lm.state_dict(keep_vars=True)
-    stored = {id(tensor): name for name, tensor in state.items() if name in files}
-    names = {name: stored.get(id(tensor)) for name, tensor in state.items()}
-    if not all(names.values()):
-        return None
-    weights = FromSafetensors(files, {name: other for name, other in names.items() if other})
-    for name, tensor in state.items():
-        other = weights.names[name]
-        if list(tensor.shape) != weights.opened[files[other]].get_slice(other).get_shape():
-            return None
-    return weights
+        return {name: of_file[file] for name, file in metadata["weight_map"].items()}
+    if not single:
+        return {}
+    with safe_open(single, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), single)
 
 
 def _cached(source: str, file: str) -> str | None:

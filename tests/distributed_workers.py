@@ -1,0 +1,83 @@
+"""What the processes of tests/test_distributed.py run; each function is called once in every process."""
+
+import os
+
+import torch
+from transformers import AutoConfig
+
+from halos import checkpoint, distributed, metrics, models, sharding, weights
+from halos.models import PolicyModel
+from helpers import make_config, random_examples
+from small_runs import CPU, SMALL, batches_for, make_trainer, state_of, tokenizer
+
+
+def ragged_batches(loss: str) -> list:
+    """Four batches of 8 and one of a single example, which leaves every process but one without any.
+
+    In the second the desirable responses are the two longest examples, so that of 3 or 4 processes some have none.
+    """
+    batches = [*batches_for(loss, 4), *batches_for(loss, 1, n=1, seed=1)]
+    if loss in ("kto", "ppo"):
+        longest = sorted(range(8), key=lambda i: -batches[1][i].n_tokens)[:2]
+        batches[1] = [one._replace(chosen=(i in longest,)) for i, one in enumerate(batches[1])]
+    return batches
+
+
+def train(folder: str, cases: dict[str, str]) -> None:
+    """A whole run per case, {name: words}, with evaluations; weights before and after go to folder/name.pt."""
+    metrics.draw_curves = lambda *args: None  # takes longer than all else
+    for name, words in cases.items():
+        loss, *rest = words.split()
+        batches = ragged_batches(loss)
+        trainer = make_trainer(os.path.join(folder, name), loss, *rest, batches=batches, eval_batches=batches[3:])
+        before = state_of(trainer)
+        trainer.train()
+        after, critic = state_of(trainer), trainer.policy.v_head
+        critic = {} if critic is None else checkpoint.full_state(critic, torch.float32)
+        if distributed.is_main():
+            torch.save({"before": before, "after": after, "critic": critic}, os.path.join(folder, f"{name}.pt"))
+
+
+def load_architectures(folder: str, directories: dict[str, str]) -> None:
+    """Packed log-probs and whole weights of models that were filled from Hugging Face directories."""
+    found = {}
+    mesh = distributed.device_mesh("cpu")
+    for name, directory in directories.items():
+        lm = weights.empty_lm(AutoConfig.from_pretrained(directory), torch.float32, trust_remote_code=False)
+        policy = PolicyModel(lm)
+        sharding.prepare_policy(policy, torch.float32, mesh=mesh)
+        opened = weights.find_safetensors(directory, lm)
+        assert opened is not None, f"{name}: read through the main process"
+        weights.fill([lm], opened, CPU)
+        policy.use_packing(True)
+        with torch.no_grad():
+            logps = policy(policy.inputs(random_examples(4, (2, 1)))).logps
+        found[name] = {"logps": logps, "state": checkpoint.full_state(lm, torch.float32)}
+    if distributed.is_main():
+        torch.save(found, os.path.join(folder, "architectures.pt"))
+
+
+def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> None:
+    """The whole weights of policy and reference from each `model.load_from`, and what each process held of them."""
+    found = {}
+    for name, words in sources.items():
+        config = make_config(cache_dir, "loss=dpo", *SMALL, *words.split())
+        policy, reference = models.load_policy_and_reference(config, tokenizer(), CPU)
+        shards = [p.to_local().numel() if sharding.is_sharded(policy) else p.numel() for p in policy.parameters()]
+        found[name] = {
+            "policy": checkpoint.full_state(policy.lm, torch.float32),
+            "reference": checkpoint.full_state(reference.lm, torch.float32),
+            "held": distributed.gather_objects(sum(shards)),
+            "packs": policy.packs,
+        }
+    if distributed.is_main():
+        torch.save(found, os.path.join(folder, "checkpoints.pt"))
+
+
+def everything(folder: str, cases: dict[str, str], directories: dict[str, str], cache_dir: str, sources: dict) -> None:
+    """All of the above in one start."""
+    torch.set_num_threads(1)
+    train(folder, cases)
+    if directories:
+        load_architectures(folder, directories)
+        load_checkpoints(folder, cache_dir, sources)

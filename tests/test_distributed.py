@@ -1,0 +1,222 @@
+"""Several processes are one: the same losses, metrics, gradients, weights, and checkpoints, on a CPU with gloo.
+
+Each number of processes is started once, in a fixture; the tests look at what it left in its folder.
+"""
+
+import glob
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import distributed_workers as workers
+from halos import checkpoint, metrics, models
+from halos.launch import launch
+from halos.models import PolicyModel
+from helpers import ARCHITECTURES, CONFIG_DIR, make_config, random_examples, tiny_lm
+from small_runs import CPU, SMALL, make_trainer, moved, state_of, tokenizer
+
+LOSSES = sorted(os.path.basename(path)[:-5] for path in glob.glob(f"{CONFIG_DIR}/loss/*.yaml"))
+
+# The default optimizer, at a learning rate that moves the weights, and evaluations in between.
+COMMON = "optimizer=RMSprop lr=1e-4 do_first_eval=true eval_every=16"
+CASES = {loss: f"{loss} {COMMON}" for loss in LOSSES} | {
+    # Forwards of few tokens: several per process, not equally many examples in each, and dummies at the end.
+    "forwards": f"kto {COMMON} model.max_tokens_per_forward=30",
+    "accumulation": f"ppo {COMMON} loss.ppo_epochs=2 model.gradient_accumulation_steps=2 model.batch_size=4",
+    "padded": f"dpo {COMMON} model.packing=false model.logps=plain",
+    "checkpointing": f"dpo {COMMON} model.activation_checkpointing=true model.max_tokens_per_forward=60",
+    "tied": f"dpo {COMMON} ++model.architecture.tie_word_embeddings=true",
+    "replicated": f"kto {COMMON} use_fsdp=false",
+    "adamw": f"dpo {COMMON} optimizer=AdamW ++optimizer_kwargs.weight_decay=0.1 ++optimizer_kwargs.eps=1e-4",
+}
+IN_BFLOAT16 = {"bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16"}
+MORE = {"hsdp": f"ppo {COMMON} hsdp_replicas=2"}  # on 4 processes
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory):
+    """All cases on one process, right here: the folder."""
+    folder = tmp_path_factory.mktemp("one")
+    draw = metrics.draw_curves
+    workers.train(str(folder), CASES | IN_BFLOAT16 | {"hsdp": MORE["hsdp"].replace("hsdp_replicas=2", "")})
+    metrics.draw_curves = draw
+    return folder
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory):
+    """Models of every architecture as Hugging Face directories: {name: path}."""
+    folder = tmp_path_factory.mktemp("architectures")
+    for name in ARCHITECTURES:
+        tiny_lm(name).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def sources(one, tmp_path_factory):
+    """`model.load_from` in its forms: a policy.pt, a directory, one whose weights have the names of a bare body, one
+    without safetensors, which the main process reads for all; and no such thing, but random weights."""
+    latest = one / "dpo" / "run" / "LATEST"
+    state = load_file(latest / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    folders = [tmp_path_factory.mktemp(name) for name in ("renamed", "pickled")]
+    save_file(renamed, folders[0] / "model.safetensors", metadata={"format": "pt"})
+    torch.save(state, folders[1] / "pytorch_model.bin")
+    for folder in folders:
+        (folder / "config.json").write_bytes((latest / "config.json").read_bytes())
+    return {
+        "policy.pt": f"model.load_from={latest}/policy.pt",
+        "directory": f"model.load_from={latest}",
+        "renamed": f"model.load_from={folders[0]}",
+        "pickled": f"model.load_from={folders[1]}",
+        "random": "seed=3",
+    }
+
+
+def started(n: int, folder, cases, directories=(), cache_dir="", sources=()):
+    launch(workers.everything, str(folder), cases, dict(directories), str(cache_dir), dict(sources), nproc_per_node=n)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two(one, directories, sources, tmp_path_factory):
+    return started(2, tmp_path_factory.mktemp("two"), CASES | IN_BFLOAT16, directories, one / "dpo", sources)
+
+
+@pytest.fixture(scope="session")
+def three(one, tmp_path_factory):
+    return started(3, tmp_path_factory.mktemp("three"), CASES)
+
+
+@pytest.fixture(scope="session")
+def four(one, directories, sources, tmp_path_factory):
+    return started(4, tmp_path_factory.mktemp("four"), CASES | MORE, directories, one / "dpo", sources)
+
+
+several = pytest.mark.parametrize(
+    "folder", ["two", *(pytest.param(name, marks=pytest.mark.slow) for name in ("three", "four"))]
+)
+
+
+#### TRAINING
+
+
+def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) -> None:
+    """Every number of every row to 1e-5; rewards and what is made of them to 1e-5 of the log-probs they are made from.
+
+    A reward is beta times a difference of log-probs of some -40 nats, which float32 holds to 4e-6: near 0 it has no
+    relative precision. The same holds for losses and ratios that are built on it.
+    """
+    assert len(rows) == len(expected) > 5
+    for row, wanted in zip(rows, expected, strict=True):
+        assert list(row) == list(wanted) and row["mode"] == wanted["mode"]
+        scale = max(abs(value) for name, value in wanted.items() if name.startswith("logps_"))
+        for name, value in wanted.items():
+            if name not in ("mode", "examples_per_second"):
+                absolute = rel * scale if name.startswith(("rewards_", "loss")) else 1e-7
+                assert row[name] == pytest.approx(value, rel=rel, abs=absolute), (name, row["step"])
+
+
+def ways(folder, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far the policy's weights moved, and its critic's at the end."""
+    saved = torch.load(folder / f"{name}.pt")
+    critic = [tensor.double().flatten() for tensor in saved["critic"].values()]
+    return moved(saved["before"], saved["after"]), torch.cat(critic) if critic else torch.zeros(0)
+
+
+def assert_same_run(folder, one, name: str) -> None:
+    """At lr 1e-4 the weights move; they agree to 1e-5, and to 1e-4 of the norm of that way."""
+    (way, critic), (expected, expected_critic) = ways(folder, name), ways(one, name)
+    assert expected.norm() > 0.03
+    assert (way - expected).abs().max() < 1e-5
+    assert (way - expected).norm() < 1e-4 * expected.norm()
+    assert (critic - expected_critic).norm() <= 1e-4 * expected_critic.norm()
+    rows = [metrics.read_metrics(place / name / "run" / "metrics.jsonl") for place in (folder, one)]
+    assert_same_rows(*rows)
+
+
+@several
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_train_as_one(request, one, folder, name):
+    """Five updates, the last of a single example, with evaluations: for every file of config/loss, and every way to
+    spread and compute it."""
+    assert_same_run(request.getfixturevalue(folder), one, name)
+
+
+@pytest.mark.slow
+def test_hsdp_trains_as_one(four, one):
+    """Four processes as two groups that each hold all shards."""
+    assert_same_run(four, one, "hsdp")
+
+
+def test_bfloat16_trains_as_one_does(two, one):
+    """A pack of other sequences rounds differently in bfloat16: by a few percent of the way."""
+    way, expected = ways(two, "bfloat16")[0], ways(one, "bfloat16")[0]
+    assert torch.cosine_similarity(way, expected, dim=0) > 0.9
+
+
+#### LOADING
+
+
+@several
+def test_sharded_models_are_the_models(request, folder, directories):
+    """Of every architecture: weights bit by bit, and log-probs to 1e-5, which need the buffers that no file has."""
+    if folder == "three":
+        pytest.skip("two and four processes load them")
+    found = torch.load(request.getfixturevalue(folder) / "architectures.pt")
+    assert set(found) == set(directories)
+    for name, directory in directories.items():
+        lm = AutoModelForCausalLM.from_pretrained(directory)
+        for key, tensor in lm.state_dict().items():
+            assert torch.equal(found[name]["state"][key], tensor), (name, key)
+        policy = PolicyModel(lm)
+        policy.use_packing(True)
+        with torch.no_grad():
+            logps = policy(policy.inputs(random_examples(4, (2, 1)))).logps
+        torch.testing.assert_close(found[name]["logps"], logps, rtol=1e-5, atol=1e-5)
+
+
+@several
+def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sources):
+    """Policy and reference are what one process loads, bit by bit, and each process holds its part of it."""
+    if folder == "three":
+        pytest.skip("two and four processes load them")
+    found = torch.load(request.getfixturevalue(folder) / "checkpoints.pt")
+    n = {"two": 2, "four": 4}[folder]
+    for name, words in sources.items():
+        config = make_config(one / "dpo", "loss=dpo", *SMALL, *words.split())
+        policy, _ = models.load_policy_and_reference(config, tokenizer(), CPU)
+        for key, tensor in policy.lm.state_dict().items():
+            assert torch.equal(found[name]["policy"][key], tensor), (name, key)
+            assert torch.equal(found[name]["reference"][key], tensor), (name, key)
+        total = policy.lm.num_parameters()
+        assert sum(found[name]["held"]) == total and max(found[name]["held"]) < 1.2 * total / n
+        assert found[name]["packs"]
+
+
+@several
+def test_a_checkpoint_of_several_processes_is_one(request, one, folder):
+    """LATEST has the same files, weights under the same names, an export that transformers opens, and a critic."""
+    folder = request.getfixturevalue(folder)
+    for name in ("dpo", "ppo", "tied"):
+        theirs, ours = (place / name / "run" / "LATEST" for place in (one, folder))
+        assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+        state = checkpoint.load_state(str(ours / "policy.pt"))
+        expected = torch.load(folder / f"{name}.pt")["after"]
+        assert list(state) == list(checkpoint.load_state(str(theirs / "policy.pt")))
+        assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+        lm = AutoModelForCausalLM.from_pretrained(ours)
+        assert all(torch.equal(lm.state_dict()[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
+    """Policy and critic, from two processes to one."""
+    words = (f"model.load_from={two}/ppo/run/LATEST/policy.pt",)
+    trainer = make_trainer(tmp_path, "ppo", *words)
+    saved = torch.load(two / "ppo.pt")
+    assert all(torch.equal(tensor, saved["after"][name]) for name, tensor in state_of(trainer).items())
+    critic = checkpoint.full_state(trainer.policy.v_head, torch.float32)
+    assert all(torch.equal(tensor, saved["critic"][name]) for name, tensor in critic.items())
