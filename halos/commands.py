@@ -94,7 +94,8 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
     finally:
         os.environ[FULL_ERROR] = "1"
     job = HydraConfig.get()
-    if OmegaConf.is_missing(job.job, "num") or code == 130:
+    # Under torchrun or srun the other processes may still be in this job, and must not be met in another one.
+    if OmegaConf.is_missing(job.job, "num") or code == 130 or "RANK" in os.environ:
         sys.exit(code)
     if code:
         _say(f"job #{job.job.num} failed: {' '.join(command_words())}")

@@ -28,7 +28,10 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        return dist.get_rank()
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0  # `group` refuses it
 
 
 def world_size() -> int:
@@ -94,10 +97,9 @@ def group() -> Iterator[None]:
             f"MASTER_ADDR:MASTER_PORT={address}: the processes cannot meet there ({reason}); "
             "use a free port of the first node, the same in every process"
         ) from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: leaving may wait for the others, who wait in a collective; the end of this process wakes them.
+    dist.destroy_process_group()
 
 
 def _check_environment() -> None:
@@ -114,7 +116,8 @@ def _check_environment() -> None:
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and numbers["LOCAL_RANK"] >= gpus:
         raise UserError(
-            f"LOCAL_RANK={numbers['LOCAL_RANK']}, but this machine shows {gpus} GPUs; start one process per GPU"
+            f"LOCAL_RANK={numbers['LOCAL_RANK']}, but this process sees {gpus} GPU{'s' * (gpus != 1)}; start one process "
+            "per GPU, and let each see all GPUs of its machine"
         )
 
 

@@ -185,7 +185,8 @@ def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: 
     """On one process: (policy, reference, what the packing check found in float32)."""
     lm = load_lm(config, _policy_dtype(config), policy_pt=policy_pt)
     policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt)).to(device)
-    float32 = packing_check.in_float32(policy)  # before the weights are cast
+    checked = packing_check.is_wanted(config.model.packing)
+    float32 = packing_check.in_float32(policy) if checked else None  # before the weights are cast
     sharding.prepare_policy(policy, compute_dtype(config, device), **_preparation(config))
     if not config.loss.use_reference_model:
         return policy, None, float32
@@ -198,10 +199,10 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
     mesh = sharding.mesh_of(config, device)
     lm_config = load_config(config)
 
-    def empty_policy(dtype: torch.dtype, **preparation) -> PolicyModel:
+    def empty_policy(dtype: torch.dtype) -> PolicyModel:
         lm = weights.empty_lm(lm_config, _policy_dtype(config), config.trust_remote_code)
         policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt))
-        sharding.prepare_policy(policy, dtype, mesh=mesh, **preparation)
+        sharding.prepare_policy(policy, dtype, mesh=mesh, **_preparation(config))
         return policy
 
     reference = None
@@ -209,17 +210,19 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
         lm = weights.empty_lm(lm_config, reference_dtype(config, device), config.trust_remote_code)
         reference = build(config, lm, tokenizer).requires_grad_(False)
         sharding.prepare_reference(reference, config.model.block_name, mesh)
-    # First as it computes in float32, for the packing check; then its shards move to the model that trains.
-    first = empty_policy(torch.float32, block_name=config.model.block_name)
-    lms = [first.lm] + ([reference.lm] if reference is not None else [])
+    # First as it computes in float32, if packing is to be checked; then its shards move to the model that trains.
+    checked = packing_check.is_wanted(config.model.packing)
+    dtype = compute_dtype(config, device)
+    policy = empty_policy(torch.float32 if checked else dtype)
+    lms = [policy.lm] + ([reference.lm] if reference is not None else [])
     for together in [lms[:1], lms[1:]] if policy_pt else [lms]:  # from the same weights in one pass over them
         if together:
-            is_policy = together[0] is first.lm
-            opened = _open_weights(config, together[0], device, policy_pt if is_policy else None)
+            opened = _open_weights(config, together[0], device, policy_pt if together[0] is policy.lm else None)
             weights.fill(together, opened, device)
-    float32 = packing_check.in_float32(first)
-    policy = empty_policy(compute_dtype(config, device), **_preparation(config))
-    policy.lm.load_state_dict(first.lm.state_dict(keep_vars=True), assign=True)
+    float32 = packing_check.in_float32(policy) if checked else None
+    if checked and dtype != torch.float32:
+        filled, policy = policy, empty_policy(dtype)
+        policy.lm.load_state_dict(filled.lm.state_dict(keep_vars=True), assign=True)
     return policy, reference, float32
 
 

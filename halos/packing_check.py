@@ -17,16 +17,21 @@ from halos.tokens import TokenizedExample
 FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-5, 2.0
 
 
+def is_wanted(packing: str | bool) -> bool:
+    """Whether there is anything to check: not with `model.packing: false`."""
+    return packing not in (False, "false")
+
+
 def choose(
-    policy, packing: str | bool, dtype: torch.dtype, float32: tuple[torch.Tensor, torch.Tensor | str]
+    policy, packing: str | bool, dtype: torch.dtype, float32: tuple[torch.Tensor, torch.Tensor | str] | None
 ) -> tuple[bool, str]:
     """Whether to pack, and the reason in one line.
 
     policy: a `models.PolicyModel`, prepared to compute in `dtype`
     packing: auto, true (a disagreement is an error), or false
-    float32: `in_float32(policy)`, from before the policy was prepared
+    float32: `in_float32(policy)`, from before the policy was prepared; None if there is nothing to check
     """
-    if packing in (False, "false"):
+    if float32 is None:
         return False, "model.packing=false"
     agrees, reason = _verdict(policy, dtype, *float32)
     agrees = all(distributed.gather_objects(agrees))  # all or none: kernels may round differently from run to run

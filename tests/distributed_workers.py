@@ -1,6 +1,7 @@
 """What the processes of tests/test_distributed.py run; each function is called once in every process."""
 
 import os
+import time
 
 import torch
 from transformers import AutoConfig
@@ -81,3 +82,24 @@ def everything(folder: str, cases: dict[str, str], directories: dict[str, str], 
     if directories:
         load_architectures(folder, directories)
         load_checkpoints(folder, cache_dir, sources)
+
+
+def load_large(folder: str, words: str) -> None:
+    """Load a policy while the test watches the memory of all processes: idle, then loading, then loaded."""
+    config = make_config(folder, *words.split())
+    device = distributed.default_device()
+    distributed.device_mesh("cpu")
+    models.load_lm(make_config(folder, "model=tiny"), torch.float32)  # whatever a first model imports
+    report(folder, "idle")
+    policy, _ = models.load_policy_and_reference(config, tokenizer(), device)
+    report(folder, "loaded")
+    assert sharding.is_sharded(policy)
+
+
+def report(folder: str, state: str) -> None:
+    """Leave this process's id in a file, and stay there until the test has seen all of them."""
+    with open(os.path.join(folder, f"{state}-{distributed.rank()}"), "w") as file:
+        file.write(str(os.getpid()))
+    while not os.path.exists(os.path.join(folder, f"{state}-seen")):
+        time.sleep(0.01)
+    distributed.barrier()

@@ -5,6 +5,8 @@ Each number of processes is started once, in a fixture; the tests look at what i
 
 import glob
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -128,11 +130,17 @@ def ways(folder, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_same_run(folder, one, name: str) -> None:
-    """At lr 1e-4 the weights move; they agree to 1e-5, and to 1e-4 of the norm of that way."""
+    """At lr 1e-4 the weights move; they agree to 1e-5 of their norm, and to 1e-4 of the norm of that way.
+
+    A single one may be off by more, since RMSprop divides by the gradient's size: where that is next to nothing, its
+    rounding is not.
+    """
     (way, critic), (expected, expected_critic) = ways(folder, name), ways(one, name)
+    start = torch.cat([tensor.flatten() for tensor in torch.load(one / f"{name}.pt")["before"].values()])
     assert expected.norm() > 0.03
-    assert (way - expected).abs().max() < 1e-5
+    assert (way - expected).norm() < 1e-5 * start.norm()
     assert (way - expected).norm() < 1e-4 * expected.norm()
+    assert (way - expected).abs().max() < 1e-4
     assert (critic - expected_critic).norm() <= 1e-4 * expected_critic.norm()
     rows = [metrics.read_metrics(place / name / "run" / "metrics.jsonl") for place in (folder, one)]
     assert_same_rows(*rows)
@@ -220,3 +228,67 @@ def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
     assert all(torch.equal(tensor, saved["after"][name]) for name, tensor in state_of(trainer).items())
     critic = checkpoint.full_state(trainer.policy.v_head, torch.float32)
     assert all(torch.equal(tensor, saved["critic"][name]) for name, tensor in critic.items())
+
+
+#### MEMORY
+
+LARGE = (
+    "loss=sft exp_name=large model.packing=false model.architecture.vocab_size=16000 "
+    "model.architecture.hidden_size=1024 model.architecture.intermediate_size=2816 "
+    "model.architecture.num_hidden_layers=4"
+)
+
+
+def anonymous_pss(pid: int) -> int:
+    """Bytes of a process that are in no file, pages shared with others counted by share."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        kilobytes = {name: value.split()[0] for name, _, value in (line.partition(":") for line in file)}
+    return 1024 * (int(kilobytes["Pss_Anon"]) + int(kilobytes["Pss_Shmem"]))
+
+
+class Watch(threading.Thread):
+    """The summed memory of `load_large`'s processes: while they are idle, at its peak, and at the end."""
+
+    def __init__(self, folder, n: int):
+        super().__init__(daemon=True)
+        self.folder, self.n = folder, n
+        self.idle = self.peak = self.loaded = 0
+
+    def run(self) -> None:
+        self.idle = self.total(self.pids("idle"))
+        pids = self.pids("idle")
+        (self.folder / "idle-seen").touch()
+        while len(list(self.folder.glob("loaded-[0-9]"))) < self.n:
+            self.peak = max(self.peak, self.total(pids))
+        self.loaded = self.total(pids)
+        self.peak = max(self.peak, self.loaded)
+        (self.folder / "loaded-seen").touch()
+
+    def pids(self, state: str) -> list[int]:
+        while len(files := list(self.folder.glob(f"{state}-[0-9]"))) < self.n or not all(f.read_text() for f in files):
+            time.sleep(0.01)
+        return [int(file.read_text()) for file in files]
+
+    def total(self, pids: list[int]) -> int:
+        return sum(map(anonymous_pss, pids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["policy.pt", "directory"])
+def test_loading_holds_the_model_once(tmp_path, form, capsys):
+    """336 MB of float32 weights on 4 processes: beyond what the processes are without them, all together never hold
+    more than 1.5 times that, pages of files excluded."""
+    config = make_config(tmp_path, *LARGE.split())
+    lm = models.load_lm(config, torch.float32)
+    weight = 4 * lm.num_parameters()
+    lm.save_pretrained(tmp_path / "directory")
+    torch.save({"step_idx": 0, "state": lm.state_dict(), "metrics": {}}, tmp_path / "policy.pt")
+    del lm
+    watch = Watch(tmp_path, 4)
+    watch.start()
+    launch(workers.load_large, str(tmp_path), f"{LARGE} model.load_from={tmp_path / form}", nproc_per_node=4)
+    watch.join()
+    peak, loaded = (watch.peak - watch.idle) / weight, (watch.loaded - watch.idle) / weight
+    with capsys.disabled():
+        print(f" {form}: {weight / 2**20:.0f} MiB of weights; peak {peak:.2f}, in the end {loaded:.2f} times that")
+    assert 0.9 < loaded <= peak < 1.5
