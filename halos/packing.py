@@ -287,6 +287,11 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
     return varlen_attn(q_THD, k_THD, v_THD, *lengths, **options)
 
 
+def keep_attention_uncompiled() -> None:
+    """Let torch.compile stop at the attention: it would compile anew for every layout, and give up after a few."""
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(packed_attention))
+
+
 def _flash_attn_is_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 

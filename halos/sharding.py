@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from halos import distributed
+from halos import distributed, packing
 from halos.errors import UserError, did_you_mean
 
 
@@ -53,6 +53,7 @@ def prepare_policy(
         mesh = distributed.device_mesh(policy.lm.device.type)
     blocks = find_blocks(policy.lm, block_name) if block_name or compile or mesh is not None else []
     if compile:
+        packing.keep_attention_uncompiled()
         for block in blocks:
             block.compile()
     if mesh is not None:

@@ -6,8 +6,10 @@ import time
 import torch
 from transformers import AutoConfig
 
-from halos import checkpoint, distributed, metrics, models, sharding, weights
+import trainers
+from halos import checkpoint, distributed, metrics, models, sampling, sharding, weights
 from halos.models import PolicyModel
+from halos.tokens import Encoder
 from helpers import make_config, random_examples
 from small_runs import CPU, SMALL, batches_for, make_trainer, state_of, tokenizer
 
@@ -75,10 +77,37 @@ def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> No
         torch.save(found, os.path.join(folder, "checkpoints.pt"))
 
 
+def sample_texts(folder: str) -> None:
+    """Responses to 11 ragged prompts, two of them equal, in batches of 3."""
+    lm = models.load_lm(make_config(folder, "loss=sft", *SMALL, "seed=5"), torch.float32)
+    prompts = [example.prompt for example in random_examples(10)]
+    settings = {"max_length": 24, "batch_size": 3, "top_p": 0.95, "temperature": 1.0, "seed": 1}
+    texts = sampling.sample(lm, Encoder(tokenizer()), [*prompts, prompts[0]], **settings)
+    everyone = distributed.gather_objects(texts)
+    assert all(others == texts for others in everyone)
+    if distributed.is_main():
+        torch.save(texts, os.path.join(folder, "texts.pt"))
+
+
+def diverge(folder: str) -> None:
+    """A run whose loss is infinite in its second batch, in every process, as all losses are global."""
+
+    class Overflowing(trainers.SFTTrainer):
+        def loss(self, *logps):
+            losses, *rewards = super().loss(*logps)
+            return losses * (float("inf") if self.updates == 1 else 1.0), *rewards
+
+    metrics.draw_curves = lambda *args: None
+    trainer = make_trainer(folder, "sft")
+    trainer.__class__ = Overflowing
+    trainer.train()
+
+
 def everything(folder: str, cases: dict[str, str], directories: dict[str, str], cache_dir: str, sources: dict) -> None:
     """All of the above in one start."""
     torch.set_num_threads(1)
     train(folder, cases)
+    sample_texts(folder)
     if directories:
         load_architectures(folder, directories)
         load_checkpoints(folder, cache_dir, sources)

@@ -4,7 +4,11 @@ Each number of processes is started once, in a fixture; the tests look at what i
 """
 
 import glob
+import json
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import distributed_workers as workers
 from halos import checkpoint, metrics, models
+from halos.errors import UserError
 from halos.launch import launch
 from halos.models import PolicyModel
-from helpers import ARCHITECTURES, CONFIG_DIR, make_config, random_examples, tiny_lm
+from helpers import ARCHITECTURES, CONFIG_DIR, PROJECT, make_config, random_examples, tiny_lm
 from small_runs import CPU, SMALL, make_trainer, moved, state_of, tokenizer
 
 LOSSES = sorted(os.path.basename(path)[:-5] for path in glob.glob(f"{CONFIG_DIR}/loss/*.yaml"))
@@ -45,6 +50,7 @@ def one(tmp_path_factory):
     draw = metrics.draw_curves
     workers.train(str(folder), CASES | IN_BFLOAT16 | {"hsdp": MORE["hsdp"].replace("hsdp_replicas=2", "")})
     metrics.draw_curves = draw
+    workers.sample_texts(str(folder))
     return folder
 
 
@@ -228,6 +234,58 @@ def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
     assert all(torch.equal(tensor, saved["after"][name]) for name, tensor in state_of(trainer).items())
     critic = checkpoint.full_state(trainer.policy.v_head, torch.float32)
     assert all(torch.equal(tensor, saved["critic"][name]) for name, tensor in critic.items())
+
+
+#### SAMPLING, FAILING, JOINING
+
+
+@several
+def test_samples_do_not_depend_on_the_number_of_processes(request, one, folder):
+    """In the prompts' order, and two to the same prompt differ."""
+    texts = torch.load(request.getfixturevalue(folder) / "texts.pt")
+    assert texts == torch.load(one / "texts.pt") and len(texts) == 11
+    assert texts[0] != texts[10]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_processes(tmp_path):
+    """With one line, the weights of before in LATEST, and the examples in a file."""
+    with pytest.raises(UserError, match="the loss is not finite after 1 updates"):
+        launch(workers.diverge, str(tmp_path), nproc_per_node=2)
+    assert torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["step_idx"] == 1
+    assert len(json.loads((tmp_path / "run/not_finite.json").read_text())) == 8
+
+
+def torchrun(*words: str, nodes: int = 1, processes: int = 2) -> list[str]:
+    """The output of a script under torchrun, one agent per node, all on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes}"]
+    agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=test", "--local-addr=127.0.0.1"]
+    started = [
+        subprocess.Popen([*agent, *words], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(nodes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), outputs
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process(tmp_path):
+    """train.py itself, under two torchrun agents that meet on loopback, two processes each: HSDP over two nodes. The
+    numbers are those of one process, and each line is said once."""
+    words = "loss=kto n_examples=256 n_eval_examples=64 lr=1e-4 warmup_steps=0 optimizer=RMSprop".split()
+    outputs = torchrun("train.py", *words, f"cache_dir={tmp_path}", "exp_name=nodes", nodes=2)
+    assert sum(output.count("4 processes on CPU, 2 nodes") for output in outputs) == 1
+    done = subprocess.run(
+        [sys.executable, "train.py", *words, f"cache_dir={tmp_path}", "exp_name=alone"],
+        cwd=PROJECT,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_rows(*(metrics.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("nodes", "alone")))
 
 
 #### MEMORY
