@@ -116,7 +116,7 @@ class BasicTrainer:
         limit = self.config.model.max_tokens_per_forward
         runs = schedule(batch, distributed.world_size(), limit)[distributed.rank()]
         lengths = torch.tensor([sum(map(len, example.responses)) for example in batch])
-        tokens = torch.arange(int(lengths.sum()), device=distributed.default_device()).split(lengths.tolist())
+        tokens = torch.arange(int(lengths.sum()), device=self.policy.device).split(lengths.tolist())
         none = tokens[0][:0]
         return [([batch[i] for i in run] or [DUMMY], torch.cat([none, *(tokens[i] for i in run)])) for run in runs]
 

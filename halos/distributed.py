@@ -20,8 +20,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from halos.errors import UserError
 
 # How long a process waits for the others in a collective before it gives the run up. A process that dies ends the run
-# at once (its launcher sees it); this is about one that hangs. Writing a checkpoint of 65B takes minutes.
-TIMEOUT = datetime.timedelta(minutes=30)
+# at once (its launcher sees it); this is about one that hangs. Downloading a model of 65B may take most of an hour.
+TIMEOUT = datetime.timedelta(minutes=60)
 
 
 #### THE GROUP
@@ -116,8 +116,8 @@ def _check_environment() -> None:
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and numbers["LOCAL_RANK"] >= gpus:
         raise UserError(
-            f"LOCAL_RANK={numbers['LOCAL_RANK']}, but this process sees {gpus} GPU{'s' * (gpus != 1)}; start one process "
-            "per GPU, and let each see all GPUs of its machine"
+            f"LOCAL_RANK={numbers['LOCAL_RANK']}, but this process sees {gpus} GPU{'s' * (gpus != 1)}; "
+            "start one process per GPU, and let each see all GPUs of its machine"
         )
 
 

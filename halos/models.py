@@ -88,10 +88,14 @@ class PolicyModel(nn.Module):
     def vocab_size(self) -> int:
         return len(cast(torch.Tensor, self.lm.get_input_embeddings().weight))
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
     def inputs(self, examples: list[TokenizedExample]) -> Inputs:
         """Packed if this model reads packs, else padded; on the model's device."""
         inputs = pack(examples) if self.packs else pad(examples, self.pad_token_id)
-        return inputs.to(next(self.lm.parameters()).device)
+        return inputs.to(self.device)
 
     def forward(self, inputs: Inputs, with_entropy: bool = False) -> PerToken:
         """The log-probs of `inputs.targets` and, where there is a value head, the values of where they were chosen."""
