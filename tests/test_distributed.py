@@ -256,6 +256,33 @@ def test_a_loss_that_is_not_finite_ends_all_processes(tmp_path):
     assert len(json.loads((tmp_path / "run/not_finite.json").read_text())) == 8
 
 
+def python(*words) -> str:
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_on_two_processes(tmp_path):
+    """train.py, and eval.py in both modes, with nproc_per_node=2: what they write is what one process writes."""
+    words = "loss=dpo n_examples=128 n_eval_examples=64 eval_every=64".split()
+    python("train.py", *words, f"cache_dir={tmp_path}", "exp_name=run", "nproc_per_node=2")
+    config = tmp_path / "run" / "config.yaml"
+    results, samples = [], []
+    for n in (2, 1):
+        python("eval.py", "-c", config, "-m", "eval", f"nproc_per_node={n}")
+        results.append(json.loads((tmp_path / "run" / "eval.json").read_text())["results"])
+        folder = tmp_path / f"samples_{n}"
+        python("eval.py", "-c", config, "-n", 10, "-b", 4, f"samples_dir={folder}", f"nproc_per_node={n}")
+        samples.append(json.loads((folder / "run.json").read_text()))
+    assert samples[0] == samples[1] and len(samples[0]) == 10
+    last = metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    for name, value in results[1].items():
+        if name != "examples_per_second":
+            assert results[0][name] == pytest.approx(value, rel=1e-5, abs=1e-4)
+            assert last[name] == pytest.approx(value, rel=1e-5, abs=1e-4)
+
+
 def torchrun(*words: str, nodes: int = 1, processes: int = 2) -> list[str]:
     """The output of a script under torchrun, one agent per node, all on this machine."""
     with socket.socket() as free:
@@ -279,12 +306,7 @@ def test_two_nodes_train_as_one_process(tmp_path):
     words = "loss=kto n_examples=256 n_eval_examples=64 lr=1e-4 warmup_steps=0 optimizer=RMSprop".split()
     outputs = torchrun("train.py", *words, f"cache_dir={tmp_path}", "exp_name=nodes", nodes=2)
     assert sum(output.count("4 processes on CPU, 2 nodes") for output in outputs) == 1
-    done = subprocess.run(
-        [sys.executable, "train.py", *words, f"cache_dir={tmp_path}", "exp_name=alone"],
-        cwd=PROJECT,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
+    python("train.py", *words, f"cache_dir={tmp_path}", "exp_name=alone")
     assert_same_rows(*(metrics.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("nodes", "alone")))
 
 
