@@ -57,6 +57,11 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def n_nodes() -> int:
+    """Machines of the run: each has one process of local rank 0, however many others there are."""
+    return sum(gather_objects(local_rank() == 0))
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on a device; of a machine's memory, its share."""
     if device.type == "cuda":
@@ -71,7 +76,7 @@ def free_memory(device: torch.device) -> int:
 
 def describe() -> str:
     """Who takes part, for people."""
-    nodes = max(1, world_size() // local_world_size())
+    nodes = n_nodes()
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     processes = f"{world_size()} process{'es' if world_size() > 1 else ''}"
     return f"{processes} on {kind}" + (f", {nodes} nodes" if nodes > 1 else "")

@@ -1,36 +1,42 @@
 """Starting the processes of a run on this machine, and making one end of theirs.
 
-Every process is a fresh Python that imports the function and calls it. This one, the launcher, does nothing but watch
-them: the first that fails ends the run and is the only one heard, and a signal to the launcher reaches them all.
+torch's elastic agent starts and watches them, as under torchrun. What is added is for people: of all processes the
+first that fails is heard, and it alone, and signals reach all of them.
 """
 
 import faulthandler
-import math
+import json
+import logging
 import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from multiprocessing import connection, resource_tracker
-from multiprocessing.context import SpawnProcess
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 from halos import distributed
 from halos.errors import UserError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the run
 PASSED_ON = signal.SIGUSR1  # goes to every process, for the handler that it may have
-PATIENCE = 10.0  # seconds that processes have to end before they are killed
+PATIENCE = 10  # seconds that processes have to end before they are killed
 
 
 def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) -> None:
@@ -43,6 +49,7 @@ def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) ->
     """
     _adopt_slurm_environment()
     if "RANK" in os.environ:
+        _check_number(nproc_per_node)
         with distributed.group():
             function(*args)
         return
@@ -51,6 +58,15 @@ def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) ->
         function(*args)
     else:
         _run_processes(function, args, n)
+
+
+def _check_number(nproc_per_node: int | None) -> None:
+    started = os.environ.get("LOCAL_WORLD_SIZE")
+    if nproc_per_node and started and str(nproc_per_node) != started:
+        raise UserError(
+            f"nproc_per_node={nproc_per_node}, but the launcher has started {started} processes on this machine; "
+            "leave nproc_per_node=null to it"
+        )
 
 
 def _number_of_processes(nproc_per_node: int | None) -> int:
@@ -108,7 +124,7 @@ def _first_host(nodes: str) -> str:
 
 
 class _LastWords(NamedTuple):
-    """What a process that fails tells the launcher."""
+    """What a process that fails leaves in the launcher's folder."""
 
     time: float  # of the failure: the earliest is the one to report
     kind: str  # "bug", "mistake" (a UserError), "interrupt" (Ctrl-C), or "exit" (sys.exit)
@@ -118,181 +134,145 @@ class _LastWords(NamedTuple):
     lost_others: bool  # a connection broke, which is not where the trouble began
 
 
-@dataclass(eq=False)
-class _Process:
+class _End(NamedTuple):
+    """How a process ended."""
+
     rank: int
-    process: SpawnProcess
-    inbox: connection.Connection
-    last_words: _LastWords | None = None
-    ended_at: float = math.inf
-    signals_sent: set[int] = field(default_factory=set)
-
-    @property
-    def exit_code(self) -> int | None:
-        return self.process.exitcode
-
-    @property
-    def killed_by(self) -> int | None:
-        """The signal that ended it, if not one of the launcher's."""
-        number = -(self.exit_code or 0)
-        return number if number > 0 and number not in self.signals_sent else None
-
-    def send(self, number: int) -> None:
-        if self.exit_code is None and self.process.pid:
-            os.kill(self.process.pid, number)
-            if number != PASSED_ON:
-                self.signals_sent.add(number)
+    exit_code: int  # negative: by that signal
+    last_words: _LastWords | None
 
 
 def _run_processes(function: Callable, args: tuple, n: int) -> None:
+    """Let torch's elastic agent start and watch the processes, without restarts. What is added is who speaks."""
     work = pickle.dumps((function, args))  # here, so that what cannot be pickled is known before anything is started
-    processes: list[_Process] = []
-    stop = None
-    with _noting_signals() as noted:
-        # Where the processes meet. The system chooses a free port, and it stays taken until all of them have ended.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stop, ends = None, []
+    with tempfile.TemporaryDirectory() as folder, _own_environment(n), _watched(n) as processes:
         try:
-            _start(processes, work, n, store.port)
-            stop = _watch(processes, noted)
-        finally:
-            _end(processes, noted, signal.SIGINT if stop == signal.SIGINT else signal.SIGTERM)
-    stop = stop or next((number for number in noted if number in STOPPING), None)
-    if stop:
+            elastic_launch(_settings(n, folder), _work)(work, folder)
+        except SignalException as signaled:
+            stop = signaled.sigval
+        except ChildFailedError as error:
+            ends = _ends(processes, error.failures, folder)
+    if stop is not None:
         # End as a single process would have: by the signal itself, or as its handler wants it.
         sys.stdout.flush()
         signal.raise_signal(stop)
         sys.exit(128 + stop)
-    if any(process.exit_code for process in processes):
-        _report(processes)
+    if ends:
+        _report(ends, n)
+
+
+def _settings(n: int, folder: str) -> LaunchConfig:
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say is said here
+    # An ignored signal stays ignored: nohup, a job in the background.
+    handled = [number.name for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port
+        local_addr="localhost",
+        run_id=uuid.uuid4().hex,
+        max_restarts=0,
+        signals_to_handle=",".join(handled),
+        shutdown_timeout=PATIENCE,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+    )
 
 
 @contextmanager
-def _noting_signals() -> Iterator[list[int]]:
-    """Inside, signals do nothing but add to a list. Those that are ignored stay so: nohup, a job in the background."""
-    noted: list[int] = []
-    before = {}
-    for number in (*STOPPING, PASSED_ON):
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            before[number] = signal.signal(number, lambda number, frame: noted.append(number))
+def _own_environment(n: int) -> Iterator[None]:
+    """Inside, each process will have its share of the CPUs, and afterwards the environment is what it was."""
+    before = dict(os.environ)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Without this every process would start as many threads as there are cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // n)))
     try:
-        yield noted
+        yield
     finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _watched(n: int) -> Iterator[list[BaseProcess]]:
+    """The processes that are started inside, in the order of their ranks; SIGUSR1 is passed on to them.
+
+    Signals are held back from the processes while they import, when one would print a traceback or kill; `_work` lets
+    them in. The launcher itself gets them through the thread that looks for processes. All handlers, which the agent
+    changes, are given back.
+    """
+    processes: list[BaseProcess] = []
+    done = threading.Event()
+    others = set(multiprocessing.active_children())
+
+    def look() -> None:
+        while not done.wait(0.05):
+            if len(processes) < n:
+                found = [process for process in multiprocessing.active_children() if process not in others]
+                processes[:] = sorted(found, key=lambda process: int(process.name.rpartition("-")[2]))
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, number)
+
+    before = {number: signal.getsignal(number) for number in (*STOPPING, PASSED_ON)}
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    resource_tracker.ensure_running()  # the first process would start it, and starting it lets SIGINT through
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, PASSED_ON))
+    if before[PASSED_ON] != signal.SIG_IGN:
+        signal.signal(PASSED_ON, pass_on)
+    try:
+        yield processes
+    finally:
+        done.set()
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _start(processes: list[_Process], work: bytes, n: int, port: int) -> None:
-    """Add n started processes to the list."""
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # the first process would start it, and starting it lets SIGINT through
-    # A signal would print a traceback, or kill, in the seconds of importing; `_work` lets them in. SIGTERM may kill.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, PASSED_ON))
-    try:
-        for rank in range(n):
-            inbox, outbox = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(work, outbox), name=f"rank {rank}")
-            with _environment_of(rank, n, port):
-                process.start()
-            outbox.close()  # the process's copy is the only one, so the inbox ends when it does
-            processes.append(_Process(rank, process, inbox))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+def _ends(processes: list[BaseProcess], failures: dict[int, ProcessFailure], folder: str) -> list[_End]:
+    """The agent knows the end of the one process that it noticed first, which need not be the one that failed first."""
+    codes = {rank: process.exitcode or 0 for rank, process in enumerate(processes)}
+    codes |= {rank: failure.exitcode for rank, failure in failures.items()}
+    ends = []
+    for rank, code in sorted(codes.items()):
+        path = os.path.join(folder, f"last_words-{rank}")
+        words = None
+        if os.path.exists(path):
+            with open(path) as file:
+                words = _LastWords(**json.load(file))
+        ends.append(_End(rank, code, words))
+    return ends
 
 
-@contextmanager
-def _environment_of(rank: int, n: int, port: int) -> Iterator[None]:
-    """Inside, the environment is that of a process that torchrun would start here."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    values = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(n),
-        "LOCAL_WORLD_SIZE": str(n),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, not rank 0
-        # Without this every process would start as many threads as there are cores.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // n)),
-    }
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _watch(processes: list[_Process], noted: list[int]) -> int | None:
-    """Until all are done, one has failed, or a signal asks to stop, which is returned."""
-    while True:
-        while noted:
-            number = noted.pop(0)
-            if number in STOPPING:
-                return number
-            for process in processes:
-                process.send(number)
-        _listen(processes, 0.1)
-        codes = [process.exit_code for process in processes]
-        if any(codes) or None not in codes:
-            return None
-
-
-def _listen(processes: list[_Process], seconds: float) -> None:
-    """Wait for a process to end or to say why it will, at most so long, and take note of it."""
-    inboxes = {process.inbox: process for process in processes if not process.inbox.closed}
-    sentinels = [process.process.sentinel for process in processes if process.exit_code is None]
-    for ready in connection.wait([*inboxes, *sentinels], seconds):
-        if isinstance(ready, connection.Connection):
-            try:
-                inboxes[ready].last_words = ready.recv()
-            except (EOFError, OSError):
-                pass  # it ended without a word
-            ready.close()
-    for process in processes:
-        if process.ended_at == math.inf and process.exit_code is not None:
-            process.ended_at = time.time()
-
-
-def _end(processes: list[_Process], noted: list[int], number: int) -> None:
-    """Ask those that still run to end, by a signal, and kill what runs on: after a while, or when asked once more."""
-    for process in processes:
-        process.send(number)
-    deadline, asked = time.monotonic() + PATIENCE, len(noted)
-    while any(process.exit_code is None for process in processes):
-        if time.monotonic() > deadline or any(number in STOPPING for number in noted[asked:]):
-            for process in processes:
-                process.send(signal.SIGKILL)
-            deadline = math.inf
-        _listen(processes, 0.1)
-    _listen(processes, 0)
-
-
-def _report(processes: list[_Process]) -> NoReturn:
+def _report(ends: list[_End], n: int) -> NoReturn:
     """Say why the first process failed, and end as it did: a user's mistake in one line, a bug with its traceback."""
-    n = len(processes)
-    ended = sorted(processes, key=lambda process: process.ended_at)
-    spoken = sorted((words.time, process.rank, words) for process in processes if (words := process.last_words))
+    spoken = sorted((end.last_words.time, end.rank, end.last_words) for end in ends if end.last_words)
     causes = [(rank, words) for _, rank, words in spoken if not words.lost_others]
-    silent = [process for process in ended if (process.exit_code or 0) > 0 and not process.last_words]
-    for process in ended:
-        if number := process.killed_by:
-            memory = "; did the machine run out of memory?" if number == signal.SIGKILL else ""
-            _say(f"process {process.rank} of {n} was killed by {signal.Signals(number).name}{memory}")
-            for _, rank, words in spoken[:1]:
-                _say(f"then process {rank} failed:\n{words.traceback}")
-            sys.exit(1)
     if causes:
         _end_like(*causes[0], n)
-    if silent:
-        code = silent[0].exit_code
-        _say(f"process {silent[0].rank} of {n} ended with exit code {code}, and said no more than what is above")
-        sys.exit(code)
-    _, rank, words = spoken[0]
-    _end_like(rank, words, n)
+    # Not by SIGTERM or SIGINT, with which the agent ends the others.
+    killed = [end for end in ends if end.exit_code < 0 and -end.exit_code not in (signal.SIGTERM, signal.SIGINT)]
+    for end in killed[:1]:
+        memory = "; did the machine run out of memory?" if -end.exit_code == signal.SIGKILL else ""
+        _say(f"process {end.rank} of {n} was killed by {signal.Signals(-end.exit_code).name}{memory}")
+        for _, rank, words in spoken[:1]:
+            _say(f"then process {rank} failed:\n{words.traceback}")
+        sys.exit(1)
+    for end in (end for end in ends if end.exit_code > 0 and not end.last_words):
+        _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}, and said no more than what is above")
+        sys.exit(end.exit_code)
+    if spoken:
+        _end_like(*spoken[0][1:], n)
+    _say(f"a process of {n} was ended by a signal")
+    sys.exit(1)
 
 
 def _end_like(rank: int, words: _LastWords, n: int) -> NoReturn:
@@ -317,9 +297,9 @@ def _say(text: str) -> None:
 #### A PROCESS'S SIDE
 
 
-def _work(work: bytes, outbox: connection.Connection) -> None:
+def _work(work: bytes, folder: str) -> None:
     """What a started process does: its part of the run, and last words if that fails."""
-    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    threading.Thread(target=_end_with_the_launcher, args=(folder,), daemon=True).start()
     faulthandler.enable()  # a crash in native code shows where Python was
     try:
         _let_signals_in()
@@ -329,16 +309,18 @@ def _work(work: bytes, outbox: connection.Connection) -> None:
                 function(*args)
             except BaseException as error:
                 # Here, and not after the group is left: that may wait for the others, who wait in a collective.
-                _give_up(error, outbox)
+                _give_up(error, folder)
     except BaseException as error:
-        _give_up(error, outbox)
+        _give_up(error, folder)
 
 
-def _end_with_the_launcher() -> None:
-    """A launcher that was killed cannot end its processes. They notice, even in the middle of a collective."""
+def _end_with_the_launcher(folder: str) -> None:
+    """A launcher that was killed cannot end its processes, nor remove its folder. They notice, even in the middle of a
+    collective."""
     launcher = multiprocessing.parent_process()
     assert launcher is not None
     launcher.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -355,12 +337,16 @@ def _interrupt_once(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _give_up(error: BaseException, outbox: connection.Connection) -> NoReturn:
+def _give_up(error: BaseException, folder: str) -> None:
     """Leave word for the launcher, and end without a word to people, who would hear it from every process."""
     words = _last_words(error)
-    with suppress(OSError):  # the launcher is gone
-        if words.code:
-            outbox.send(words)
+    if not words.code:  # sys.exit(): an end like any other, for which the agent waits
+        return
+    with suppress(OSError):  # the launcher is gone, and its folder
+        path = os.path.join(folder, f"last_words-{os.environ['RANK']}")
+        with open(f"{path}.unfinished", "w") as file:
+            json.dump(words._asdict(), file)
+        os.rename(f"{path}.unfinished", path)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(words.code)

@@ -17,7 +17,7 @@ def mesh_of(config: Any, device: torch.device) -> DeviceMesh:
     `use_fsdp: false` is the case of shards of one process: each holds the whole model.
     """
     world_size = distributed.world_size()
-    replicas = config.hsdp_replicas or max(1, world_size // distributed.local_world_size())
+    replicas = config.hsdp_replicas or distributed.n_nodes()
     if not config.use_fsdp:
         replicas = world_size
     if world_size % replicas:

@@ -151,14 +151,14 @@ def test_threads_are_shared_out(monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS")
         if before:
             monkeypatch.setenv("OMP_NUM_THREADS", before)
-        with launch_module._environment_of(1, 2, 1234):
-            assert os.environ["OMP_NUM_THREADS"] == inside and os.environ["RANK"] == "1"
-        assert os.environ.get("OMP_NUM_THREADS") == before and "RANK" not in os.environ
+        with launch_module._own_environment(2):
+            assert os.environ["OMP_NUM_THREADS"] == inside
+        assert os.environ.get("OMP_NUM_THREADS") == before
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def test_what_cannot_be_pickled_is_a_bug_before_anything_starts(monkeypatch):
-    monkeypatch.setattr(launch_module, "_start", None)
+    monkeypatch.setattr(launch_module, "elastic_launch", None)
     with pytest.raises(Exception, match="pickle.*<lambda>"):
         launch(lambda: None, nproc_per_node=2)
     with pytest.raises(TypeError, match="cannot pickle 'generator'"):
@@ -179,7 +179,7 @@ def failure(tmp_path, capfd):
         assert time.time() - last < 30
         assert not any(runs(one["pid"]) for one in facts(tmp_path, "failed"))
         out, err = capfd.readouterr()
-        assert not out and "elastic" not in err
+        assert not out and "ChildFailedError" not in err and "Terminating process" not in err
         return stop.value.code, err
 
     return fail
@@ -270,13 +270,11 @@ def test_last_words():
     assert raised(dist.DistNetworkError("")).lost_others
 
 
-def words(rank: int, time: float, exit_code: int, **fields):
+def words(rank: int, time: float, exit_code: int, **fields) -> launch_module._End:
     """A process as the launcher knows it at the end."""
     values = {"kind": "bug", "code": exit_code, "message": "", "traceback": f"told by {rank}", "lost_others": False}
     said = None if fields.pop("silent", exit_code <= 0) else launch_module._LastWords(time, **{**values, **fields})
-    process = launch_module._Process(rank, SimpleNamespace(exitcode=exit_code), None, said, time)
-    process.signals_sent.add(signal.SIGTERM)
-    return process
+    return launch_module._End(rank, exit_code, said)
 
 
 @pytest.mark.parametrize(
@@ -293,16 +291,16 @@ def words(rank: int, time: float, exit_code: int, **fields):
             1,
             "process 1 of 2 failed:\ntold by 1",
         ),
-        "the launcher ended 0 itself, somebody killed 1, and 2 had an error for it": (
+        "the agent killed 0, which would not end, after the bug of 1": (
+            [words(0, 6, -9), words(1, 5, 1)],
+            1,
+            "process 1 of 2 failed:\ntold by 1",
+        ),
+        "the agent ended 0 itself, somebody killed 1, and 2 had an error for it": (
             [words(0, 6, -15), words(1, 5, -9), words(2, 4.9, 1, lost_others=True)],
             1,
             "process 1 of 3 was killed by SIGKILL; did the machine run out of memory?\n"
             "then process 2 failed:\ntold by 2",
-        ),
-        "the first of two that were killed": (
-            [words(0, 6, -6), words(1, 5, -9)],
-            1,
-            "process 1 of 2 was killed by SIGKILL; did the machine run out of memory?",
         ),
         "silence, and others that lost a process": (
             [words(0, 3, 1, lost_others=True), words(1, 4, 9, silent=True)],
@@ -313,16 +311,16 @@ def words(rank: int, time: float, exit_code: int, **fields):
 )
 def test_who_is_to_blame(capfd, processes, code, said):
     with pytest.raises(SystemExit) as stop:
-        launch_module._report(processes)
+        launch_module._report(processes, len(processes))
     assert stop.value.code == code and capfd.readouterr().err == said + "\n"
 
 
 def test_a_mistakes_traceback_is_kept_for_who_asks():
     with pytest.raises(UserError) as mistake:
-        launch_module._report([words(0, 1, 0), words(1, 1, 2, kind="mistake", message="no such file")])
+        launch_module._report([words(0, 1, 0), words(1, 1, 2, kind="mistake", message="no such file")], 2)
     assert str(mistake.value) == "no such file" and mistake.value.__notes__ == ["in process 1 of 2:\ntold by 1"]
     with pytest.raises(KeyboardInterrupt):
-        launch_module._report([words(0, 1, 130, kind="interrupt")])
+        launch_module._report([words(0, 1, 130, kind="interrupt")], 2)
 
 
 #### SIGNALS
@@ -489,6 +487,14 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="LOCAL_RANK=2, but this process sees 2 GPUs; start one process per GPU"):
         launch(print)
+
+
+def test_a_number_that_the_launcher_contradicts(monkeypatch):
+    """Under torchrun the number of processes is its matter."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="nproc_per_node=2, but the launcher has started 1 processes on this machine"):
+        launch(print, nproc_per_node=2)
 
 
 def test_replicas_that_do_not_divide_the_processes(monkeypatch):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trainers
-from halos import distributed, logps, models, planning, sharding
+from halos import distributed, logps, measuring, models, planning, sharding
 from halos.tokens import TokenizedExample
 from helpers import PROJECT, make_config
 
@@ -306,7 +306,7 @@ def test_more_steps():
 def test_live_bytes():
     """Views and what was there before are free; a peak is of what is alive together."""
     before = torch.zeros(1000)
-    with planning.LiveBytes() as live:
+    with measuring.LiveBytes() as live:
         x = before[:500] + 1  # 2000 bytes
         y = x.view(5, 100) * 2  # 2000 more
         x = x[1:] * 1  # 1996 more, and then the first 2000 are free
@@ -334,14 +334,14 @@ def test_head(n_chunks, softcap, monkeypatch):
     values, forward = peak(lambda: logps.fused(hidden, weight, targets, softcap=softcap))
     upstream = torch.ones_like(values)
     _, backward = peak(lambda: values.backward(upstream))
-    model = planning.Model([], planning.Group(()), planning.Group(()), vocab, d, softcap is not None)
-    planned = planning.head_bytes(model, setup(n_targets=n))
+    model = planning.Model([], measuring.Group(()), measuring.Group(()), vocab, d, softcap is not None)
+    planned = measuring.head_bytes(model, setup(n_targets=n))
     assert planned.forward == pytest.approx(hidden.nbytes + forward.max(), rel=0.01)
     assert planned.kept == pytest.approx(hidden.nbytes + forward[-1], rel=0.01)
     assert planned.backward == pytest.approx(hidden.nbytes + forward[-1] + backward.max(), rel=0.01)
 
 
-def setup(**changes) -> planning.Setup:
+def setup(**changes) -> measuring.Setup:
     defaults = {
         "shards": 1,
         "replicas": 1,
@@ -355,7 +355,7 @@ def setup(**changes) -> planning.Setup:
         "checkpointing": False,
         "cuda": False,
     }
-    return planning.Setup(**(defaults | changes))
+    return measuring.Setup(**(defaults | changes))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def setup(**changes) -> planning.Setup:
 )
 def test_optimizers(name, kwargs, state, step):
     """Tensors of the size of the parameters that they keep, and that a step makes."""
-    found = planning.optimizer_bytes(name, kwargs, torch.float32, cuda=True)
+    found = measuring.optimizer_bytes(name, kwargs, torch.float32, cuda=True)
     assert found.state == state and found.step == pytest.approx(step, abs=0.01)
     assert found.all_at_once == kwargs.get("foreach", True)
 
@@ -390,10 +390,10 @@ def test_the_attention_of_a_gpu_saves_no_scores():
     assert kept[0] / 1024 > q_k_v_output + 4 * 8
 
 
-def activations(config, of: planning.Setup) -> planning.Activations:
+def activations(config, of: measuring.Setup) -> measuring.Activations:
     with FakeTensorMode(allow_non_fake_inputs=True):
         lm = AutoModelForCausalLM.from_config(config, dtype=of.compute)
-        return planning.measure_activations(lm, planning.sizes(lm, None), of, None)
+        return planning.measure_activations(lm, measuring.sizes(lm, None), of, None)
 
 
 def test_checkpointing_keeps_the_inputs_of_blocks():
@@ -404,7 +404,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks():
 
 def test_shards_are_padded():
     """FSDP cuts the first dimension: 10 rows of 3 over 4 processes are 3 rows each; a vector of 5 is 2."""
-    group = planning.Group((torch.Size([10, 3]), torch.Size([5])))
+    group = measuring.Group((torch.Size([10, 3]), torch.Size([5])))
     assert (group.elements, group.shard(4), group.gathered(4)) == (35, 11, 44)
 
 
@@ -454,7 +454,7 @@ PARAMETERS = {
 def test_published_models_have_their_parameters(program, name):
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**program.PUBLISHED[name]))
-    assert sum(group.elements for group in planning.sizes(lm, None).groups) == PARAMETERS[name]
+    assert sum(group.elements for group in measuring.sizes(lm, None).groups) == PARAMETERS[name]
 
 
 def test_published_models_are_those_of_the_config(program):
