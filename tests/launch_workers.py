@@ -1,7 +1,7 @@
 """What the processes of tests/test_launch.py do. It imports little: every process that a test starts pays for it.
 
 python launch_workers.py N FUNCTION FOLDER ... launches functions of this file one after the other in N processes, as a
-command of the project would.
+command of the project would; N is 0 where another launcher has started this.
 """
 
 import json
@@ -141,7 +141,7 @@ def main() -> None:
 
     with report_user_errors():
         for name, folder in zip(words[::2], words[1::2], strict=True):
-            launch(getattr(launch_workers, name), folder, nproc_per_node=int(n))
+            launch(getattr(launch_workers, name), folder, nproc_per_node=int(n) or None)
 
 
 if __name__ == "__main__":
