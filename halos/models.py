@@ -9,14 +9,21 @@ a hub name.
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from halos import checkpoint, distributed, logps, packing_check, sharding, weights
 from halos.errors import UserError
@@ -227,6 +234,10 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
     if checked and dtype != torch.float32:
         filled, policy = policy, empty_policy(dtype)
         policy.lm.load_state_dict(filled.lm.state_dict(keep_vars=True), assign=True)
+    source = _source(config, use_load_from=True)
+    if source and not (policy_pt or _policy_pt(config)):
+        with suppress(OSError):  # not every checkpoint has one
+            policy.lm.generation_config = GenerationConfig.from_pretrained(_local(source))
     return policy, reference, float32
 
 

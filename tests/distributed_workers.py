@@ -11,7 +11,7 @@ from halos import checkpoint, distributed, metrics, models, sampling, sharding, 
 from halos.models import PolicyModel
 from halos.tokens import Encoder
 from helpers import make_config, random_examples
-from small_runs import CPU, SMALL, batches_for, make_trainer, state_of, tokenizer
+from small_runs import CPU, SMALL, batches_for, data_format, make_trainer, state_of, tokenizer
 
 
 def ragged_batches(loss: str) -> list:
@@ -20,7 +20,7 @@ def ragged_batches(loss: str) -> list:
     In the second the desirable responses are the two longest examples, so that of 3 or 4 processes some have none.
     """
     batches = [*batches_for(loss, 4), *batches_for(loss, 1, n=1, seed=1)]
-    if loss in ("kto", "ppo"):
+    if data_format(loss) == "unpaired":
         longest = sorted(range(8), key=lambda i: -batches[1][i].n_tokens)[:2]
         batches[1] = [one._replace(chosen=(i in longest,)) for i, one in enumerate(batches[1])]
     return batches
@@ -72,6 +72,7 @@ def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> No
             "reference": checkpoint.full_state(reference.lm, torch.float32),
             "held": distributed.gather_objects(sum(shards)),
             "packs": policy.packs,
+            "generation": policy.lm.generation_config.to_dict(),
         }
     if distributed.is_main():
         torch.save(found, os.path.join(folder, "checkpoints.pt"))

@@ -58,11 +58,16 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(os.path.join(PROJECT, "assets", "tiny_tokenizer"))
 
 
+def data_format(loss: str) -> str:
+    """sft, unpaired or paired: what the trainer of a file of config/loss learns from."""
+    return getattr(trainers, make_config("", f"loss={loss}").loss.trainer).data_format
+
+
 def batches_for(loss: str, n_batches: int = 3, n: int = 8, seed: int = 0) -> list:
     """Batches of pairs, of single responses of which every other is chosen, or of responses to imitate."""
-    n_responses = 2 if loss in ("dpo", "cdpo", "slic") else 1
-    drawn = random_examples(n_batches * n, (n_responses,), seed)
-    if loss in ("kto", "ppo"):
+    kind = data_format(loss)
+    drawn = random_examples(n_batches * n, (2 if kind == "paired" else 1,), seed)
+    if kind == "unpaired":
         drawn = [one._replace(chosen=(i % 2 == 0,)) for i, one in enumerate(drawn)]
     return [drawn[i * n : (i + 1) * n] for i in range(n_batches)]
 

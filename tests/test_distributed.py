@@ -208,7 +208,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
             assert torch.equal(found[name]["reference"][key], tensor), (name, key)
         total = policy.lm.num_parameters()
         assert sum(found[name]["held"]) == total and max(found[name]["held"]) < 1.2 * total / n
-        assert found[name]["packs"]
+        assert found[name]["packs"] and found[name]["generation"] == policy.lm.generation_config.to_dict()
 
 
 @several
