@@ -72,6 +72,8 @@ def runs(pid: int) -> bool:
 @pytest.fixture(autouse=True)
 def no_environment(tmp_path, monkeypatch):
     """No launcher's variables but the test's own, and a folder for temporary files that must be empty at the end."""
+    if dist.is_initialized():  # the group of one that FSDP needed in another file's test
+        dist.destroy_process_group()
     before = dict(os.environ)
     for name in before:
         if name in TORCHRUN or name.startswith("SLURM_"):
@@ -340,10 +342,11 @@ class Command:
         """Of its processes, as soon as both have come so far."""
         return wait_for(lambda: len(found := facts(self.folder, name)) == 2 and [one["pid"] for one in found])
 
-    def ends(self, pids: list[int], code: int, err: str, seconds: float = 30) -> None:
+    def ends(self, pids: list[int], code: int, err: str | None, seconds: float = 30) -> None:
         assert self.process.wait(seconds) == code, self.streams[1].read_text()
         wait_for(lambda: not any(map(runs, pids)), 0.5 if code >= 0 else seconds)
-        assert (self.streams[0].read_text(), self.streams[1].read_text()) == ("", err)
+        assert not self.streams[0].read_text()
+        assert err is None or self.streams[1].read_text() == err
 
 
 @pytest.fixture
@@ -369,10 +372,11 @@ def test_ctrl_c(command, tmp_path):
 
 
 def test_a_killed_launcher_leaves_nobody(command, tmp_path):
+    """Python may say that it cleans up after the launcher: no matter."""
     one = command(2, "wait", tmp_path)
     pids = one.pids()
     one.process.kill()
-    one.ends(pids, -signal.SIGKILL, "", 10)
+    one.ends(pids, -signal.SIGKILL, None, 10)
 
 
 @pytest.mark.slow
