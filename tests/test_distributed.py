@@ -208,7 +208,9 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
             assert torch.equal(found[name]["reference"][key], tensor), (name, key)
         total = policy.lm.num_parameters()
         assert sum(found[name]["held"]) == total and max(found[name]["held"]) < 1.2 * total / n
-        assert found[name]["packs"] and found[name]["generation"] == policy.lm.generation_config.to_dict()
+        assert found[name]["packs"]
+        for key in ("eos_token_id", "pad_token_id", "bos_token_id", "do_sample", "temperature", "top_p"):
+            assert found[name]["generation"].get(key) == policy.lm.generation_config.to_dict().get(key), (name, key)
 
 
 @several
