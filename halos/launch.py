@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 from halos import distributed
 from halos.errors import UserError
@@ -301,6 +302,7 @@ def _work(work: bytes, folder: str) -> None:
     """What a started process does: its part of the run, and last words if that fails."""
     threading.Thread(target=_end_with_the_launcher, args=(folder,), daemon=True).start()
     faulthandler.enable()  # a crash in native code shows where Python was
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that would be left behind when a process gives up
     try:
         _let_signals_in()
         function, args = pickle.loads(work)
