@@ -12,13 +12,13 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
-from halos.commands import report_user_errors
+from halos.commands import FlagParser, boolean, report_user_errors
 from halos.config import overrides, validate
 from halos.errors import UserError, set_aside
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("-c", "--config", required=True, help="config.yaml of a run or of one of its checkpoints")
     parser.add_argument("-m", "--mode", choices=["sample", "eval"], default="sample")
     parser.add_argument("-n", "--n_samples", type=int, help="prompts to sample for (default: n_samples)")
@@ -36,12 +36,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-f", "--file", help="sample for the prompts of this .jsonl, .json or .parquet file instead")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the run's config")
     return parser.parse_intermixed_args()
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
@@ -155,8 +149,8 @@ def write_json(path: str, content) -> None:
 
 
 def main() -> None:
-    args = arguments()
     with report_user_errors():
+        args = arguments()
         config, policy_pt = load_run(args)
         from halos import models
         from halos.launch import launch

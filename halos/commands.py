@@ -1,8 +1,10 @@
 """The commands' side towards their user: what is wrong is said in one line, with exit code 2, and a bug in full.
 
-`hydra_main` is for a program that Hydra configures (train.py), `report_user_errors` for one with flags of its own.
+`hydra_main` is for a program that Hydra configures (train.py), `report_user_errors` and `FlagParser` for one with flags
+of its own.
 """
 
+import argparse
 import functools
 import inspect
 import os
@@ -28,7 +30,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"  # an environment variable; where a user sets it
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Inside, a UserError becomes one line and exit code 2, Ctrl-C one line and 130. A bug keeps its traceback."""
+    """Inside, a UserError becomes one line and its exit code, Ctrl-C one line and 130. A bug keeps its traceback."""
     full = os.environ.get(FULL_ERROR) == "1"
     try:
         yield
@@ -41,7 +43,36 @@ def report_user_errors() -> Iterator[None]:
         if full:
             raise
         _say(f"error: {error}")
-        sys.exit(2)
+        sys.exit(error.code)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse for people: a mistake is one line, without a page of usage before it."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
+    """A type for numbers above zero; `kind` is int or float."""
+
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if not (value > 0 or (or_zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return number
 
 
 def _say(message: str) -> None:

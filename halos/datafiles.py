@@ -168,21 +168,24 @@ def split_file(path: str, split: str) -> tuple[str, bool]:
     return found[0], True
 
 
-def read_rows(file: str) -> Iterator[tuple[str, dict]]:
-    """The rows as they are, each with where it stands: FILE:LINE, or 'FILE, row N' in parquet."""
+def read_rows(file: str, forms: str = FORMS) -> Iterator[tuple[str, dict]]:
+    """The rows as they are, each with where it stands: FILE:LINE, or 'FILE, row N' in parquet.
+
+    forms: what a row should have, for the messages
+    """
     reader = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[os.path.splitext(file)[1]]
     empty = True
     try:
         if os.path.getsize(file):
             for where, row in reader(file):
                 if not isinstance(row, dict):
-                    raise UserError(f"{where}: a row is an object with {FORMS}, not {_shown(row)}")
+                    raise UserError(f"{where}: a row is an object with {forms}, not {_shown(row)}")
                 empty = False
                 yield where, row
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); check the file") from error
     if empty:
-        raise UserError(f"{file}: no rows; a row has {FORMS}")
+        raise UserError(f"{file}: no rows; a row has {forms}")
 
 
 def _jsonl_rows(file: str) -> Iterator[tuple[str, object]]:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user typed or supplied. Entry points show its message alone and exit with code 2."""
+    """A mistake in what the user typed or supplied. Entry points show its message alone and exit with its code, 2."""
+
+    code = 2
 
 
 def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:

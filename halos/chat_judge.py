@@ -1,0 +1,355 @@
+"""Chat models as judges, behind any OpenAI-compatible server.
+
+`ChatJudge.ask` is one call, without retries. What a server refuses is negotiated here; what an error means for the
+request, and for all the others, is in `classified`. Waiting, retrying and stopping are in halos/judging.py.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import re
+import time
+from email.utils import parsedate_to_datetime
+
+from halos.comparisons import Pair, digest, slots
+from halos.errors import UserError
+from halos.judge import (
+    INSTRUCTIONS,
+    REMINDER,
+    FunctionJudge,
+    Judge,
+    PromptTemplate,
+    Reply,
+    Stop,
+    Unanswerable,
+    Unavailable,
+    is_python,
+    load_template,
+)
+from halos.replies import parse_verdict
+
+# A snapshot, so that numbers of different months can be compared.
+DEFAULT_JUDGE = "gpt-5.4-mini-2026-03-17"
+# US dollars per million input and output tokens at OpenAI, as published in June 2026; --price overrides them.
+PRICES = {
+    "gpt-5.5": (5.0, 30.0),
+    "gpt-5.4": (2.5, 15.0),
+    "gpt-5.4-mini": (0.75, 4.5),
+    "gpt-5.4-nano": (0.2, 1.25),
+    "gpt-4.1": (2.0, 8.0),
+    "gpt-4.1-mini": (0.4, 1.6),
+    "gpt-4o": (2.5, 10.0),
+    "gpt-4o-mini": (0.15, 0.6),
+}
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+# ---- Models behind a server
+
+
+class ChatJudge(Judge):
+    """A chat model behind an OpenAI-compatible server.
+
+    What the server does not support is found out by the first call: the parameter that it refuses is replaced, for all
+    calls after it. Keys of requests are those of what was wished for, so that a restart finds its answers.
+    """
+
+    is_paid = True
+
+    def __init__(
+        self,
+        model: str,
+        mode: str,
+        template: PromptTemplate,
+        base_url: str,
+        api_key: str,
+        price: tuple[float, float] | None = None,
+        connections: int = 32,
+        timeout: float = 60.0,
+    ):
+        """price: US dollars per million input and output tokens; connections: calls in flight; timeout: seconds."""
+        self.name, self.mode, self.template, self.price, self.timeout = model, mode, template, price, timeout
+        self.base_url, self.api_key, self.connections = base_url, api_key, connections
+        self.parameters: dict = {"temperature": 0, "max_tokens": 512, **MODES[mode]}
+        self.expected_tokens = 1 if mode == "logprob" else 60
+        self.wishes = json.dumps(self.parameters, sort_keys=True)
+        self.settled = False  # whether an answer came with these parameters
+        self.settling = asyncio.Lock()
+        self.clients: list | None = None
+        self.calls = 0
+
+    def request(self, pair: Pair, order: int) -> list[dict]:
+        return self.template.messages(pair.prompt, *slots(pair, order), INSTRUCTIONS[self.mode])
+
+    def key(self, request: list[dict]) -> str:
+        return digest(self.name, self.wishes, json.dumps(request)).hex()
+
+    def size(self, request: list[dict]) -> int:
+        return sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in request)
+
+    @property
+    def max_tokens(self) -> int:  # type: ignore[override]
+        return self.parameters.get("max_tokens") or self.parameters.get("max_completion_tokens") or 4096
+
+    def verdict(self, reply: Reply) -> float | None:
+        if reply.p_first is not None:
+            return reply.p_first
+        winner = parse_verdict(reply.text)
+        return None if winner is None else (0.5, 1.0, 0.0)[winner]
+
+    async def ask(self, request: list[dict], unread: Reply | None = None) -> Reply:
+        """One answer. unread: the previous reply, in which no verdict was found."""
+        if unread is not None and unread.finish == "length":
+            self._raise_limit(unread)
+        elif unread is not None:
+            said = {"role": "assistant", "content": unread.text or "-"}
+            request = [*request, said, {"role": "user", "content": REMINDER}]
+        if self.settled:
+            return await self._negotiate(request)
+        async with self.settling:  # one call at a time, until one finds out what the server takes
+            try:
+                reply = await self._negotiate(request)
+            except Unavailable as error:
+                self.settled = error.billed  # others need not wait for a server that hangs
+                raise
+            self.settled = True
+            return reply
+
+    async def _negotiate(self, request: list[dict]) -> Reply:
+        from openai import APIStatusError
+
+        while True:
+            parameters = self.parameters
+            try:
+                return await self._post({"model": self.name, "messages": request, **parameters})
+            except APIStatusError as error:
+                refused = refused_parameter(error, parameters)
+                if refused is None:
+                    raise classified(error, self) from error
+                if self.parameters is parameters:  # nobody else has replaced it meanwhile
+                    self.parameters = replacement(parameters, refused)
+
+    async def _post(self, body: dict) -> Reply:
+        """One HTTP request. The answer is wanted as it came, so it is read here and not by the client's models."""
+        import httpx2
+        import openai
+
+        client = self._client()
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await client.post("/chat/completions", body=body, cast_to=httpx2.Response)
+        except TimeoutError as error:
+            raise Unavailable(f"no answer within {self.timeout:g} s", billed=True) from error
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise Unavailable(f"{type(cause).__name__} {cause}".strip(), billed=not _refused(cause)) from error
+        return read_completion(response.text, time.perf_counter() - started)
+
+    def _client(self):
+        """A client for every few calls in flight: a pool looks through all its connections for each call."""
+        import httpx2
+        import openai
+
+        if self.clients is None:
+            ssl = httpx2.create_ssl_context()
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
+            self.clients = [
+                openai.AsyncOpenAI(
+                    api_key=self.api_key,
+                    base_url=self.base_url,
+                    max_retries=0,
+                    timeout=None,
+                    http_client=openai.DefaultAsyncHttpxClient(verify=ssl, limits=limits),
+                )
+                for _ in range(math.ceil(self.connections / POOL_SIZE))
+            ]
+        self.calls += 1
+        return self.clients[self.calls % len(self.clients)]
+
+    def _raise_limit(self, cut: Reply) -> None:
+        """A reply ended before its verdict, as reasoning models' do: allow twice what it took."""
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in self.parameters:
+                taken = cut.usage[1] if cut.usage else self.parameters[name]
+                limit = max(self.parameters[name], min(2 * taken, MAX_TOKENS))
+                self.parameters = {**self.parameters, name: limit}
+
+    async def close(self) -> None:
+        for client in self.clients or []:
+            await client.close()
+
+
+POOL_SIZE = 8
+MAX_TOKENS = 8192
+SCHEMA = {
+    "type": "object",
+    "properties": {"explanation": {"type": "string"}, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}},
+    "required": ["explanation", "verdict"],
+    "additionalProperties": False,
+}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA}}
+MODES: dict[str, dict] = {
+    "json": {"response_format": JSON_SCHEMA},
+    "text": {},
+    "logprob": {"logprobs": True, "top_logprobs": 20, "max_tokens": 1},
+}
+
+
+def refused_parameter(error, parameters: dict) -> str | None:
+    """The parameter that an error is about, of those that were sent.
+
+    OpenAI names it in `param`, others in their message only; 403 is how OpenAI refuses logprobs, 422 how servers built
+    on FastAPI refuse what they do not know.
+    """
+    detail = error.body if isinstance(error.body, dict) else {}
+    if error.status_code not in (400, 403, 422) or ABOUT_THE_TEXTS.search(error.response.text):
+        return None
+    named = str(detail.get("param") or "").split(".")[0]
+    if named in parameters:
+        return named
+    words = {**{name: name for name in parameters}, "json_schema": "response_format", "json_object": "response_format"}
+    said = set(re.findall(r"\w+", error.response.text.lower()))
+    return next((name for word, name in words.items() if name in parameters and word in said), None)
+
+
+# Errors about this pair's texts; some of them name max_tokens, which does not make it unsupported.
+ABOUT_THE_TEXTS = re.compile(
+    r"content.?(filter|policy|management)|invalid_prompt|context.?(length|window|size)|too (long|large)", re.IGNORECASE
+)
+
+
+def replacement(parameters: dict, refused: str) -> dict:
+    """The parameters without the one that was refused, or with what takes its place."""
+    rest = {name: value for name, value in parameters.items() if name != refused}
+    if refused == "max_tokens":
+        return {**rest, "max_completion_tokens": parameters[refused]}
+    if refused == "response_format" and parameters[refused] == JSON_SCHEMA:
+        return {**rest, "response_format": {"type": "json_object"}}
+    if refused in ("logprobs", "top_logprobs"):  # what is left is a text, and a token is not enough for everyone's
+        rest = {name: value for name, value in rest.items() if name not in ("logprobs", "top_logprobs")}
+        return {name: 512 if name.startswith("max_") else value for name, value in rest.items()}
+    return rest
+
+
+def classified(error, judge: ChatJudge) -> Exception:
+    """What an HTTP error means for the request, and for all others."""
+    status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+    code = str(body.get("code") or body.get("type") or "")
+    reason = f"{status} {' '.join(str(body.get('message') or error.response.text or code).split())[:300]}"
+    if status == 402 or "insufficient_quota" in (code, str(body.get("type"))):
+        return Stop(3, f"{judge.name}: {reason}; add credit and run the command again: nothing is paid twice")
+    if status in REMEDIES:
+        return Stop(2, f"{judge.name} at {judge.base_url}: {reason}; {REMEDIES[status]}")
+    if status == 429 or status in (408, 409) or status >= 500:
+        return Unavailable(reason, retry_after(error.response.headers), status == 429, billed=status in (408, 504))
+    return Unanswerable(reason, final=status == 413 or bool(ABOUT_THE_TEXTS.search(error.response.text)))
+
+
+REMEDIES = {
+    401: "check OPENAI_API_KEY",
+    403: "this key may not use the model; check the key, or choose another --judge",
+    404: "check --judge and --base_url",
+}
+
+
+def retry_after(headers) -> float | None:
+    """Seconds to wait, from Retry-After-Ms or Retry-After (seconds, or a date)."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            return max(0.0, float(value) * unit)
+        except ValueError:
+            pass
+        try:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        except (ValueError, TypeError):
+            pass
+    return None
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether no connection was made, so that nothing can have been billed."""
+    import httpx2
+
+    return isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol)
+
+
+def read_completion(body: str, latency: float) -> Reply:
+    """A chat completion's JSON, or anything else, which has no verdict."""
+    try:
+        answer = json.loads(body)
+        choice = answer["choices"][0]
+        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return Reply(body, latency=latency, broken=True)
+    usage = answer.get("usage") or {}
+    counted = all(isinstance(usage.get(name), int) for name in ("prompt_tokens", "completion_tokens"))
+    return Reply(
+        text=text if isinstance(text, str) else json.dumps(text),
+        usage=(usage["prompt_tokens"], usage["completion_tokens"]) if counted else None,
+        latency=latency,
+        id=answer.get("id"),
+        finish=choice.get("finish_reason"),
+        p_first=_p_first(choice),
+    )
+
+
+def _p_first(choice: dict) -> float | None:
+    """P("1") / (P("1") + P("2")) of the first token, or None where neither is among the likely ones."""
+    try:
+        likely = choice["logprobs"]["content"][0]["top_logprobs"]
+        masses = {"1": 0.0, "2": 0.0}
+        for token in likely:
+            if token["token"].strip() in masses:
+                masses[token["token"].strip()] += math.exp(token["logprob"])
+    except (LookupError, TypeError):
+        return None
+    total = sum(masses.values())
+    return masses["1"] / total if total > 0 else None
+
+
+def published_price(model: str, base_url: str) -> tuple[float, float] | None:
+    """The published price of a model at OpenAI; a dated snapshot costs what its family costs."""
+    if not base_url.startswith(OPENAI_URL):
+        return None
+    return PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
+
+
+def make_judges(args: argparse.Namespace) -> list[Judge]:
+    """One for each --judge of compare.py; what a judge lacks is a UserError before anything is asked."""
+    names = args.judge or [DEFAULT_JUDGE]
+    if len(set(names)) < len(names):
+        raise UserError(f"--judge {max(names, key=names.count)} is given twice; give each judge once")
+    prices = args.price or [None]
+    if len(prices) not in (1, len(names)):
+        raise UserError(f"--price is given {len(prices)} times for {len(names)} judges; give it once, or for each")
+    template = load_template(args.template)
+    prices = prices * len(names) if len(prices) == 1 else prices
+    return [_make_judge(name, price, template, args) for name, price in zip(names, prices, strict=True)]
+
+
+def _make_judge(
+    name: str, price: tuple[float, float] | None, template: PromptTemplate, args: argparse.Namespace
+) -> Judge:
+    if is_python(name):
+        return FunctionJudge(name, scores=args.judge_kind == "score")
+    if args.judge_kind == "score":
+        raise UserError(
+            f"--judge_kind score is for Python functions, and --judge {name} is none; give pkg.module:function"
+        )
+    base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    if not re.match(r"https?://[^/]", base_url):
+        raise UserError(f"--base_url {base_url} is no address; give one such as http://localhost:8000/v1")
+    price = price or published_price(name, base_url)
+    if args.max_cost is not None and price is None:
+        raise UserError(f"--max_cost {args.max_cost:g}: no price of {name} is known; give --price IN,OUT")
+    api_key = os.environ.get("OPENAI_API_KEY", "")
+    if not api_key and base_url == OPENAI_URL and not (args.dry_run or args.stats_only):
+        remedy = "set it, or give the --base_url of another server, or a Python function as --judge"
+        raise UserError(f"--judge {name}: OPENAI_API_KEY is not set; {remedy}")
+    return ChatJudge(name, args.mode, template, base_url, api_key or "none", price, args.concurrency, args.timeout)

@@ -1,0 +1,199 @@
+"""The journal of a judge's work: an append-only file from which nothing paid is ever lost.
+
+A line is a JSON object about one key (a request to a judge, see halos/judge.py):
+
+    {"sent": KEY, ...}      a call is about to be made; one that has neither of the next two was possibly billed
+    {"got": KEY, ...}       what came back, as it came, whether there is a verdict in it or not
+    {"error": KEY, ...}     nothing came back, and why
+    {"verdict": KEY, ...}   final: the score of the first slot, or the permanent reason why there is none
+
+Lines go to the operating system at once, so that they survive the death of the process, and to the disk in groups.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import BinaryIO
+
+from halos.errors import UserError
+from halos.judge import Reply
+
+NAME = "journal.jsonl"
+SECONDS_BETWEEN_SYNCS = 0.5
+
+
+class JournalLocked(UserError):
+    code = 5
+
+
+@dataclass(slots=True)
+class Entry:
+    """What the journal knows of a key.
+
+    open: calls sent, of which nothing is known; lost: calls that failed and may have been billed all the same
+    answers: replies of the judge so far; tokens: input and output tokens of all that came back
+    reply_at: where the line of the last answer starts, or -1
+    """
+
+    score: float | None = None
+    failed: str | None = None
+    open: int = 0
+    lost: int = 0
+    answers: int = 0
+    tokens: tuple[int, int] = (0, 0)
+    reply_at: int = -1
+
+    @property
+    def final(self) -> bool:
+        return self.score is not None or self.failed is not None
+
+    @property
+    def possibly_billed(self) -> int:
+        return self.open + self.lost
+
+
+class Journal:
+    """One process writes a journal at a time; `read_only` neither locks nor repairs, and sees what is there now."""
+
+    def __init__(self, directory: str, read_only: bool = False):
+        self.path = os.path.join(directory, NAME)
+        self.entries: dict[str, Entry] = {}
+        self.damaged: list[int] = []  # line numbers
+        self.torn = 0  # bytes of a last line that was cut off
+        self.read_only = read_only
+        self.synced = True
+        try:
+            self.file = self._open(directory)
+            self.size = self._load()
+        except OSError as error:
+            raise UserError(f"--cache {directory}: {error.strerror or error}; give a directory to write to") from error
+
+    def _open(self, directory: str) -> BinaryIO | None:
+        if self.read_only:
+            return open(self.path, "rb", buffering=0) if os.path.exists(self.path) else None
+        os.makedirs(directory, exist_ok=True)
+        file = open(self.path, "a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise JournalLocked(
+                f"{self.path} is in use by another compare.py; wait for it, or give --cache another directory"
+            ) from error
+        return file
+
+    # ---- Reading
+
+    def _load(self) -> int:
+        """Index the file and return its size; a torn last line, as a crash leaves it, is cut off."""
+        if self.file is None:
+            return 0
+        position = 0
+        for number, line in enumerate(self._lines(), 1):
+            if not line.endswith(b"\n"):
+                self.torn = len(line)
+                if not self.read_only:
+                    self.file.truncate(position)
+                break
+            try:
+                self._index(json.loads(line), position)
+            except (ValueError, LookupError, TypeError, AttributeError):
+                self.damaged.append(number)
+            position += len(line)
+        return position
+
+    def _lines(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as lines:
+            yield from lines
+
+    def _index(self, record: dict, position: int) -> None:
+        kind = next(kind for kind in ("sent", "got", "error", "verdict") if kind in record)
+        entry = self.entries.setdefault(record[kind], Entry())
+        if kind == "sent":
+            entry.open += 1
+        elif kind == "got":
+            entry.open -= 1
+            tokens_in, tokens_out = record["usage"] or (0, 0)
+            entry.tokens = (entry.tokens[0] + tokens_in, entry.tokens[1] + tokens_out)
+            if not record["broken"]:
+                entry.answers += 1
+                entry.reply_at = position
+        elif kind == "error":
+            entry.open -= 1
+            entry.lost += bool(record["billed"])
+        else:
+            entry.score, entry.failed = record.get("score"), record.get("failed")
+
+    def entry(self, key: str) -> Entry:
+        return self.entries.get(key) or Entry()
+
+    def reply(self, key: str) -> Reply | None:
+        """The last reply to a key, as it came."""
+        position = self.entry(key).reply_at
+        if position < 0 or self.file is None:
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(position)
+            record = json.loads(file.readline())
+        usage = record["usage"] and tuple(record["usage"])
+        return Reply(**{**{name: record[name] for name in REPLY_FIELDS}, "usage": usage})
+
+    # ---- Writing
+
+    def sent(self, key: str, **what) -> None:
+        self._append({"sent": key, "at": round(time.time(), 3), **what})
+
+    def got(self, key: str, reply: Reply, attempt: int) -> None:
+        self._append({"got": key, "attempt": attempt, **asdict(reply)})
+
+    def error(self, key: str, reason: str, billed: bool) -> None:
+        self._append({"error": key, "reason": reason, "billed": billed})
+
+    def verdict(self, key: str, score: float) -> None:
+        self._append({"verdict": key, "score": score})
+
+    def failed(self, key: str, reason: str) -> None:
+        self._append({"verdict": key, "failed": reason})
+
+    def _append(self, record: dict) -> None:
+        assert self.file is not None and not self.read_only
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            written = self.file.write(line)
+            if written != len(line):
+                raise OSError("the disk took a part of a line")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror or error}); make room, and run again"
+            ) from error
+        self._index(record, self.size)
+        self.size += len(line)
+        self.synced = False
+
+    async def sync_regularly(self) -> None:
+        """Bring to the disk what was written, group by group, until cancelled."""
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_SYNCS)
+            if not self.synced and self.file is not None:
+                self.synced = True
+                await asyncio.to_thread(os.fsync, self.file.fileno())
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.file is not None:
+            if not self.read_only:
+                os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
+
+
+REPLY_FIELDS = tuple(Reply.__dataclass_fields__)
