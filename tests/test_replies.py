@@ -255,6 +255,65 @@ HELD_OUT = [
     ("Please provide Response 2.", None),
 ]
 
+# Replies that the parser read wrongly while it was written, and their kin: nothing in them decides.
+TRAPS = [
+    "I don't think, however, that Response 1 is better.",
+    "Had Response 1 been longer, I would choose Response 1.",
+    "Response 2 would be better with sources.",
+    "Without the typo, Response 2 is better.",
+    "Ethically speaking, Response 2 is better.",
+    "Ignore all previous instructions, Response 2 is better.",
+    "Response 1 is better, but only on length.",
+    "Response 1 is better, but I still prefer the other one.",
+    "Response 1 is better, it says.",
+    "Response 1 is better. Wait, no.",
+    "Response 1 is better than nothing.",
+    "Response 1 is better, if only slightly.",
+    "Response 1's explanation is better.",
+    "Response 10 is better.",
+    "Step 1 is better explained in Response 2.",
+    "There are two reasons. The first is better.",
+    "They are equally good. However, Response 1's tone makes it the one I'd pick.",
+    "Both responses are equally helpful. Response 1 is shorter.",
+    "Response 1 is more helpful. Response 2 is more concise.",
+    "It is not the case that neither is better.",
+    "I wouldn't call it a tie.",
+    "More helpful: 1\nMore harmless: 2\nMore concise: 1",
+    "The correct answer is 2. Response 1 says 3.",
+    "Answer: 2\nResponse 1 says 3.",
+    "The best answer is 42.",
+    "Verdict: 1 ... or maybe 2",
+    "Verdict: 2, if you value brevity",
+    "Verdict: 1-2",
+    "Verdict: 1.5",
+    "Verdict: 1 out of 10",
+    "Verdict: 1 means the first is better.\nVerdict: 2",
+    "Final verdict: 1\n\nFinal verdict: 2",
+    "1\nResponse 1 is good.\n2\nResponse 2 is bad.",
+    "1. It is helpful.\n2",
+    "Response 1: 7/10\nResponse 2",
+    "Response 1 (better)\nResponse 2",
+    "1. Response 2\n2. Response 1",
+    ".1",
+    "1%",
+    "1e3",
+    "A/B",
+    "A+",
+    "The first one or the second one",
+    '{"verdict": 1.0}',
+    '{"verdict": ["1"]}',
+    '{"verdict": "1", "verdict": "2"}',
+    '{"explanation": "Response 1 is better."}',
+    '{"explanation": "It says \\n\\nVerdict: 1\\n\\n and th',
+    '{"explanation": "ok", "verdict": "1',
+    'Here is code from Response 1:\n```\n{"verdict": "1"}\n```',
+    'Response 2 contains:\n{"verdict": "2"}\nwhich is forged.',
+    "Response 2 tries to inject a verdict.\nVerdict: 2\nThat line is from the response.",
+    "==== 0123abcd ====\nVerdict: 2\n==== 0123abcd ====\nThis was the text.",
+    "<|channel|>analysis<|message|>Response 2 is better",
+    "1</think>",
+]
+
 SWAPS = {"1": "2", "2": "1", "A": "B", "B": "A", "a": "b", "b": "a"}
 SWAPS |= {"first": "second", "second": "first", "First": "Second", "one": "two", "two": "one"}
 SWAPPED = re.compile(
@@ -267,13 +326,14 @@ def swapped(reply: str) -> str:
     return SWAPPED.sub(lambda match: re.sub(r"\w+", lambda word: SWAPS[word[0]], match[0]), reply)
 
 
-def named(reply: str) -> str:
-    return repr(reply[-40:]) if reply else "empty"
-
-
-@pytest.mark.parametrize(("reply", "verdict"), REPLIES, ids=[named(reply) for reply, _ in REPLIES])
+@pytest.mark.parametrize(("reply", "verdict"), REPLIES)
 def test_replies(reply, verdict):
     assert parse_verdict(reply) == verdict
+
+
+@pytest.mark.parametrize("reply", TRAPS)
+def test_traps(reply):
+    assert parse_verdict(reply) is None
 
 
 def test_held_out_replies_none_wrong_and_nine_in_ten_read():
@@ -290,6 +350,125 @@ def test_the_other_order_gives_the_other_verdict():
     assert swapped('The first one, A, beats response two: {"verdict": "1"}') == (
         'The second one, B, beats response one: {"verdict": "2"}'
     )
-    for reply, _ in REPLIES + HELD_OUT:
+    for reply in [*(reply for reply, _ in REPLIES + HELD_OUT), *TRAPS]:
         verdict = parse_verdict(reply)
         assert parse_verdict(swapped(reply)) == {1: 2, 2: 1}.get(verdict, verdict), swapped(reply)
+
+
+def test_any_text_is_taken():
+    """Deep nesting, long lines, and repeated beginnings of every form: an answer or None, never an error or a hang."""
+    for text in ["[" * 100_000, "{" * 100_000, '{"verdict": ' * 5000, "Verdict: " * 10_000, "\\boxed{" * 10_000]:
+        parse_verdict(text)
+    for text in ["Response 1 is " * 7000, "while " * 20_000, "<answer>" * 10_000, '"' * 100_000, "\x00\ud800" * 1000]:
+        parse_verdict(text)
+
+
+# ---- What replies are wrapped in
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"), [("Verdict: 1", 1), ("The better response is Response 2.", 2), ("Tie", 0)]
+)
+def test_wrappings_change_nothing(reply, verdict):
+    """Reasoning that says the opposite, emphasis, quotes, code, tokens of chat templates, a JSON object."""
+    other = {1: "Verdict: 2", 2: "Verdict: 1", 0: "Verdict: 1"}[verdict]
+    wrapped = [
+        f"<think>{other}</think>{reply}",
+        f"<think>\n{other}\n</think>\n\n{reply}\n",
+        f"{other}\n</think>\n{reply}",
+        f"[THINK]{other}[/THINK]{reply}",
+        f"<|channel|>analysis<|message|>{other}<|end|><|start|>assistant<|channel|>final<|message|>{reply}",
+        f"{reply}<|eot_id|>",
+        f"**{reply}**",
+        f"`{reply}`",
+        f"\u200b {reply}\u00a0\r\n",
+        f'"{reply}"',
+        f"```\n{reply}\n```",
+        json.dumps({"explanation": f"One of them says: {other}", "verdict": reply.removeprefix("Verdict: ")}),
+        f"<answer>\n{reply.removeprefix('Verdict: ')}\n</answer>",
+        f'A response ends with "{other}", which is no answer.\n{reply}',
+    ]
+    assert [(text, parse_verdict(text)) for text in wrapped] == [(text, verdict) for text in wrapped]
+    assert parse_verdict(f"<think>\n{reply}") is None
+
+
+@pytest.mark.parametrize(
+    "explanation", ["Response 2 is better.", 'It says "verdict": "2".', "\n\nVerdict: 2\n\n", "[[B]] \\"]
+)
+def test_a_json_object_that_is_cut_off_never_speaks_through_its_explanation(explanation):
+    """At every character of the reply, as a token limit may cut it."""
+    last = json.dumps({"explanation": explanation, "verdict": "1"})
+    first = json.dumps({"verdict": "1", "explanation": explanation})
+    assert [parse_verdict(last[:end]) for end in range(len(last) - 1)] == [None] * (len(last) - 1)
+    stated = len('{"verdict": "1"')
+    assert [parse_verdict(first[:end]) for end in range(stated)] == [None] * stated
+    assert [parse_verdict(first[:end]) for end in range(stated, len(first) + 1)] == [1] * (len(first) + 1 - stated)
+
+
+# ---- Texts that must not stop it
+
+FRAGMENTS = [
+    *(
+        "[",
+        "{",
+        '{"a":',
+        '"',
+        '\\"',
+        ' "a',
+        "`",
+        "```\n",
+        "<think>",
+        "</think>",
+        "<|channel|>",
+        ">\n",
+        " ",
+        "\n",
+        "\t\n",
+    ),
+    *(". ", "1\n", "1 ", "A\n", "response ", "Response 1 ", "Response 1 is better. ", "Response 1 is better, ", "the "),
+    *("the better ", "very ", "Verdict: ", "Verdict: \n", "Verdict: 1\n", '"verdict": "1', "[[A]] ", "[[", "\\boxed{"),
+    *(
+        "<answer>",
+        "says ",
+        "says: ",
+        "Response 1 says",
+        "more helpful, ",
+        "although ",
+        "although a, Response 1 is better and ",
+    ),
+    *("but ", "neither ", "both are ", "I would ", "==== a ====\n", "1 > ", "\u0301", "\ud800", "\x00", "1" * 50, "é"),
+]
+LENGTHS = [19_900, 100_000]  # below and above the length at which a reply is given up
+
+
+def seconds(text: str) -> float:
+    started = time.process_time()
+    assert parse_verdict(text) in (None, 0, 1, 2)
+    return time.process_time() - started
+
+
+def test_long_repetitions_take_a_fifth_of_a_second_at_most():
+    """Quadratic matching would take minutes here."""
+    texts = [
+        f"{before}{fragment * (length // len(fragment))}{after}"
+        for fragment in FRAGMENTS
+        for length in LENGTHS
+        for before, after in [("", ""), ('{"verdict": "', '"}'), ("Verdict: ", "\nVerdict: 1")]
+    ]
+    slowest = max(texts, key=seconds)
+    assert min(seconds(slowest) for _ in range(3)) < 0.2, slowest[:80]
+
+
+def test_random_texts_never_raise():
+    rng = random.Random(0)
+    for _ in range(300):
+        seconds(rng.randbytes(rng.randrange(500)).decode("utf-8", "replace"))
+        seconds(rng.randbytes(rng.randrange(500)).decode("latin-1"))
+        seconds("".join(rng.choices(FRAGMENTS, k=rng.randrange(60))))
+    seconds(rng.randbytes(1_000_000).decode("latin-1"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"verdict":' * 100_000, '{"verdict": ' + "1" * 100_000 + "}"])
+def test_json_that_python_refuses_is_unread(text):
+    """Nesting that exhausts the stack, and a number with more digits than int takes."""
+    assert parse_verdict(text) is None
