@@ -96,6 +96,8 @@ class ChatJudge(Judge):
     def verdict(self, reply: Reply) -> float | None:
         if reply.p_first is not None:
             return reply.p_first
+        if reply.finish == "length" and not reply.text.lstrip().startswith("{"):
+            return None  # "Verdict: 1" may have gone on with "or 2"
         winner = parse_verdict(reply.text)
         return None if winner is None else (0.5, 1.0, 0.0)[winner]
 
@@ -106,16 +108,20 @@ class ChatJudge(Judge):
         elif unread is not None:
             said = {"role": "assistant", "content": unread.text or "-"}
             request = [*request, said, {"role": "user", "content": REMINDER}]
-        if self.settled:
-            return await self._negotiate(request)
-        async with self.settling:  # one call at a time, until one finds out what the server takes
-            try:
-                reply = await self._negotiate(request)
-            except Unavailable as error:
-                self.settled = error.billed  # others need not wait for a server that hangs
-                raise
-            self.settled = True
-            return reply
+        if not self.settled:
+            async with self.settling:  # one call at a time, until one finds out what the server takes
+                if not self.settled:
+                    return await self._first(request)
+        return await self._negotiate(request)
+
+    async def _first(self, request: list[dict]) -> Reply:
+        try:
+            reply = await self._negotiate(request)
+        except Unavailable as error:
+            self.settled = error.billed  # others need not wait for a server that hangs
+            raise
+        self.settled = True
+        return reply
 
     async def _negotiate(self, request: list[dict]) -> Reply:
         from openai import APIStatusError
