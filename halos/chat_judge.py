@@ -77,7 +77,7 @@ class ChatJudge(Judge):
         self.wishes = json.dumps(self.parameters, sort_keys=True)
         self.settled = False  # whether an answer came with these parameters
         self.settling = asyncio.Lock()
-        self.clients: list | None = None
+        self.clients: list = []
         self.calls = 0
 
     def request(self, pair: Pair, order: int) -> list[dict]:
@@ -142,7 +142,8 @@ class ChatJudge(Judge):
         import httpx2
         import openai
 
-        client = self._client()
+        self.calls += 1
+        client = self.clients[self.calls % len(self.clients)]
         started = time.perf_counter()
         try:
             async with asyncio.timeout(self.timeout):
@@ -154,26 +155,23 @@ class ChatJudge(Judge):
             raise Unavailable(f"{type(cause).__name__} {cause}".strip(), billed=not _refused(cause)) from error
         return read_completion(response.text, time.perf_counter() - started)
 
-    def _client(self):
+    async def open(self) -> None:
         """A client for every few calls in flight: a pool looks through all its connections for each call."""
         import httpx2
         import openai
 
-        if self.clients is None:
-            ssl = httpx2.create_ssl_context()
-            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
-            self.clients = [
-                openai.AsyncOpenAI(
-                    api_key=self.api_key,
-                    base_url=self.base_url,
-                    max_retries=0,
-                    timeout=None,
-                    http_client=openai.DefaultAsyncHttpxClient(verify=ssl, limits=limits),
-                )
-                for _ in range(math.ceil(self.connections / POOL_SIZE))
-            ]
-        self.calls += 1
-        return self.clients[self.calls % len(self.clients)]
+        ssl = httpx2.create_ssl_context()
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
+        self.clients = [
+            openai.AsyncOpenAI(
+                api_key=self.api_key,
+                base_url=self.base_url,
+                max_retries=0,
+                timeout=None,
+                http_client=openai.DefaultAsyncHttpxClient(verify=ssl, limits=limits),
+            )
+            for _ in range(math.ceil(self.connections / POOL_SIZE))
+        ]
 
     def _raise_limit(self, cut: Reply) -> None:
         """A reply ended before its verdict, as reasoning models' do: allow twice what it took."""
@@ -184,7 +182,7 @@ class ChatJudge(Judge):
                 self.parameters = {**self.parameters, name: limit}
 
     async def close(self) -> None:
-        for client in self.clients or []:
+        for client in self.clients:
             await client.close()
 
 

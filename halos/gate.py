@@ -30,13 +30,15 @@ class Gate:
     """What a call passes before it is sent, one after the other, in the order in which they came.
 
     A rate limit lowers the number of calls in flight by 30 %, once for all calls that were in flight then, and every
-    answer raises it again by a little: one more call per round.
+    answer raises it again by a little: one more call per round. Until the first answer there is one call at a time: it
+    finds out what the server takes, and the pace holds from the second call on.
     """
 
     def __init__(self, limits: Limits, spent: float):
         self.limits, self.spent, self.reserved = limits, spent, 0.0
         self.in_flight = 0
-        self.allowed = float(limits.concurrency)
+        self.allowed = 1.0
+        self.is_open = False
         self.interval = max(limits.sleep_time, 60 / limits.rpm if limits.rpm else 0.0)
         self.next_at = self.resume_at = self.lowered_at = 0.0
         self.queue = asyncio.Lock()
@@ -97,7 +99,14 @@ class Gate:
         self.check()
 
     def answered(self) -> None:
+        self.open()
         self.allowed = min(self.allowed + 1 / self.allowed, self.limits.concurrency)
+
+    def open(self) -> None:
+        """The server is there: let as many calls through as are allowed."""
+        if not self.is_open:
+            self.is_open, self.allowed = True, float(self.limits.concurrency)
+            self.left.set()
 
     def rate_limited(self, sent_at: float, retry_after: float | None) -> None:
         """A 429: everyone waits as long as the server says."""

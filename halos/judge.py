@@ -191,6 +191,9 @@ class Judge:
     def verdict(self, reply: Reply) -> float | None:
         raise NotImplementedError
 
+    async def open(self) -> None:
+        """Make ready, before the first call."""
+
     async def close(self) -> None:
         pass
 

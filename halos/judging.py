@@ -110,6 +110,10 @@ def plan(judges: list[Judge], units: list[Unit], journal: Journal) -> str:
             cost = sum(expected_cost(unit, judge) for unit in missing)
             line += f", ${cost:.2f}" if judge.price else "; no price is known (--price IN,OUT)"
         lines.append(line)
+    if journal.torn:
+        lines.append(f"{journal.path}: the torn last line ({journal.torn} bytes, as a crash leaves it) was cut off")
+    if journal.damaged:
+        lines.append(f"{journal.path}: damaged lines were skipped: {', '.join(map(str, journal.damaged))}")
     return "\n".join(lines + possibly_billed(units, journal))
 
 
@@ -171,6 +175,8 @@ class Run:
     async def run(self, bar: tqdm) -> None:
         self.bar = bar
         pending = self.pending()
+        for judge in self.judges if pending else ():
+            await judge.open()
         todo = iter(pending)
         workers = [asyncio.create_task(self.work(todo)) for _ in range(min(self.limits.concurrency, len(pending)))]
         sync = asyncio.create_task(self.journal.sync_regularly())
@@ -239,6 +245,8 @@ class Run:
                 billed = isinstance(error, Unavailable) and error.billed
                 self.journal.error(unit.key, str(error), billed)
                 self.gate.spent += cost * billed
+                if billed:  # others need not wait for one that hangs
+                    self.gate.open()
                 if isinstance(error, Unavailable) and error.rate_limited:
                     self.gate.rate_limited(sent_at, error.retry_after)
                 raise

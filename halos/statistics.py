@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
-from scipy.special import expit, log_expit
+from scipy.special import bdtr, betaincinv, expit, log_expit, ndtri  # scipy.stats takes a second to import
 
 from halos.comparisons import JudgeScores
 
 CONFIDENCE = 0.95
-Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+Z = float(ndtri(0.5 + CONFIDENCE / 2))
 TOLERANCE = 1e-9  # scores that differ by less are equal: means of log-probs are rounded
 MIN_SPREAD = 1e-3  # of the length covariate; below it, the fit cannot tell the slope from the intercept
 MAX_STEPS = 200  # of Newton's method, which takes 5 to 8
@@ -161,13 +160,15 @@ def outcome_counts(scores: np.ndarray) -> dict:
 
 def clopper_pearson(k: int, n: int) -> list[float]:
     """Exact interval of a proportion (Clopper and Pearson, 1934), k of n > 0."""
-    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="exact")
-    return [float(interval.low), float(interval.high)]
+    tail = (1 - CONFIDENCE) / 2
+    low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
+    return [low, float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0]
 
 
 def sign_test(wins: int, losses: int) -> float | None:
     """Exact two-sided p of so uneven a split if both were as likely; None if there is nothing to split."""
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else None
+    n = wins + losses
+    return min(1.0, 2 * float(bdtr(min(wins, losses), n, 0.5))) if n else None
 
 
 #### LENGTH

@@ -1,0 +1,369 @@
+"""compare.py as a user runs it: against a real server on this machine, with its faults, kills, limits and mistakes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from comparing import command, compare, environment, journal, kept, last_line, numbers, results, rows_of, write_samples
+from judge_server import serve
+
+
+@pytest.fixture
+def samples(tmp_path):
+    write_samples(tmp_path, 40)
+    return tmp_path
+
+
+def at(server, *words: str) -> list[str]:
+    return ["--judge", "test-judge", "--base_url", server.url, *words]
+
+
+# ---- What comes out
+
+
+def test_the_line_has_the_keys_of_the_original_script(samples):
+    with serve(delay=0.0, verdict="longer") as server:
+        done = compare(samples, *at(server))
+    assert done.returncode == 0, done.stderr
+    (line,) = results(samples)
+    rows = rows_of(40)
+    assert {"date", "total", "seed", "expname", "candidate", "baseline"} <= set(line)
+    assert (line["total"], line["seed"], line["expname"]) == (40, 0, str(samples / "samples.json"))
+    wins = sum(len(row["policy"]) > len(row["chosen"]) for row in rows)
+    assert (line["candidate"]["name"], line["candidate"]["wins"]) == ("policy", wins)
+    assert (line["baseline"]["name"], line["baseline"]["wins"]) == ("chosen", 40 - wins)
+    assert line["candidate"]["lengths"] == [len(row["policy"].split()) for row in rows]
+    assert line["win_rate"] == pytest.approx(wins / 40)
+    assert f"{wins} / {40 - wins} / 0" in done.stdout
+
+
+def test_a_finished_command_again_makes_no_call_and_says_the_same(samples):
+    with serve(delay=0.0) as server:
+        for words in ([], [], ["--stats_only"]):
+            assert compare(samples, *at(server, *words)).returncode == 0
+        assert server.stats()["requests"] == 80
+    first, second, third = map(numbers, results(samples))
+    assert first == second == third
+
+
+def test_statistics_do_not_depend_on_concurrency(samples):
+    with serve(delay=0.01) as server:
+        for n in (1, 8, 32, 128):
+            done = compare(samples, *at(server, "--concurrency", str(n), "--cache", str(samples / f"cache{n}")))
+            assert done.returncode == 0, done.stderr
+    lines = [numbers(line) for line in results(samples)]
+    assert len(lines) == 4 and all(line == lines[0] for line in lines)
+
+
+def test_a_judge_that_always_says_one(samples):
+    """Each pair is won once and lost once: a tie, and the first slot won everything."""
+    with serve(delay=0.0, verdict="first") as server:
+        assert compare(samples, *at(server)).returncode == 0
+    (line,) = results(samples)
+    assert (line["win_rate"], line["ties"], line["position"]["first_slot_share"]) == (0.5, 40, 1.0)
+
+
+def test_one_order_asks_half_and_depends_on_the_seed_alone(samples):
+    with serve(delay=0.0, verdict="longer") as server:
+        assert compare(samples, *at(server, "--order", "one")).returncode == 0
+        assert server.stats()["requests"] == 40
+        orders = {record["row"]: record["order"] for record in kept(journal(samples), "sent")}
+        assert set(orders.values()) == {0, 1}
+        assert compare(samples, *at(server, "--order", "one", "--concurrency", "1")).returncode == 0
+        assert server.stats()["requests"] == 40
+        compare(samples, *at(server, "--order", "one", "--seed", "1"))
+        assert 40 < server.stats()["requests"] < 80
+
+
+def test_a_larger_sample_pays_for_the_difference_only(samples):
+    with serve(delay=0.0) as server:
+        for n, requests in (("10", 20), ("25", 50)):
+            assert compare(samples, *at(server, "-mc", n)).returncode == 0
+            assert server.stats()["requests"] == requests
+    assert [line["total"] for line in results(samples)] == [10, 25]
+
+
+@pytest.mark.parametrize("mode", ["text", "logprob"])
+def test_modes(samples, mode):
+    with serve(delay=0.0, verdict="longer", confidence=0.9) as server:
+        done = compare(samples, *at(server, "--mode", mode))
+        assert done.returncode == 0, done.stderr
+    (line,) = results(samples)
+    wins = sum(len(row["policy"]) > len(row["chosen"]) for row in rows_of(40))
+    expected = (0.9 * wins + 0.1 * (40 - wins)) / 40 if mode == "logprob" else wins / 40
+    assert line["win_rate"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_two_judges_have_a_row_each_and_a_kappa(samples):
+    with serve(delay=0.0, verdict="longer") as server:
+        done = compare(samples, "--judge", "one", "--judge", "two", "--base_url", server.url)
+        assert done.returncode == 0, done.stderr
+    (line,) = results(samples)
+    assert [one["name"] for one in line["judges"]] == ["one", "two"]
+    assert line["agreement"]["kind"] == "cohen" and line["agreement"]["kappa"] == 1.0
+    assert "Cohen's kappa 1.000 over 40 prompts" in done.stdout
+
+
+def test_a_python_function_judges_without_a_key(samples):
+    (samples / "mine.py").write_text(
+        "async def longer(prompt, first, second):\n    return 1 if len(first) > len(second) else 2\n"
+        "def length(prompt, response):\n    return len(response)\n"
+    )
+    assert compare(samples, "--judge", "mine:longer").returncode == 0
+    assert compare(samples, "--judge", "mine:length", "--judge_kind", "score").returncode == 0
+    pairwise, scored = results(samples)
+    assert pairwise["win_rate"] == scored["win_rate"]
+    assert pairwise["position"]["first_slot_share"] == 0.5 and scored["position"]["first_slot_share"] is None
+
+
+def test_two_files_are_compared_on_their_common_prompts(tmp_path):
+    write_samples(tmp_path, 30)
+    other = [{**row, "policy": row["policy"] + " and more"} for row in rows_of(40)[10:]]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with serve(delay=0.0, verdict="longer") as server:
+        words = ["-f", "samples.json", "-f2", "other.json"]
+        done = compare(tmp_path, *at(server, *words))
+    assert done.returncode == 0 and "20 prompts are in both files" in done.stdout, done.stderr
+    (line,) = results(tmp_path)
+    assert (line["total"], line["candidate"]["wins"], line["baseline"]["wins"]) == (20, 0, 20)
+
+
+def test_human_labels(tmp_path):
+    rows = rows_of(20)
+    for row in rows[:10]:
+        row["person"] = "candidate" if len(row["policy"]) > len(row["chosen"]) else "baseline"
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    with serve(delay=0.0, verdict="longer") as server:
+        assert compare(tmp_path, *at(server, "--human", "person")).returncode == 0
+    (line,) = results(tmp_path)
+    assert (line["human"]["n"], line["human"]["agreement"]) == (10, 1.0)
+
+
+def test_picture_and_page_are_written_and_never_over_others(samples):
+    (samples / "out.png").write_text("mine")
+    with serve(delay=0.0) as server:
+        done = compare(samples, *at(server, "--plot", "out.png", "--report", "deep/out.html"))
+    assert done.returncode == 0, done.stderr
+    assert (samples / "out.png").read_bytes()[:4] == b"\x89PNG"
+    assert (samples / "out.png.bak-1").read_text() == "mine"
+    assert "</html>" in (samples / "deep" / "out.html").read_text()
+
+
+# ---- Nothing lost, nothing paid twice
+
+
+def test_a_bad_day(samples):
+    """Faults of every kind: every unit gets its verdict, and everything that was answered is in the journal."""
+    faults = {"rate_429": 0.1, "rate_500": 0.05, "rate_503": 0.03, "rate_hang": 0.02, "rate_malformed": 0.05}
+    with serve(delay=0.01, retry_after=0.05, **faults) as server:
+        done = compare(samples, *at(server, "--timeout", "1"))
+        stats = server.stats()
+    assert done.returncode == 0, done.stderr
+    records = journal(samples)
+    keys = [record["verdict"] for record in kept(records, "verdict")]
+    assert len(keys) == len(set(keys)) == 80
+    assert not any("failed" in record for record in records)
+    answers = kept(records, "got")
+    whole = {record["id"] for record in answers}
+    assert all(paid in whole or any(paid in record["text"] for record in answers) for paid in stats["ids"])
+    assert stats["max_in_flight"] <= 32
+
+
+def test_killed_five_times_and_finished(tmp_path):
+    """Each kill may cost the calls in flight once more, and no others; the next command says how many."""
+    write_samples(tmp_path, 100)
+    rng = random.Random(0)
+    with serve(delay=0.1) as server:
+        words = at(server, "--concurrency", "8")
+        for _ in range(5):
+            process = subprocess.Popen(
+                command(tmp_path, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            started, before = time.monotonic(), server.stats()["requests"]
+            while server.stats()["requests"] < before + 5 and time.monotonic() < started + 60:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 0.4))
+            process.kill()
+            process.wait()
+        assert len(kept(journal(tmp_path), "verdict")) < 200
+        done = compare(tmp_path, *words)
+        stats = server.stats()
+    assert done.returncode == 0, done.stderr
+    keys = [record["verdict"] for record in kept(journal(tmp_path), "verdict")]
+    assert len(keys) == len(set(keys)) == 200
+    repaid = sum(stats["paid"].values()) - len(stats["paid"]) + stats["abandoned"]
+    (line,) = results(tmp_path)
+    listed = line["calls"]["possibly_billed"]
+    assert 0 < listed <= 5 * 8 and repaid <= listed
+    assert f"{listed} earlier calls were possibly billed" in done.stdout
+
+
+def test_ctrl_c_lets_calls_end_and_the_next_run_goes_on(samples):
+    with serve(delay=0.3) as server:
+        words = at(server, "--concurrency", "4")
+        process = subprocess.Popen(
+            command(samples, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while server.stats()["answered"].get("200", 0) < 8:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 130 and "run the same command again" in said
+        assert not (samples / "result.jsonl").exists()
+        assert compare(samples, *words).returncode == 0
+        assert server.stats()["requests"] == 80  # nothing twice
+    assert results(samples)[0]["calls"]["possibly_billed"] == 0
+
+
+def test_a_torn_last_line_is_repaired(samples):
+    with serve(delay=0.0) as server:
+        compare(samples, *at(server))
+        path = samples / "judgments" / "journal.jsonl"
+        data = path.read_bytes()
+        path.write_bytes(data[:-7])  # of the last verdict
+        done = compare(samples, *at(server))
+        assert done.returncode == 0 and "the torn last line (" in done.stdout
+        assert server.stats()["requests"] == 80  # its reply is in the journal
+    assert len(kept(journal(samples), "verdict")) == 80
+
+
+def test_a_second_process_on_a_journal_exits_with_5(samples):
+    with serve(delay=0.5) as server:
+        first = subprocess.Popen(
+            command(samples, *at(server)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while server.stats()["requests"] == 0:
+            time.sleep(0.05)
+        second = compare(samples, *at(server))
+        assert second.returncode == 5 and "in use by another compare.py" in last_line(second)
+        assert first.wait(timeout=60) == 0
+
+
+# ---- Limits and failures
+
+
+def test_dry_run_prints_calls_and_cost_and_makes_none(samples):
+    with serve(delay=0.0) as server:
+        done = compare(samples, *at(server, "--dry_run", "--price", "2,8"))
+        assert server.stats()["requests"] == 0
+    assert done.returncode == 0 and "80 to ask for" in done.stdout and "$" in done.stdout
+    assert not (samples / "judgments").exists() and not (samples / "result.jsonl").exists()
+
+
+def test_max_cost_stops_in_time_and_resumes(samples):
+    with serve(delay=0.0) as server:
+        words = at(server, "--price", "2,8")
+        stopped = compare(samples, *words, "--max_cost", "0.05")
+        assert stopped.returncode == 3 and "--max_cost 0.05" in last_line(stopped), stopped.stderr
+        paid = server.stats()["requests"]
+        assert 0 < paid < 80
+        assert compare(samples, *words, "--max_cost", "1").returncode == 0
+        assert server.stats()["requests"] == 80
+    cost = results(samples)[0]["calls"]["cost"]
+    assert cost * paid / 80 <= 0.05
+
+
+def test_max_cost_without_a_known_price_is_an_error(samples):
+    done = compare(samples, "--judge", "m", "--base_url", "http://127.0.0.1:9/v1", "--max_cost", "1")
+    assert done.returncode == 2 and "--price" in last_line(done)
+
+
+@pytest.mark.parametrize(("error", "code"), [("invalid_api_key", 2), ("model_not_found", 2), ("insufficient_quota", 3)])
+def test_hopeless_errors_stop_at_once(samples, error, code):
+    with serve(delay=0.0, error=error) as server:
+        done = compare(samples, *at(server))
+        assert server.stats()["requests"] <= 32
+    assert done.returncode == code and last_line(done).startswith("error: test-judge"), done.stderr
+
+
+def test_failures_are_counted_and_bounded(samples):
+    """The content filter refuses one prompt: final, counted, and both bounds on the win rate are given."""
+    with serve(delay=0.0, verdict="longer", filtered="Human: 7 ") as server:
+        done = compare(samples, *at(server))
+        assert done.returncode == 4 and "2 of 80 verdicts failed" in last_line(done)
+        done = compare(samples, *at(server, "--max_fail", "0.05"))
+        assert done.returncode == 0, done.stderr
+        assert server.stats()["requests"] == 80  # a final failure is not asked again
+    (line,) = results(samples)
+    assert (line["n_judged"], line["failures"], line["failed_units"]) == (39, 1, 2)
+    worst, best = line["bounds"]
+    assert best - worst == pytest.approx(1 / 40) and worst < line["win_rate"] < best
+
+
+def test_parameters_are_negotiated_once(samples):
+    refused = ("max_tokens", "temperature", "response_format")
+    with serve(delay=0.0, refuse=refused, verdict="longer") as server:
+        done = compare(samples, *at(server))
+        answered = server.stats()["answered"]
+    assert done.returncode == 0, done.stderr
+    assert answered == {"200": 80, "400": 4}  # max_tokens, temperature, json_schema, json_object
+
+
+def test_pace(samples):
+    with serve(delay=0.0) as server:
+        assert compare(samples, *at(server, "-mc", "6", "-st", "0.1")).returncode == 0
+        arrivals = server.stats()["arrivals"]
+    gaps = [later - earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
+    assert len(gaps) == 11 and sum(gaps) >= 11 * 0.1 - 0.05
+
+
+# ---- Mistakes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ('[{"prompt": "a", ]', "samples.json:1: malformed JSON"),
+        ('[{"prompt": "a", "chosen": "b"}]', "(row 1): no key 'policy'"),
+        ('[{"prompt": "a", "chosen": "", "policy": "c"}]', "is empty in every row"),
+        (
+            '[{"prompt": "a", "chosen": "b", "policy": "c"}, {"prompt": "a", "chosen": "b", "policy": "c"}]',
+            "same prompt",
+        ),
+        ('[{"prompt": "a", "chosen": 3, "policy": "c"}]', "not a text"),
+        ("[]", "no rows"),
+    ],
+)
+def test_bad_samples_are_one_line(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "samples.json").write_text(content)
+    done = compare(tmp_path, OPENAI_API_KEY="any")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
+    assert os.listdir(tmp_path) == ["samples.json"] * (content is not None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "OPENAI_API_KEY is not set"),
+        (["--judge", "no.such:thing"], "no module"),
+        (["--judge", "halos.demo:chek"], "no 'chek'"),
+        (["--judge", "halos.demo:check"], "--judge_kind score"),
+        (["--judge", "gpt-4o", "--judge_kind", "score"], "for Python functions"),
+        (["--concurrency", "0"], "--concurrency"),
+        (["--price", "2"], "IN,OUT"),
+        (["--template", "missing.txt"], "no such file"),
+        (["--moed", "text"], "--moed"),
+        (["--base_url", "localhost:8000"], "no address"),
+    ],
+)
+def test_bad_flags_are_one_line(samples, words, said):
+    done = compare(samples, *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
+
+
+def test_a_template_must_show_the_responses(samples):
+    (samples / "mine.txt").write_text("{{ prompt }} {{ first }} {{ instruction }}")
+    done = compare(samples, "--template", "mine.txt", OPENAI_API_KEY="any")
+    assert done.returncode == 2 and "{{ second }}" in done.stderr
+    (samples / "mine.txt").write_text("{{ prompt }} [1] {{ first }} [2] {{ second }} {{ instruction }}")
+    with serve(delay=0.0, verdict="first") as server:
+        assert compare(samples, *at(server, "--template", "mine.txt")).returncode == 0
