@@ -1,7 +1,7 @@
 """`make demo`: SFT, then another loss from the SFT weights, on the embedded data, and what both are worth.
 
 Runs the project's own commands and prints them. The table is of true quality: the answers of the demo data can be
-checked, so no judge is needed. Takes some minutes on two cores.
+checked, so the judge of compare.py is a function, and no key is needed. Takes some minutes on two cores.
 """
 
 import argparse
@@ -23,6 +23,7 @@ SETTINGS = {
     "kto": ["lr=3e-4", "n_examples=16000", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
     "ppo": ["lr=1e-4", "n_examples=16000", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
 }
+JUDGE = ["--judge", "halos.demo:check", "--judge_kind", "score"]
 OTHERS = ["lr=1e-4", "n_examples=9600", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"]
 
 
@@ -41,8 +42,8 @@ def main() -> None:
     run("train.py", "loss=sft", f"exp_name={sft}", *SETTINGS["sft"], *common)
     load = f"model.load_from={sft}/LATEST/policy.pt"
     run("train.py", f"loss={args.loss}", load, f"exp_name={aligned}", *SETTINGS.get(args.loss, OTHERS), *common)
-    samples = {}
-    for name in (sft, aligned):
+    samples, win_rates = {}, {}
+    for label, name in (("SFT", sft), (f"SFT+{args.loss.upper()}", aligned)):
         config = os.path.join(args.cache_dir, name, "config.yaml")
         run(
             "eval.py",
@@ -56,9 +57,11 @@ def main() -> None:
             "false",
             f"samples_dir={args.cache_dir}",
         )
-        with open(os.path.join(args.cache_dir, f"{name}.json")) as file:
-            samples[name] = json.load(file)
-    print(table({"SFT": samples[sft], f"SFT+{args.loss.upper()}": samples[aligned]}))
+        file, results = (os.path.join(args.cache_dir, name) for name in (f"{name}.json", "results.jsonl"))
+        run("compare.py", "-f", file, "-bk", "chosen", "-r", results, *JUDGE)
+        with open(file) as rows, open(results) as lines:
+            samples[label], win_rates[label] = json.load(rows), json.loads(lines.readlines()[-1])
+    print(table(samples, win_rates))
     print(f"curves: {args.cache_dir}/{{{sft},{aligned}}}/curves.png   {time.monotonic() - started:.0f} s in all")
 
 
@@ -69,17 +72,22 @@ def run(*command: str) -> None:
         sys.exit(result.returncode)
 
 
-def table(samples: dict[str, list[dict]]) -> str:
-    """True accuracy, mean quality, and win rate against the data's chosen response (ties count half), with 95 %."""
+def table(samples: dict[str, list[dict]], win_rates: dict[str, dict]) -> str:
+    """True accuracy and mean quality, and compare.py's win rate against the data's chosen response, with 95 %."""
     chosen = next(iter(samples.values()))
     quality = {name: [check(row["prompt"], row["policy"]) for row in rows] for name, rows in samples.items()}
-    baseline = [check(row["prompt"], row["chosen"]) for row in chosen]
-    lines = [f"{'':10} {'true accuracy':>16} {'mean quality':>13} {'win rate vs chosen':>20}"]
-    for name, values in {**quality, "(chosen)": baseline}.items():
-        wins = [0.5 * (1 + (ours > theirs) - (ours < theirs)) for ours, theirs in zip(values, baseline, strict=True)]
+    quality["(chosen)"] = [check(row["prompt"], row["chosen"]) for row in chosen]
+    lines = [f"{'':10} {'true accuracy':>16} {'mean quality':>13} {'win rate vs chosen':>22}"]
+    for name, values in quality.items():
         right = [float(value == 1) for value in values]
-        lines.append(f"{name:10} {percent(right):>16} {sum(values) / len(values):>13.3f} {percent(wins):>20}")
+        wins = won(win_rates[name]) if name in win_rates else "-"
+        lines.append(f"{name:10} {percent(right):>16} {sum(values) / len(values):>13.3f} {wins:>22}")
     return "\n".join(lines)
+
+
+def won(line: dict) -> str:
+    low, high = line["interval"]
+    return f"{100 * line['win_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def percent(values: list[float]) -> str:

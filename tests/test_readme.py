@@ -57,6 +57,7 @@ def test_every_command_that_needs_no_gpu_runs(checkout):
         done = python(line, checkout)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert len(json.loads((checkout / "samples" / "kto_tiny.json").read_text())) == 64
+    assert json.loads((checkout / "result.jsonl").read_text())["total"] == 64
     assert {"eval.json", "curves.png", "LATEST"} <= set(os.listdir(checkout / ".cache" / "kto_tiny"))
 
     own = python(f"python {PROJECT}/train.py loss=kto n_examples=1280 exp_name=own", checkout)
@@ -75,7 +76,15 @@ def test_commands_for_gpus_parse_and_mean_what_they_say(checkout):
 
 def test_the_file_is_finished():
     """No measurement is still to be filled in, and every file that is linked is there."""
-    for name in ("README.md", "docs/data.md", "docs/engine.md", "docs/ppo.md", "docs/scaling.md", "LOG.md"):
+    for name in (
+        "README.md",
+        "docs/data.md",
+        "docs/engine.md",
+        "docs/ppo.md",
+        "docs/scaling.md",
+        "docs/judging.md",
+        "LOG.md",
+    ):
         with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
             text = file.read()
         assert "@@" not in text, name
