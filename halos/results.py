@@ -144,7 +144,15 @@ def write_all(
         report.plot(args.plot, title, summary, statistics.pair_scores(scores), ours - theirs)
     if args.report:
         keep(args.report)
-        report.write_html(args.report, title, summary, pairs, scores, reply, shlex.join(sys.argv))
+        report.write_html(
+            args.report,
+            title,
+            summary,
+            pairs,
+            scores,
+            reply,
+            shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        )
     complete = summary["failed_units"] <= args.max_fail * sum(int(one.asked.sum()) for one in scores)
     if complete:
         with open(args.results_file, "a", encoding="utf-8") as file:
