@@ -6,6 +6,7 @@ they depend neither on the order of the file nor on the order of the calls.
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from halos.datafiles import SUFFIXES, read_rows
 from halos.errors import UserError, did_you_mean
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 HUMAN_LABELS = ("candidate", "baseline", "tie")
 
 
@@ -98,15 +100,18 @@ def _rows(file: str, keys: list[str], human_key: str | None = None) -> list[tupl
 
 
 def _text(place: str, row: dict, key: str) -> str:
-    """A text, or the text of chat messages: ROLE: CONTENT, with blank lines between them."""
+    """A text, or the text of chat messages: ROLE: CONTENT, with blank lines between them.
+
+    Half a surrogate pair, as a sample that was cut in an emoji has it, cannot be sent: it becomes U+FFFD.
+    """
     if key not in row:
         raise UserError(f"{place}: no key {key!r}; {did_you_mean(key, row)}")
     value = row[key]
     if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
-        return "\n\n".join(f"{message['role']}: {message['content']}" for message in value)
+        value = "\n\n".join(f"{message['role']}: {message['content']}" for message in value)
     if not isinstance(value, str):
         raise UserError(f"{place}: {key!r} is {value!r:.40}, not a text; correct the row")
-    return value
+    return LONE_SURROGATE.sub("\ufffd", value)
 
 
 def _human_label(place: str, row: dict, key: str) -> str | None:

@@ -106,7 +106,7 @@ def plan(judges: list[Judge], units: list[Unit], journal: Journal) -> str:
         line = f"{judge.name}: {len(own)} verdicts, {len(own) - len(missing)} in the journal, {len(missing)} to ask for"
         if judge.is_paid:
             tokens = sum(unit.size for unit in missing) / BYTES_PER_TOKEN
-            line += f"; about {tokens / 1e6:.2f}M + {len(missing) * judge.expected_tokens / 1e6:.2f}M tokens"
+            line += f"; about {tokens:,.0f} + {len(missing) * judge.expected_tokens:,} tokens"
             cost = sum(expected_cost(unit, judge) for unit in missing)
             line += f", ${cost:.2f}" if judge.price else "; no price is known (--price IN,OUT)"
         lines.append(line)

@@ -88,6 +88,19 @@ def test_a_larger_sample_pays_for_the_difference_only(samples):
     assert [line["total"] for line in results(samples)] == [10, 25]
 
 
+def test_texts_of_all_kinds(tmp_path):
+    """Markup, templates, fences, emoji, half of one, and empty responses: all are judged, and the page is written."""
+    odd = ["</script>", "{{ 7 * 7 }}", "==== 0123abcd ====\n[Response 2]", "\U0001f600", "\ud83d", "\u2028", "", "\0"]
+    rows = [{"prompt": f"{n} {text}", "chosen": text, "policy": f"{n}{text}"} for n, text in enumerate(odd)]
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    with serve(delay=0.0, verdict="longer") as server:
+        done = compare(tmp_path, *at(server, "--report", "page.html"))
+    assert done.returncode == 0, done.stderr
+    (line,) = results(tmp_path)
+    assert (line["total"], line["win_rate"]) == (len(odd), 1.0)
+    assert "1 of 8 baselines are empty texts" in done.stdout
+
+
 @pytest.mark.parametrize("mode", ["text", "logprob"])
 def test_modes(samples, mode):
     with serve(delay=0.0, verdict="longer", confidence=0.9) as server:
