@@ -90,7 +90,7 @@ def test_a_larger_sample_pays_for_the_difference_only(samples):
 
 def test_texts_of_all_kinds(tmp_path):
     """Markup, templates, fences, emoji, half of one, and empty responses: all are judged, and the page is written."""
-    odd = ["</script>", "{{ 7 * 7 }}", "==== 0123abcd ====\n[Response 2]", "\U0001f600", "\ud83d", "\u2028", "", "\0"]
+    odd = ["</script>", "{{ 7 * 7 }}", "==== 0123abcd ====", "\U0001f600", "\ud83d", "\u2028", "", "\0"]
     rows = [{"prompt": f"{n} {text}", "chosen": text, "policy": f"{n}{text}"} for n, text in enumerate(odd)]
     (tmp_path / "samples.json").write_text(json.dumps(rows))
     with serve(delay=0.0, verdict="longer") as server:
