@@ -98,7 +98,7 @@ def test_texts_of_all_kinds(tmp_path):
     assert done.returncode == 0, done.stderr
     (line,) = results(tmp_path)
     assert (line["total"], line["win_rate"]) == (len(odd), 1.0)
-    assert "1 of 8 baselines are empty texts" in done.stdout
+    assert "2 of 8 baselines are empty texts" in done.stdout
 
 
 @pytest.mark.parametrize("mode", ["text", "logprob"])
