@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from halos.commands import FlagParser, boolean, report_user_errors
 from halos.config import overrides, validate
-from halos.errors import UserError, set_aside
+from halos.errors import UserError
+from halos.files import finished, make_room
 
 
 def arguments() -> argparse.Namespace:
@@ -140,12 +141,10 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
 def write_json(path: str, content) -> None:
     """Write beside and rename; what an earlier command wrote there is kept as NAME.bak-N."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.unfinished", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-    previous = set_aside(path)
-    if previous:
-        print(f"the earlier {path} is now {previous}")
-    os.replace(f"{path}.unfinished", path)
+    with finished(path) as unfinished:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+        make_room(path)
 
 
 def main() -> None:

@@ -56,8 +56,6 @@ class ChatJudge(Judge):
     calls after it. Keys of requests are those of what was wished for, so that a restart finds its answers.
     """
 
-    is_paid = True
-
     def __init__(
         self,
         model: str,
@@ -75,8 +73,6 @@ class ChatJudge(Judge):
         self.parameters: dict = {"temperature": 0, "max_tokens": 512, **MODES[mode]}
         self.expected_tokens = 1 if mode == "logprob" else 60
         self.wishes = json.dumps(self.parameters, sort_keys=True)
-        self.settled = False  # whether an answer came with these parameters
-        self.settling = asyncio.Lock()
         self.clients: list = []
         self.calls = 0
 
@@ -90,7 +86,7 @@ class ChatJudge(Judge):
         return sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in request)
 
     @property
-    def max_tokens(self) -> int:  # type: ignore[override]
+    def max_tokens(self) -> int:
         return self.parameters.get("max_tokens") or self.parameters.get("max_completion_tokens") or 4096
 
     def verdict(self, reply: Reply) -> float | None:
@@ -108,22 +104,10 @@ class ChatJudge(Judge):
         elif unread is not None:
             said = {"role": "assistant", "content": unread.text or "-"}
             request = [*request, said, {"role": "user", "content": REMINDER}]
-        if not self.settled:
-            async with self.settling:  # one call at a time, until one finds out what the server takes
-                if not self.settled:
-                    return await self._first(request)
         return await self._negotiate(request)
 
-    async def _first(self, request: list[dict]) -> Reply:
-        try:
-            reply = await self._negotiate(request)
-        except Unavailable as error:
-            self.settled = error.billed  # others need not wait for a server that hangs
-            raise
-        self.settled = True
-        return reply
-
     async def _negotiate(self, request: list[dict]) -> Reply:
+        """Ask, each time with one parameter less or another instead, until the server takes them all."""
         from openai import APIStatusError
 
         while True:
@@ -152,7 +136,7 @@ class ChatJudge(Judge):
             raise Unavailable(f"no answer within {self.timeout:g} s", billed=True) from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise Unavailable(f"{type(cause).__name__} {cause}".strip(), billed=not _refused(cause)) from error
+            raise Unavailable(f"{type(cause).__name__} {cause}".strip(), billed=not _unconnected(cause)) from error
         return read_completion(response.text, time.perf_counter() - started)
 
     async def open(self) -> None:
@@ -276,7 +260,7 @@ def retry_after(headers) -> float | None:
     return None
 
 
-def _refused(error: BaseException | None) -> bool:
+def _unconnected(error: BaseException) -> bool:
     """Whether no connection was made, so that nothing can have been billed."""
     import httpx2
 
@@ -319,7 +303,7 @@ def _p_first(choice: dict) -> float | None:
 
 def published_price(model: str, base_url: str) -> tuple[float, float] | None:
     """The published price of a model at OpenAI; a dated snapshot costs what its family costs."""
-    if not base_url.startswith(OPENAI_URL):
+    if base_url != OPENAI_URL:
         return None
     return PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
 
@@ -346,7 +330,7 @@ def _make_judge(
         raise UserError(
             f"--judge_kind score is for Python functions, and --judge {name} is none; give pkg.module:function"
         )
-    base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    base_url = (args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
     if not re.match(r"https?://[^/]", base_url):
         raise UserError(f"--base_url {base_url} is no address; give one such as http://localhost:8000/v1")
     price = price or published_price(name, base_url)

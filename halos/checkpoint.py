@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from halos import distributed
-from halos.errors import UserError, set_aside
+from halos.errors import UserError
+from halos.files import set_aside
 
 POLICY = "policy.pt"
 V_HEAD = "v_head.pt"

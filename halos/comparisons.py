@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from halos.datafiles import SUFFIXES, read_rows
+from halos.datafiles import SUFFIXES, is_message, read_rows
 from halos.errors import UserError, did_you_mean
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -107,7 +107,7 @@ def _text(place: str, row: dict, key: str) -> str:
     if key not in row:
         raise UserError(f"{place}: no key {key!r}; {did_you_mean(key, row)}")
     value = row[key]
-    if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
+    if isinstance(value, list) and value and all(map(is_message, value)):
         value = "\n\n".join(f"{message['role']}: {message['content']}" for message in value)
     if not isinstance(value, str):
         raise UserError(f"{place}: {key!r} is {value!r:.40}, not a text; correct the row")

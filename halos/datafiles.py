@@ -308,7 +308,7 @@ def _require(where: str, row: dict, *columns: str) -> None:
 def _prompt(where: str, value: object) -> str | list[dict]:
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+    if not isinstance(value, list) or not value or not all(map(is_message, value)):
         raise UserError(
             f"{where}: column 'prompt' is {_shown(value)}; give text, or a list of messages "
             '{"role": ..., "content": ...}'
@@ -321,7 +321,7 @@ def _response(where: str, row: dict, column: str) -> str:
     value = row[column]
     if value is None or isinstance(value, str):
         return value or ""
-    if not isinstance(value, list) or not all(map(_is_message, value)):
+    if not isinstance(value, list) or not all(map(is_message, value)):
         raise UserError(f"{where}: column {column!r} is {_shown(value)}; give text, or a list with one message")
     roles = [message["role"] for message in value]
     if roles != ["assistant"]:
@@ -332,7 +332,7 @@ def _response(where: str, row: dict, column: str) -> str:
     return value[0]["content"]
 
 
-def _is_message(value: object) -> bool:
+def is_message(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 

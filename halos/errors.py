@@ -1,7 +1,6 @@
 """What a user's mistake becomes: one line with the value, the reason, and the remedy, and exit code 2."""
 
 import difflib
-import os
 from collections.abc import Iterable
 
 
@@ -24,17 +23,3 @@ def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:
         listing = f"one of: {', '.join(known)}"
         parts.append(f"({listing})" if nearest else f"choose {listing}")
     return " ".join(parts)
-
-
-def set_aside(path: str) -> str | None:
-    """Rename what stands at `path` to the first free `path.bak-N` and return that name; None if nothing was there.
-
-    Every overwrite that a user asks for happens this way: what they made is moved, never deleted.
-    """
-    if not os.path.lexists(path):
-        return None
-    number = 1
-    while os.path.lexists(f"{path}.bak-{number}"):
-        number += 1
-    os.rename(path, f"{path}.bak-{number}")
-    return f"{path}.bak-{number}"

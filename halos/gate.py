@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from halos.errors import UserError
 from halos.judge import Stop
 
 
@@ -30,21 +31,19 @@ class Gate:
     """What a call passes before it is sent, one after the other, in the order in which they came.
 
     A rate limit lowers the number of calls in flight by 30 %, once for all calls that were in flight then, and every
-    answer raises it again by a little: one more call per round. Until the first answer there is one call at a time: it
-    finds out what the server takes, and the pace holds from the second call on.
+    answer raises it again by a little: one more call per round.
     """
 
     def __init__(self, limits: Limits, spent: float):
         self.limits, self.spent, self.reserved = limits, spent, 0.0
         self.in_flight = 0
-        self.allowed = 1.0
-        self.is_open = False
+        self.allowed = float(limits.concurrency)
         self.interval = max(limits.sleep_time, 60 / limits.rpm if limits.rpm else 0.0)
         self.next_at = self.resume_at = self.lowered_at = 0.0
         self.queue = asyncio.Lock()
         self.left = asyncio.Event()
         self.stopped = asyncio.Event()
-        self.reason: Stop | None = None
+        self.reason: UserError | None = None
 
     @asynccontextmanager
     async def call(self, tokens: float, cost: float) -> AsyncIterator[None]:
@@ -84,7 +83,7 @@ class Gate:
         if self.reason is not None:
             raise self.reason
 
-    def stop(self, reason: Stop) -> None:
+    def stop(self, reason: UserError) -> None:
         """Let no further call through; those in flight come to their end."""
         self.reason = self.reason or reason
         self.stopped.set()
@@ -99,14 +98,7 @@ class Gate:
         self.check()
 
     def answered(self) -> None:
-        self.open()
         self.allowed = min(self.allowed + 1 / self.allowed, self.limits.concurrency)
-
-    def open(self) -> None:
-        """The server is there: let as many calls through as are allowed."""
-        if not self.is_open:
-            self.is_open, self.allowed = True, float(self.limits.concurrency)
-            self.left.set()
 
     def rate_limited(self, sent_at: float, retry_after: float | None) -> None:
         """A 429: everyone waits as long as the server says."""

@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
@@ -34,15 +33,18 @@ class JournalLocked(UserError):
 class Entry:
     """What the journal knows of a key.
 
-    open: calls sent, of which nothing is known; lost: calls that failed and may have been billed all the same
+    sent: calls so far; open: those of which nothing is known; lost: those that failed, and may have been billed
+    error: why the last one failed, if it did
     answers: replies of the judge so far; tokens: input and output tokens of all that came back
     reply_at: where the line of the last answer starts, or -1
     """
 
     score: float | None = None
     failed: str | None = None
+    sent: int = 0
     open: int = 0
     lost: int = 0
+    error: str | None = None
     answers: int = 0
     tokens: tuple[int, int] = (0, 0)
     reply_at: int = -1
@@ -93,30 +95,29 @@ class Journal:
         if self.file is None:
             return 0
         position = 0
-        for number, line in enumerate(self._lines(), 1):
-            if not line.endswith(b"\n"):
-                self.torn = len(line)
-                if not self.read_only:
-                    self.file.truncate(position)
-                break
-            try:
-                self._index(json.loads(line), position)
-            except (ValueError, LookupError, TypeError, AttributeError):
-                self.damaged.append(number)
-            position += len(line)
-        return position
-
-    def _lines(self) -> Iterator[bytes]:
         with open(self.path, "rb") as lines:
-            yield from lines
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    if not self.read_only:  # otherwise somebody may be writing it
+                        self.torn = len(line)
+                        self.file.truncate(position)
+                    break
+                try:
+                    self._index(json.loads(line), position)
+                except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
+                    self.damaged.append(number)
+                position += len(line)
+        return position
 
     def _index(self, record: dict, position: int) -> None:
         kind = next(kind for kind in ("sent", "got", "error", "verdict") if kind in record)
         entry = self.entries.setdefault(record[kind], Entry())
         if kind == "sent":
+            entry.sent += 1
             entry.open += 1
         elif kind == "got":
             entry.open -= 1
+            entry.error = None
             tokens_in, tokens_out = record["usage"] or (0, 0)
             entry.tokens = (entry.tokens[0] + tokens_in, entry.tokens[1] + tokens_out)
             if not record["broken"]:
@@ -125,6 +126,7 @@ class Journal:
         elif kind == "error":
             entry.open -= 1
             entry.lost += bool(record["billed"])
+            entry.error = record["reason"]
         else:
             entry.score, entry.failed = record.get("score"), record.get("failed")
 

@@ -7,7 +7,6 @@ what becomes of requests is in halos/judging.py.
 """
 
 import asyncio
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -17,6 +16,7 @@ import operator
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -159,43 +159,47 @@ class Stop(UserError):
         self.code = code
 
 
-class Judge:
+class Judge(ABC):
     """Somebody who judges. See the top of this file; ChatJudge and FunctionJudge are the two kinds."""
 
     name: str
     has_positions = True
     price: tuple[float, float] | None = None  # US dollars per million input and output tokens
-    is_paid = False
-    max_tokens = 0  # of an answer
-    expected_tokens = 0
+    expected_tokens = 0  # of an answer; 0 where nothing is paid
 
+    @property
+    def max_tokens(self) -> int:
+        """Of an answer."""
+        return self.expected_tokens
+
+    @abstractmethod
     def request(self, pair: Pair, order: int) -> Any:
         """What is asked; order 0 shows the candidate first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key(self, request: Any) -> str:
         """32 hex digits over all that decides what is answered."""
-        raise NotImplementedError
 
     def size(self, request: Any) -> int:
         """Bytes of the texts that are paid for."""
         return 0
 
+    @abstractmethod
     async def ask(self, request: Any, unread: Reply | None = None) -> Reply:
         """One call. unread: the previous reply, in which no verdict was found.
 
         Raises Unavailable, Unanswerable, or Stop.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def verdict(self, reply: Reply) -> float | None:
-        raise NotImplementedError
+        """What the reply says of the first slot: 1 better, 0 worse, 0.5 a tie; None where it says nothing."""
 
-    async def open(self) -> None:
+    async def open(self) -> None:  # noqa: B027
         """Make ready, before the first call."""
 
-    async def close(self) -> None:
-        pass
+    async def close(self) -> None:  # noqa: B027
+        """Let go of what `open` took."""
 
 
 # ---- Python functions
@@ -278,8 +282,8 @@ def _version_of(function: Callable) -> str:
         path = inspect.getsourcefile(type(function))
     if path is None or not os.path.isfile(path):
         return ""
-    with open(path, "rb") as file:
-        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return digest(file.read()).hex()
 
 
 def is_python(name: str) -> bool:

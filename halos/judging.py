@@ -2,14 +2,14 @@
 
 A unit is one pair in one order before one judge. Its key identifies the request, and the journal says what is known of
 it; `judge_all` asks for what is missing. There is one retry loop (`Run.settle`), and one gate that every call passes
-(`Gate`): it holds the number in flight, the pace, pauses that a server asked for, and the budget.
+(halos/gate.py): it holds the number in flight, the pace, pauses that a server asked for, and the budget.
 """
 
 import asyncio
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,6 +53,16 @@ def units_of(pairs: list[Pair], judges: list[Judge], both_orders: bool, seed: in
     return units
 
 
+def distinct(units: Iterable[Unit]) -> list[Unit]:
+    """One unit per key: two equal responses give the same request in both orders."""
+    return list({unit.key: unit for unit in units}.values())
+
+
+def missing(units: list[Unit], journal: Journal) -> list[Unit]:
+    """What is still to be asked."""
+    return distinct(unit for unit in units if not journal.entry(unit.key).final)
+
+
 def scores_of(pairs: list[Pair], judges: list[Judge], units: list[Unit], journal: Journal) -> list[JudgeScores]:
     """What the journal holds, as arrays over pairs."""
     everyone = [
@@ -76,15 +86,15 @@ def replies_of(units: list[Unit], journal: Journal) -> Callable[[int, int, int],
         key = keys.get((judge, pair, order))
         if key is None:
             return None
-        said, failed = journal.reply(key), journal.entry(key).failed
-        return "\n\n".join(text for text in (failed, said and said.text) if text) or None
+        said, entry = journal.reply(key), journal.entry(key)
+        return "\n\n".join(text for text in (entry.failed or entry.error, said and said.text) if text) or None
 
     return reply
 
 
 def billing(judges: list[Judge], units: list[Unit], journal: Journal) -> dict:
     """What this comparison took, in all its runs: answers, tokens, US dollars, calls possibly billed."""
-    entries = {unit.key: journal.entry(unit.key) for unit in units}.values()
+    entries = [journal.entry(unit.key) for unit in distinct(units)]
     return {
         "answers": sum(entry.answers for entry in entries),
         "tokens": [sum(entry.tokens[side] for entry in entries) for side in (0, 1)],
@@ -101,13 +111,13 @@ def plan(judges: list[Judge], units: list[Unit], journal: Journal) -> str:
     """What is to be done, and what it will cost, a line for each judge; and what may have been billed before."""
     lines = []
     for index, judge in enumerate(judges):
-        own = {unit.key: unit for unit in units if unit.judge == index}.values()
-        missing = [unit for unit in own if not journal.entry(unit.key).final]
-        line = f"{judge.name}: {len(own)} verdicts, {len(own) - len(missing)} in the journal, {len(missing)} to ask for"
-        if judge.is_paid:
-            tokens = sum(unit.size for unit in missing) / BYTES_PER_TOKEN
-            line += f"; about {tokens:,.0f} + {len(missing) * judge.expected_tokens:,} tokens"
-            cost = sum(expected_cost(unit, judge) for unit in missing)
+        own = distinct(unit for unit in units if unit.judge == index)
+        todo = missing(own, journal)
+        line = f"{judge.name}: {len(own)} verdicts, {len(own) - len(todo)} in the journal, {len(todo)} to ask for"
+        if judge.expected_tokens:
+            tokens = sum(unit.size for unit in todo) / BYTES_PER_TOKEN
+            line += f"; about {tokens:,.0f} + {len(todo) * judge.expected_tokens:,} tokens"
+            cost = sum(expected_cost(unit, judge) for unit in todo)
             line += f", ${cost:.2f}" if judge.price else "; no price is known (--price IN,OUT)"
         lines.append(line)
     if journal.torn:
@@ -119,7 +129,7 @@ def plan(judges: list[Judge], units: list[Unit], journal: Journal) -> str:
 
 def possibly_billed(units: list[Unit], journal: Journal) -> list[str]:
     """Calls that were sent and whose answer was never seen, as where a process was killed: a line, or none."""
-    keys = {unit.key: unit for unit in units if journal.entry(unit.key).possibly_billed}
+    keys = [unit.key for unit in distinct(units) if journal.entry(unit.key).possibly_billed]
     if not keys:
         return []
     n = sum(journal.entry(key).possibly_billed for key in keys)
@@ -148,7 +158,7 @@ def dollars(judge: Judge, tokens_in: float, tokens_out: float) -> float:
 def spent(judges: list[Judge], units: list[Unit], journal: Journal) -> float:
     """What the journal's replies to these units cost, and at most what calls without a reply did."""
     total = 0.0
-    for unit in {unit.key: unit for unit in units}.values():
+    for unit in distinct(units):
         entry, judge = journal.entry(unit.key), judges[unit.judge]
         total += dollars(judge, *entry.tokens) + entry.possibly_billed * largest_cost(unit, judge)
     return total
@@ -167,42 +177,39 @@ class Run:
         self.failures: dict[str, str] = {}  # key -> reason
         self.scores: list[float] = []  # of the candidate, for the bar
 
-    def pending(self) -> list[Unit]:
-        """One unit per key: the same two texts give the same request in both orders."""
-        missing = {unit.key: unit for unit in self.units if not self.journal.entry(unit.key).final}
-        return list(missing.values())
-
-    async def run(self, bar: tqdm) -> None:
+    async def run(self, todo: list[Unit], bar: tqdm) -> None:
+        """Settle each judge's first unit alone, for it finds out what the server takes, and then all others at once."""
         self.bar = bar
-        pending = self.pending()
-        for judge in self.judges if pending else ():
-            await judge.open()
-        todo = iter(pending)
-        workers = [asyncio.create_task(self.work(todo)) for _ in range(min(self.limits.concurrency, len(pending)))]
+        first = list({unit.judge: unit for unit in reversed(todo)}.values())
         sync = asyncio.create_task(self.journal.sync_regularly())
         try:
-            with self.signals(workers):
-                ended = await asyncio.gather(*workers, return_exceptions=True)
+            for unit in first:
+                await self.judges[unit.judge].open()
+            with self.signals():
+                await self.work_through(first, 1)
+                await self.work_through([unit for unit in todo if unit not in first], self.limits.concurrency)
         finally:
             sync.cancel()
             for judge in self.judges:
                 await judge.close()
-        for bug in ended:
-            if isinstance(bug, Exception):
-                raise bug
         self.gate.check()
+
+    async def work_through(self, todo: list[Unit], n_workers: int) -> None:
+        units = iter(todo)
+        self.workers = [asyncio.create_task(self.work(units)) for _ in range(n_workers)]
+        for ended in await asyncio.gather(*self.workers, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
 
     async def work(self, todo: Iterator[Unit]) -> None:
         try:
             for unit in todo:
                 self.gate.check()
                 await self.settle(unit)
-        except Stop as reason:
+        except UserError as reason:  # Stop, or a journal that cannot be written
             self.gate.stop(reason)
-        except UserError as error:  # the journal cannot be written
-            self.gate.stop(Stop(error.code, str(error)))
         except Exception:
-            self.gate.stop(Stop(1, "a bug"))  # which `run` raises in full
+            self.gate.stop(Stop(1, "a bug"))  # which `work_through` raises in full
             raise
 
     async def settle(self, unit: Unit) -> None:
@@ -227,14 +234,14 @@ class Run:
                 errors += not error.rate_limited
                 if errors == MAX_TRIES or rate_limits == MAX_RATE_LIMITS:
                     return self.fail(unit, str(error), final=False)
+                self.bar.set_postfix_str(f"trying again: {str(error)[:60]}")
                 await self.gate.pause(self.wait_after(error, errors + rate_limits))
 
     async def ask(self, unit: Unit, judge: Judge, request, unread: Reply | None) -> Reply:
         """One call, with its lines in the journal."""
         tokens = unit.size / BYTES_PER_TOKEN + judge.max_tokens
         cost = largest_cost(unit, judge)
-        entry = self.journal.entry(unit.key)
-        attempt = entry.answers + entry.lost + entry.open + 1
+        attempt = self.journal.entry(unit.key).sent + 1
         async with self.gate.call(tokens, cost):
             sent_at = time.monotonic()
             row = self.pairs[unit.pair].row
@@ -245,8 +252,6 @@ class Run:
                 billed = isinstance(error, Unavailable) and error.billed
                 self.journal.error(unit.key, str(error), billed)
                 self.gate.spent += cost * billed
-                if billed:  # others need not wait for one that hangs
-                    self.gate.open()
                 if isinstance(error, Unavailable) and error.rate_limited:
                     self.gate.rate_limited(sent_at, error.retry_after)
                 raise
@@ -308,7 +313,7 @@ class Run:
         self.bar.update()
 
     @contextmanager
-    def signals(self, workers: list[asyncio.Task]) -> Iterator[None]:
+    def signals(self) -> Iterator[None]:
         """Ctrl-C lets the calls in flight end, for they are paid; a second one drops them."""
         loop = asyncio.get_running_loop()
 
@@ -317,7 +322,7 @@ class Run:
                 self.gate.stop(Stop(130, "interrupted; run the same command again to go on, nothing is paid twice"))
                 self.bar.write(f"waiting for {self.gate.in_flight} calls in flight; Ctrl-C again drops them")
             else:
-                for worker in workers:
+                for worker in self.workers:
                     worker.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -334,7 +339,8 @@ def judge_all(
 ) -> None:
     """Ask for every verdict that the journal lacks. Raises Stop where that did not come to its end."""
     run = Run(pairs, judges, units, journal, limits, verbose)
-    done = len(units) - len(run.pending())
-    with tqdm(total=len(units), initial=done, desc="judging", unit="call", dynamic_ncols=True, mininterval=0.5) as bar:
-        asyncio.run(run.run(bar))
+    todo, total = missing(units, journal), len(distinct(units))
+    bar = tqdm(total=total, initial=total - len(todo), desc="judging", unit="call", dynamic_ncols=True, mininterval=0.5)
+    with bar:
+        asyncio.run(run.run(todo, bar))
     run.check_failures()

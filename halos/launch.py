@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from halos import distributed
 from halos.errors import UserError
+from halos.files import finished
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the run
 PASSED_ON = signal.SIGUSR1  # goes to every process, for the handler that it may have
@@ -346,9 +347,8 @@ def _give_up(error: BaseException, folder: str) -> None:
         return
     with suppress(OSError):  # the launcher is gone, and its folder
         path = os.path.join(folder, f"last_words-{os.environ['RANK']}")
-        with open(f"{path}.unfinished", "w") as file:
+        with finished(path) as unfinished, open(unfinished, "w") as file:
             json.dump(words._asdict(), file)
-        os.rename(f"{path}.unfinished", path)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(words.code)

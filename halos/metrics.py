@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from halos import distributed
+from halos.files import finished
 
 # The panels of curves.png: title -> the metrics in it, whatever of them a loss reports.
 PANELS = {
@@ -132,10 +133,9 @@ def draw_curves(run_dir: str, title: str) -> None:
         axis.legend(fontsize=7)
     figure.suptitle(title)
     figure.tight_layout()
-    unfinished = os.path.join(run_dir, ".curves.png")
-    figure.savefig(unfinished, dpi=110, format="png")
+    with finished(os.path.join(run_dir, "curves.png")) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
-    os.replace(unfinished, os.path.join(run_dir, "curves.png"))
 
 
 def _in_both_modes(pattern: str) -> list[str]:

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 
-from halos import report, statistics
+from halos import figure, statistics
 from halos.comparisons import JudgeScores, Pair, lengths
-from halos.errors import UserError, set_aside
+from halos.errors import UserError
+from halos.files import make_room
+from halos.report import estimate, write_html
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -49,18 +51,15 @@ def table(summary: dict, candidate: str, baseline: str) -> str:
         rows.append(("judges' agreement", _kappa(summary["agreement"])))
     if summary["human"]:
         human = summary["human"]
-        rows.append(("human agreement", f"{_rate(human['agreement'], human['interval'])}; {_kappa(human)}"))
+        rows.append(("human agreement", f"{estimate(human['agreement'], human['interval'])}; {_kappa(human)}"))
     if "calls" in summary:
         rows.append(("calls", _calls(summary["calls"])))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows).replace("\u00a0", " ")
 
 
 def _rate(rate: float | None, interval: list[float] | None, note: str = "") -> str:
-    if rate is None:
-        return "-"
-    low, high = (100 * bound for bound in interval or (rate, rate))
-    return f"{100 * rate:.1f} % [{low:.1f}, {high:.1f}]" + f"  {note}" * bool(note)
+    return estimate(rate, interval) + f"  {note}" * (rate is not None and bool(note))
 
 
 def _p(p: float | None) -> str:
@@ -68,12 +67,12 @@ def _p(p: float | None) -> str:
 
 
 def _controlled(fit: dict) -> str:
-    return _rate(fit["win_rate"], fit["interval"]) if fit["win_rate"] is not None else f"- ({fit['reason']})"
+    return estimate(fit["win_rate"], fit["interval"]) + (f" ({fit['reason']})" if fit["reason"] else "")
 
 
 def _position(position: dict) -> str:
     if position["first_slot_share"] is None:
-        return f"- ({position['reason']})"
+        return f"– ({position['reason']})"
     text = f"the first slot won {100 * position['first_slot_share']:.1f} % of the decided verdicts"
     if position["mcnemar_p"] is not None:
         n = position["inconsistent"] + position["consistent"]
@@ -82,7 +81,7 @@ def _position(position: dict) -> str:
 
 
 def _judge(one: dict) -> str:
-    return f"{_rate(one['win_rate'], one['interval'])}  {one['wins']} / {one['losses']} / {one['ties']}"
+    return f"{estimate(one['win_rate'], one['interval'])}  {one['wins']} / {one['losses']} / {one['ties']}"
 
 
 def _kappa(agreement: dict) -> str:
@@ -140,19 +139,12 @@ def write_all(
     title = f"{args.file}: {args.candidate_key} against {args.baseline_key}"
     ours, theirs = lengths(pairs)
     if args.plot:
-        keep(args.plot)
-        report.plot(args.plot, title, summary, statistics.pair_scores(scores), ours - theirs)
+        make_room(args.plot)
+        figure.plot(args.plot, title, summary, statistics.pair_scores(scores), ours - theirs)
     if args.report:
-        keep(args.report)
-        report.write_html(
-            args.report,
-            title,
-            summary,
-            pairs,
-            scores,
-            reply,
-            shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        )
+        make_room(args.report)
+        command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        write_html(args.report, title, summary, pairs, scores, reply, command)
     complete = summary["failed_units"] <= args.max_fail * sum(int(one.asked.sum()) for one in scores)
     if complete:
         with open(args.results_file, "a", encoding="utf-8") as file:
@@ -161,9 +153,3 @@ def write_all(
         print(f"{summary['failed_units']} verdicts are missing: no line is added to {args.results_file}")
     written = [path for path in (args.results_file if complete else None, args.plot, args.report) if path]
     print(f"written to {', '.join(written)}" if written else "nothing was written")
-
-
-def keep(path: str) -> None:
-    previous = set_aside(path)
-    if previous:
-        print(f"the earlier {path} is now {previous}")

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections import defaultdict
 
 import pytest
 
@@ -185,6 +186,11 @@ def test_a_bad_day(samples):
     whole = {record["id"] for record in answers}
     assert all(paid in whole or any(paid in record["text"] for record in answers) for paid in stats["ids"])
     assert stats["max_in_flight"] <= 32
+    attempts = defaultdict(list)
+    for record in kept(records, "sent"):
+        attempts[record["sent"]].append(record["attempt"])
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in attempts.values())
+    assert max(map(len, attempts.values())) > 1
 
 
 def test_killed_five_times_and_finished(tmp_path):
@@ -258,6 +264,23 @@ def test_a_second_process_on_a_journal_exits_with_5(samples):
 
 
 # ---- Limits and failures
+
+
+def test_what_was_given_up_says_why_and_is_asked_again(samples):
+    """Another run may mend it: the page shows the reason, and nothing is final."""
+    (samples / "mine.py").write_text(
+        "import os\n\ndef judge(prompt, first, second):\n"
+        "    if 'Human: 3 ' in prompt and not os.path.exists('mended'):\n        raise RuntimeError('no light')\n"
+        "    return 1 if len(first) > len(second) else 2\n"
+    )
+    words = ["--judge", "mine:judge", "--report", "page.html"]
+    done = compare(samples, *words, "--max_fail", "0.05")
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeError: no light" in (samples / "page.html").read_text()
+    assert results(samples)[0]["failed_units"] == 2
+    (samples / "mended").touch()
+    assert compare(samples, *words).returncode == 0
+    assert results(samples)[1]["failed_units"] == 0
 
 
 def test_dry_run_prints_calls_and_cost_and_makes_none(samples):

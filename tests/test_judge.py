@@ -208,7 +208,6 @@ def test_published_prices_are_of_openai_alone():
 
 def test_a_rate_limit_lowers_once_for_all_in_flight_and_answers_raise_it():
     gate = Gate(Limits(concurrency=10), spent=0.0)
-    gate.open()
     sent_at = time.monotonic()
     gate.rate_limited(sent_at, None)
     gate.rate_limited(sent_at, None)
@@ -252,7 +251,6 @@ def test_the_budget_counts_what_is_in_flight():
 
     async def run() -> list[str]:
         gate, said = Gate(Limits(max_cost=1.0), spent=0.0), []
-        gate.open()
 
         async def call(name: str, real: float) -> None:
             async with gate.call(tokens=0, cost=0.4):

@@ -12,7 +12,7 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from halos import report
+from halos import figure, report
 from halos.comparisons import JudgeScores, Pair
 from halos.statistics import pair_scores, summarize
 
@@ -204,7 +204,7 @@ def test_nothing_but_nulls(tmp_path, names):
         and "None" not in page.split("<script")[0]
         and "nan" not in page.split("<script")[0]
     )
-    report.plot(str(tmp_path / "plot.png"), "none", nothing(names), np.empty(0), np.empty(0))
+    figure.plot(str(tmp_path / "plot.png"), "none", nothing(names), np.empty(0), np.empty(0))
     assert image.imread(tmp_path / "plot.png").shape[1] == 1950
 
 
@@ -213,7 +213,7 @@ def test_summaries_with_all_units_failed(tmp_path):
     failed = [JudgeScores("a", np.full((57, 2), np.nan), np.ones((57, 2), bool))]
     write(tmp_path / "page.html", PAIRS, failed)
     summary = summary_of(PAIRS, failed)
-    report.plot(str(tmp_path / "plot.png"), "none", summary, pair_scores(failed), np.zeros(57))
+    figure.plot(str(tmp_path / "plot.png"), "none", summary, pair_scores(failed), np.zeros(57))
     assert islands((tmp_path / "page.html").read_text(encoding="utf-8"))[0]["counts"]["failure"] == 57
 
 
@@ -228,11 +228,11 @@ def test_plot_is_a_figure_with_the_colours_of_its_panels(tmp_path, n_judges):
     differences = np.array([len(pair.candidate) - len(pair.baseline) for pair in PAIRS])
     path = tmp_path / "plot.png"
     title = "policy against $chosen, \\frac \ud800 100 %"  # which is no formula
-    report.plot(str(path), title, summary_of(PAIRS, judges), pair_scores(judges), differences)
+    figure.plot(str(path), title, summary_of(PAIRS, judges), pair_scores(judges), differences)
     pixels = pixels_of(path)
     assert pixels.shape[1] == 1950 and 450 < pixels.shape[0] < 800
     colors = {f"#{color:06x}" for color in np.unique(pixels)}
-    assert {report.BLUE, report.ORANGE, report.GREY, report.PURPLE, report.INK} <= colors
+    assert {figure.BLUE, figure.ORANGE, figure.GREY, figure.PURPLE, figure.INK} <= colors
     assert [name.name for name in tmp_path.iterdir()] == ["plot.png"]
 
 
@@ -246,7 +246,7 @@ def test_length_panel_draws_the_scores_and_the_fit(tmp_path, monkeypatch):
     won = rng.random(60) < 1 / (1 + np.exp(-differences / 300))
     judges = [JudgeScores("a", won[:, None] * np.ones(2), np.ones((60, 2), bool))]
     summary = summary_of(pairs, judges)
-    report.plot(str(tmp_path / "plot.png"), "lengths", summary, pair_scores(judges), differences)
+    figure.plot(str(tmp_path / "plot.png"), "lengths", summary, pair_scores(judges), differences)
     lines = [line.get_xydata() for line in figures[0].axes[1].lines]
     points = np.concatenate([xy for xy in lines if len(xy) == 1])
     (curve,) = (xy for xy in lines if len(xy) > 2)
