@@ -67,11 +67,11 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
     """samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
     import dataloaders
-    from halos import distributed, models
+    from halos import distributed, loading
     from halos.sampling import sample as sample_from
     from halos.tokens import Encoder, truncate_prompt
 
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = loading.load_tokenizer(config)
     encoder = Encoder(tokenizer)
     with distributed.first_on_each_node():
         prompts = dataloaders.read_prompts(config, tokenizer, args.file, args.n_samples)
@@ -81,10 +81,10 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
     ]
     path = os.path.join(config.samples_dir, f"{sample_name(config, policy_pt)}.json")
     device = distributed.default_device()
-    models.check_whole_copy(config, device)
+    loading.check_whole_copy(config, device)
 
     def responses_of(description: str, **weights) -> list[str]:
-        lm = models.load_lm(config, models.compute_dtype(config, device), **weights).to(device)
+        lm = loading.load_lm(config, loading.compute_dtype(config, device), **weights).to(device)
         return sample_from(
             lm,
             encoder,
@@ -119,13 +119,13 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     """eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
     import dataloaders
     import trainers
-    from halos import distributed, models
+    from halos import distributed, loading
 
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = loading.load_tokenizer(config)
     with distributed.first_on_each_node():
         loader = dataloaders.make_loader(config, tokenizer, "test")
     dataloaders.describe(loader, "test")
-    policy, reference = models.load_policy_and_reference(config, tokenizer, distributed.default_device(), policy_pt)
+    policy, reference = loading.load_policy_and_reference(config, tokenizer, distributed.default_device(), policy_pt)
     directory = os.path.dirname(os.path.abspath(args.config))
     trainer = getattr(trainers, config.loss.trainer)(policy, reference, tokenizer, config, None, loader, directory)
     results = trainer.evaluate()
@@ -151,10 +151,10 @@ def main() -> None:
     with report_user_errors():
         args = arguments()
         config, policy_pt = load_run(args)
-        from halos import models
+        from halos import loading
         from halos.launch import launch
 
-        models.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
+        loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
         command = {"sample": sample, "eval": evaluate}[args.mode]
         launch(command, args, config, policy_pt, nproc_per_node=config.nproc_per_node)
 

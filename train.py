@@ -1,7 +1,7 @@
 """Train: python train.py loss=kto model=llama7b datasets=[shp,hh,oasst] exp_name=kto_llama7b
 
-Every key is in config/config.yaml, config/loss/ and config/model/; `python train.py --help` prints them. What a loss
-is, and the loop, are in trainers.py; the data is in dataloaders.py.
+Every key is in config/config.yaml, config/loss/ and config/model/; `python train.py --help` prints them. The losses are
+in trainers.py, the data in dataloaders.py, the loop in halos/trainer.py.
 """
 
 import json
@@ -19,12 +19,12 @@ def main(config: DictConfig) -> None:
     import trainers
 
     validate(config, trainers, dataloaders)
-    from halos import checkpoint, distributed, models
+    from halos import distributed, loading, run_dir
     from halos.launch import launch
 
     if distributed.is_main():
-        checkpoint.refuse_existing(config)
-    models.check_load_from(config)
+        run_dir.refuse_existing(config)
+    loading.check_load_from(config)
     launch(run, config, nproc_per_node=config.nproc_per_node)
 
 
@@ -32,10 +32,10 @@ def run(config: DictConfig) -> None:
     """What each process of a run does."""
     import dataloaders
     import trainers
-    from halos import checkpoint, distributed, models
+    from halos import checkpoint, distributed, loading, run_dir
     from utils import rank0_print
 
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = loading.load_tokenizer(config)
 
     #### DATA
     training = config.mode == "train"
@@ -43,22 +43,22 @@ def run(config: DictConfig) -> None:
     with distributed.first_on_each_node():
         loaders = {split: dataloaders.make_loader(config, tokenizer, split) for split in splits}
     counts = {split: dataloaders.describe(loader, split) for split, loader in loaders.items()}
-    run_dir = checkpoint.create_run_directory(config)
+    directory = run_dir.create(config)
     if distributed.is_main():
-        with open(os.path.join(run_dir, "data.json"), "w") as file:
+        with open(os.path.join(directory, "data.json"), "w") as file:
             json.dump(counts, file, indent=1)
 
     #### MODELS
-    policy, reference = models.load_policy_and_reference(config, tokenizer, distributed.default_device())
+    policy, reference = loading.load_policy_and_reference(config, tokenizer, distributed.default_device())
     parameters = f"{type(policy.lm).__name__}, {policy.lm.num_parameters():,} parameters"
     rank0_print(f"{parameters}; {policy.description}; {distributed.describe()}")
 
     #### TRAINING
     trainer_class = getattr(trainers, config.loss.trainer)
-    trainer = trainer_class(policy, reference, tokenizer, config, loaders.get("train"), loaders["test"], run_dir)
+    trainer = trainer_class(policy, reference, tokenizer, config, loaders.get("train"), loaders["test"], directory)
     if training:
         trainer.train()
-        rank0_print(f"saved to {os.path.join(run_dir, 'LATEST', checkpoint.POLICY)}")
+        rank0_print(f"saved to {os.path.join(directory, 'LATEST', checkpoint.POLICY)}")
     else:
         for name, value in trainer.evaluate().items():
             rank0_print(f"{name}: {value:.6g}")

@@ -11,47 +11,14 @@ import shutil
 from collections.abc import Sequence
 
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from halos import distributed
+from halos import distributed, run_dir
 from halos.errors import UserError
-from halos.files import set_aside
 
 POLICY = "policy.pt"
 V_HEAD = "v_head.pt"
-
-
-#### THE RUN DIRECTORY
-
-
-def run_directory(config: DictConfig) -> str:
-    return os.path.join(config.cache_dir, config.exp_name)
-
-
-def refuse_existing(config: DictConfig) -> None:
-    """A run never writes into a directory in which something is, unless overwrite=true moves that aside."""
-    path = run_directory(config)
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{path} is a file, and the run would be a directory there; choose another exp_name")
-    if os.path.isdir(path) and os.listdir(path) and not config.overwrite:
-        raise UserError(
-            f"{path} already holds a run; choose another exp_name, or overwrite=true (renames it to {path}.bak-N)"
-        )
-
-
-def create_run_directory(config: DictConfig) -> str:
-    """The run's directory, which the main process makes, with its config.yaml; an old run there is renamed."""
-    path = run_directory(config)
-    if not distributed.is_main():
-        return path
-    if os.path.isdir(path) and not os.listdir(path):
-        os.rmdir(path)
-    set_aside(path)
-    os.makedirs(path)
-    OmegaConf.save(config, os.path.join(path, "config.yaml"), resolve=True)
-    return path
 
 
 #### SAVING
@@ -88,7 +55,7 @@ def _write(directories, states, lm, tokenizer, config, step, metrics, export_dty
         torch.save({"step_idx": step, "state": content, "metrics": metrics}, os.path.join(unfinished, name))
     export(unfinished, lm, states[POLICY], tokenizer, export_dtype)
     with open(os.path.join(unfinished, "README.md"), "w") as file:
-        file.write(model_card(config, step, metrics))
+        file.write(run_dir.model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(unfinished, "config.yaml"), resolve=True)
     for other in directories[1:]:
         # Checkpoint files are never written in place, so that two directories can share them.
@@ -138,51 +105,6 @@ def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: t
     lm.save_pretrained(directory, state_dict=state)
     _set_dtype(os.path.join(directory, "config.json"), dtype)
     tokenizer.save_pretrained(directory)
-
-
-def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
-    """Loss, data, hyperparameters, final metrics, and how to load it."""
-    model, loss = config.model, config.loss
-    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["halos", loss.name]}
-    if model.name_or_path:
-        header["base_model"] = model.name_or_path
-    base = model.name_or_path or f"a {model.architecture.model_type} with random weights"
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    settings = {
-        "loss": OmegaConf.to_container(loss, resolve=True),
-        "optimizer": {"name": config.optimizer, "lr": config.lr, **config.optimizer_kwargs},
-        "lr_scheduler": config.lr_scheduler,
-        "warmup_steps": config.warmup_steps,
-        "batch_size": model.batch_size * model.gradient_accumulation_steps,
-        "max_length": model.max_length,
-        "seed": config.seed,
-    }
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False)}---
-# {config.exp_name}
-
-{base}, trained with the `{loss.name}` loss ({loss.trainer}) on {", ".join(config.datasets)}: {step} updates from
-{f"`{model.load_from}`" if model.load_from else "the base weights"}.
-
-## Use
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
-prompt = tokenizer("\\n\\nHuman: Hello!\\n\\nAssistant:", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
-```
-
-## Metrics on the test split
-| metric | value |
-|---|---|
-{rows}
-
-## Hyperparameters
-```yaml
-{yaml.safe_dump(settings, sort_keys=False)}```
-"""
 
 
 def _set_dtype(path: str, dtype: torch.dtype) -> None:

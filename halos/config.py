@@ -1,7 +1,8 @@
 """The configuration: from what the user typed to a config in which every value makes sense.
 
 `validate` finds every mistake that shows before anything loads, and `overrides` changes a config that a run has saved.
-Which keys there are is said by the YAML files under config/ alone; RULES and CHOICES below say which values they take.
+Which keys there are is said by the YAML files under config/ alone; RULES and CHOICES below say which values they take,
+and a trainer's `rules` those of its loss.
 How a mistake is shown to the user is in `halos/commands.py`.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from glob import glob
 from types import ModuleType
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -21,7 +22,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from halos import rules
 from halos.errors import UserError, did_you_mean
+from halos.rules import Rule
 
 # Dictionaries whose keys are not all in the YAML files: a check further down knows them.
 OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
@@ -29,53 +32,37 @@ OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
 OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False, "loss.use_value_head": False}
 
 
-def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def _whole(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _text(x: Any) -> TypeGuard[str]:
-    return isinstance(x, str) and bool(x.strip())
-
-
-# (what a value must be, the test of it, the keys that it holds for)
-RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "a whole number of at least 1",
-        lambda x: _whole(x) and x >= 1,
-        "eval_every n_eval_examples n_samples model.batch_size model.gradient_accumulation_steps model.eval_batch_size"
-        " model.max_length model.max_prompt_length model.max_tokens_per_forward",
-    ),
-    (
-        "a whole number of at least 1, or null",
-        lambda x: x is None or (_whole(x) and x >= 1),
-        "n_epochs n_examples nproc_per_node hsdp_replicas",
-    ),
-    ("a whole number of at least 0", lambda x: _whole(x) and x >= 0, "seed warmup_steps"),
-    ("a number of at least 0", lambda x: _number(x) and 0 <= x < math.inf, "lr temperature minimum_log_interval_secs"),
-    ("a number above 0", lambda x: _number(x) and x > 0, "model.max_grad_norm model.v_head_max_grad_norm"),
-    ("a number above 0 and at most 1", lambda x: _number(x) and 0 < x <= 1, "top_p"),
-    (
-        "true or false",
-        lambda x: isinstance(x, bool),
-        "do_first_eval intermediate_checkpoints overwrite trust_remote_code wandb.enabled loss.use_reference_model"
-        " model.activation_checkpointing model.compile use_fsdp",
-    ),
-    ("true, false or auto", lambda x: isinstance(x, bool) or x == "auto", "model.packing"),
-    (
-        "text",
-        _text,
-        "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name",
-    ),
-    (
-        "text or null",
-        lambda x: x is None or _text(x),
-        "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name",
-    ),
-)
+# The values that keys of every run can have. The trainer of a loss states the rules of its hyperparameters.
+RULES: dict[str, Rule] = {
+    key: rule
+    for rule, keys in (
+        (
+            rules.whole(least=1),
+            "eval_every n_eval_examples n_samples model.batch_size model.gradient_accumulation_steps"
+            " model.eval_batch_size model.max_length model.max_prompt_length model.max_tokens_per_forward",
+        ),
+        (rules.whole(least=1).or_null(), "n_epochs n_examples nproc_per_node hsdp_replicas"),
+        (rules.whole(least=0), "seed warmup_steps"),
+        (rules.number(least=0), "lr temperature minimum_log_interval_secs"),
+        (
+            Rule("a number above 0", lambda x: x == math.inf or rules.number(above=0).allows(x)),
+            "model.max_grad_norm model.v_head_max_grad_norm",
+        ),
+        (rules.number(above=0, most=1), "top_p"),
+        (
+            rules.flag,
+            "do_first_eval intermediate_checkpoints overwrite trust_remote_code wandb.enabled loss.use_reference_model"
+            " model.activation_checkpointing model.compile use_fsdp",
+        ),
+        (rules.choice(True, False, "auto"), "model.packing"),
+        (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name"),
+        (
+            rules.text.or_null(),
+            "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name",
+        ),
+    )
+    for key in keys.split()
+}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("train", "eval"),
@@ -86,18 +73,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.reference_dtype": ("float32", "bfloat16", "null"),
     "model.export_dtype": ("float32", "bfloat16", "float16", "null"),
 }
-
-# The same for hyperparameters that some losses have and others do not.
-LOSS_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("a whole number of at least 1", lambda x: _whole(x) and x >= 1, "loss.ppo_epochs"),
-    ("a number above 0 and at most 1", lambda x: _number(x) and 0 < x <= 1, "loss.cliprange"),
-    ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, "loss.gamma loss.lam"),
-    ("a number of at least 0", lambda x: _number(x) and 0 <= x < math.inf, "loss.critic_coef loss.KL_coef"),
-    ("k3 or k1", lambda x: x in ("k3", "k1"), "loss.kl_estimator"),
-)
-
-ALWAYS_RULED = (*(key for _, _, keys in RULES for key in keys.split()), *CHOICES)
-RULED = (*ALWAYS_RULED, *(key for _, _, keys in LOSS_RULES for key in keys.split()))
 
 
 def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) -> None:
@@ -214,10 +189,14 @@ def unknown_key(key: str, value: str, known: Iterable[str]) -> str:
     return f"{key}={value}: there is no key {key}; {remedy}"
 
 
+def _is_numeric(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
 KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda x: isinstance(x, bool)),
-    int: ("a number", _number),  # not a whole one: a loss whose YAML says `beta: 1` takes 0.5, too
-    float: ("a number", _number),
+    int: ("a number", _is_numeric),  # not a whole one: a loss whose YAML says `beta: 1` takes 0.5, too
+    float: ("a number", _is_numeric),
     str: ("text", lambda x: isinstance(x, str)),
     list: ("a list", lambda x: isinstance(x, list)),
     dict: ("a dictionary", lambda x: isinstance(x, dict)),
@@ -227,7 +206,7 @@ KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 def _check_kind(key: str, value: Any, default: Any) -> None:
     """A value is of the kind that the YAML file has, if no rule says more; null, ??? and ${} there do not tell."""
     unsaid = default is None or default == "???" or "${" in str(default) or (value is None and f"{key}." in OPEN)
-    if unsaid or key in RULED or (isinstance(value, str) and ("${" in value or value == "???")):
+    if unsaid or key in RULES or key in CHOICES or (isinstance(value, str) and ("${" in value or value == "???")):
         return
     kind, fits = KINDS[type(default)]
     if not fits(value):
@@ -265,11 +244,15 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 #### VALUES
 
 
+def _check_rule(key: str, value: Any, rule: Rule) -> None:
+    if not rule.allows(value):
+        raise UserError(f"{key}={_shown(value)} must be {rule.expected}")
+
+
 def _check_value(key: str, value: Any) -> None:
     shown, known = _shown(value), CHOICES.get(key)
-    for expected, test, keys in RULES + LOSS_RULES:
-        if key in keys.split() and not test(value):
-            raise UserError(f"{key}={shown} must be {expected}")
+    if key in RULES:
+        _check_rule(key, value, RULES[key])
     if known and shown == "float16" and shown not in known:
         raise UserError(f"{key}=float16 needs loss scaling, which there is not; use bfloat16 or float32")
     if known and shown not in known:
@@ -277,9 +260,11 @@ def _check_value(key: str, value: Any) -> None:
 
 
 def _check_values(values: dict[str, Any]) -> None:
-    for key in RULED:
-        if key in values or key in ALWAYS_RULED:
-            _check_value(key, values.get(key))
+    for key in (*RULES, *CHOICES):
+        _check_value(key, values.get(key))
+    for key, value in values.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{key}=nan is not a number; give one")
     if values.get("n_epochs") is None and values.get("n_examples") is None:
         raise UserError("n_epochs=null and n_examples=null: the run would never end; set one, such as n_epochs=1")
 
@@ -305,7 +290,7 @@ def _check_lengths(values: dict[str, Any]) -> None:
 def _check_run_directory(values: dict[str, Any]) -> None:
     """The run stays inside cache_dir, apart from the caches there, and cache_dir can be written."""
     name, cache_dir = values.get("exp_name"), values["cache_dir"]
-    if not _text(name):
+    if not rules.is_text(name):
         raise UserError(f"exp_name={_shown(name)} is no name for a directory; use letters, such as exp_name=run_1")
     problem = None
     if os.path.isabs(name) or ".." in name.split(os.sep):
@@ -329,6 +314,10 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
     for key in getattr(trainer, "needs", ()):
         if not values.get(f"loss.{key}"):
             raise UserError(f"loss.{key}=false: loss.trainer={trainer.__name__} cannot do without; use loss.{key}=true")
+    for key, rule in getattr(trainer, "rules", {}).items():
+        if f"loss.{key}" not in values:
+            raise UserError(f"loss.{key} is missing, and loss.trainer={trainer.__name__} needs it; add it to the YAML")
+        _check_rule(f"loss.{key}", values[f"loss.{key}"], rule)
     needs, gives = (getattr(c, "data_format", None) for c in (trainer, loader))
     if needs is None or gives is None or needs == gives:
         return
@@ -343,7 +332,7 @@ def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
     """Names are those of dataloaders.get_*, everything that looks like a path is there."""
     known = {name[4:] for name, f in vars(dataloaders).items() if name.startswith("get_") and callable(f)} - {"local"}
     datasets = values.get("datasets")
-    if not isinstance(datasets, list) or not datasets or not all(_text(name) for name in datasets):
+    if not isinstance(datasets, list) or not datasets or not all(rules.is_text(name) for name in datasets):
         raise UserError(f"datasets={_shown(datasets)} must be a list of names or paths, such as datasets=[demo]")
     for name in datasets:
         if datasets.count(name) > 1:
@@ -355,7 +344,7 @@ def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
     for name, path in (values.get("dataset_paths") or {}).items():
         if name not in known:
             raise UserError(f"dataset_paths.{name}={_shown(path)}: no such dataset; {did_you_mean(name, known)}")
-        if path is not None and not (_text(path) and os.path.exists(path)):
+        if path is not None and not (rules.is_text(path) and os.path.exists(path)):
             raise UserError(f"dataset_paths.{name}={_shown(path)} does not exist; give a local copy, or null")
 
 
@@ -400,7 +389,7 @@ def _check_architecture(fields: Any, max_length: int) -> None:
             nearest = did_you_mean(name, known, list_all=False)
             raise UserError(f"model.architecture.{name}={_shown(value)} is no field of {cls.__name__}; {nearest}")
     positions = fields.get("max_position_embeddings", max_length)
-    if _number(positions) and positions < max_length:
+    if rules.is_number(positions) and positions < max_length:
         raise UserError(
             f"model.max_length={max_length} is more than model.architecture.max_position_embeddings={positions};"
             f" use model.max_length={positions} or raise the other"

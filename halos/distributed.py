@@ -147,6 +147,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that this rank holds, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def own_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Which part of the whole tensor this process holds of a sharded one; of any other, all."""
     if not isinstance(tensor, DTensor):
@@ -182,6 +187,15 @@ def gather_rows(parts: list[torch.Tensor], rows: list[torch.Tensor], n_rows: int
     if world_size() > 1:
         dist.all_reduce(everyone)  # a sum of one value and zeros: exact
     return everyone
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is True on at least one rank."""
+    if world_size() == 1:
+        return flag
+    answer = torch.tensor(int(flag))  # on the CPU, so that no GPU has to be waited for
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return bool(answer)
 
 
 def gather_objects(value: Any) -> list[Any]:

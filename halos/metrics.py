@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -88,7 +88,7 @@ class NoLog:
         pass
 
 
-def progress(loader: Collection, description: str) -> Iterator:
+def progress(loader: Iterable, description: str) -> Iterator:
     """The loader's batches under a bar, which shows up only if they take more than a few seconds."""
     quiet = not distributed.is_main()
     return iter(tqdm(loader, desc=description, unit="batch", delay=3, leave=False, disable=quiet))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from halos import distributed, sharding
 from halos.errors import UserError
-from halos.tokens import TokenizedExample
+from halos.tokens import Role, TokenizedExample
 
 FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-5, 2.0
 
@@ -102,7 +102,7 @@ def probe_examples(vocab_size: int) -> list[TokenizedExample]:
     examples = []
     for prompt, responses in shapes:
         ids = [rng.integers(0, vocab_size, n).astype(np.int32) for n in (prompt, *responses)]
-        examples.append(TokenizedExample(ids[0], tuple(ids[1:]), (True,) * len(responses)))
+        examples.append(TokenizedExample(ids[0], tuple(ids[1:]), (Role.CHOSEN,) * len(responses)))
     return examples
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from halos import models, packing
+from halos import loading, packing
 from halos.errors import UserError
 from halos.measuring import (
     FLOAT32,
@@ -215,14 +215,14 @@ def make_plan(
     """
     _refuse_what_is_not_planned(config)
     where = torch.device(device)
-    stored, compute = getattr(torch, config.model.policy_dtype), models.compute_dtype(config, where)
+    stored, compute = getattr(torch, config.model.policy_dtype), loading.compute_dtype(config, where)
     layout = layout or full_layout(config.model.max_tokens_per_forward, config.model.max_length)
     setup = Setup(
         shards=gpus // replicas,
         replicas=replicas,
         stored=stored,
         compute=compute,
-        reference=models.reference_dtype(config, where) if config.loss.use_reference_model else None,
+        reference=loading.reference_dtype(config, where) if config.loss.use_reference_model else None,
         layout=layout,
         n_targets=n_targets or sum(layout.q_lengths),
         forwards=forwards,
@@ -232,7 +232,7 @@ def make_plan(
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         lm = AutoModelForCausalLM.from_config(lm_config, dtype=compute, trust_remote_code=config.trust_remote_code)
-        v_head = models.load_value_head(config, lm) if config.loss.get("use_value_head", False) else None
+        v_head = loading.load_value_head(config, lm) if config.loss.get("use_value_head", False) else None
         model = sizes(lm, config.model.block_name, v_head)
         activations = measure_activations(lm, model, setup, v_head)
     kwargs: Any = OmegaConf.to_container(config.optimizer_kwargs)

@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
@@ -27,17 +28,39 @@ ANCHORS = ("\n", ":", "a")  # a response follows one of these where a tokenizer 
 BLOCK = 4096  # texts encoded per call: enough for every thread, small enough for the bar to move
 
 
+class Role(StrEnum):
+    """The part that a response plays in a loss."""
+
+    CHOSEN = "chosen"  # or desirable, or to be imitated
+    REJECTED = "rejected"  # or undesirable
+    UNRELATED = "unrelated"  # a response to another prompt: scored, and not trained on
+
+
 class TokenizedExample(NamedTuple):
-    """A prompt and the responses to it that are trained on together: two for a preference pair, else one."""
+    """A prompt and the responses to it that a loss sees together: two for a preference pair, else one trained one."""
 
     prompt: np.ndarray  # (n,) int32, with BOS
     responses: tuple[np.ndarray, ...]  # (m,) int32 each, EOS last unless it was truncated
-    chosen: tuple[bool, ...]  # one per response: chosen (desirable), or rejected (undesirable)
+    roles: tuple[Role, ...]  # one per response
+    scores: tuple[float, ...] = ()  # one per response, NaN where unknown; empty if the data has none
+    ids: tuple[str, ...] = ()  # one per response: dataset/example/generation
+    dataset: str = ""  # the name of the dataset that the prompt is from
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in a packed forward: the prompt once; the last token of a response predicts nothing."""
+        """Tokens in a packed forward pass: the prompt once; the last token of a response is never an input."""
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+    def only(self, kept: Sequence[int]) -> "TokenizedExample":
+        """The example with some of its responses, given by their indices."""
+        if len(kept) == len(self.responses):
+            return self
+        return self._replace(
+            responses=tuple(self.responses[i] for i in kept),
+            roles=tuple(self.roles[i] for i in kept),
+            scores=tuple(self.scores[i] for i in kept) if self.scores else (),
+            ids=tuple(self.ids[i] for i in kept) if self.ids else (),
+        )
 
 
 class Encoder:
@@ -177,6 +200,7 @@ def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, descri
 def truncate(
     prompt: np.ndarray,
     responses: tuple[np.ndarray, ...],
+    roles: tuple[Role, ...],
     max_length: int,
     max_prompt_length: int,
     keep: str,
@@ -184,10 +208,11 @@ def truncate(
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Cut a prompt and its responses so that the prompt with each response has at most `max_length` tokens.
 
-    The prompt is cut only when its longest response makes the sequence too long, once for all of them, so that they
-    still share it; BOS stays. What is then still too long loses the end of its response, and with it EOS.
+    The prompt is cut only when its longest trained response makes the sequence too long, once for all of them, so that
+    they still share it; BOS stays. What is then still too long loses the end of its response, and with it EOS.
     """
-    if len(prompt) + max(map(len, responses)) > max_length:
+    trained = [len(response) for response, role in zip(responses, roles, strict=True) if role is not Role.UNRELATED]
+    if len(prompt) + max(trained) > max_length:
         prompt = truncate_prompt(prompt, max_prompt_length, keep, n_bos)
     room = max_length - len(prompt)
     return prompt, tuple(response[:room] for response in responses)

@@ -134,14 +134,14 @@ def architecture(config: DictConfig) -> tuple[Any, str]:
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
-    from halos import models
+    from halos import loading
 
     name, load_from = config.model.name_or_path, config.model.load_from
     if load_from and not load_from.endswith(".pt"):
-        return models.load_config(config), f"config.json of {load_from}"
+        return loading.load_config(config), f"config.json of {load_from}"
     if name in PUBLISHED and try_to_load_from_cache(name, "config.json") is None:
         return AutoConfig.for_model(**PUBLISHED[name]), f"built-in facts about {name}"
-    return models.load_config(config), f"config.json of {name}" if name else "model.architecture"
+    return loading.load_config(config), f"config.json of {name}" if name else "model.architecture"
 
 
 #### WHAT IS PRINTED

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig
 
 import trainers
-from halos import checkpoint, distributed, metrics, models, sampling, sharding, weights
+from halos import checkpoint, distributed, loading, metrics, sampling, sharding, weights
 from halos.models import PolicyModel
 from halos.tokens import Encoder
-from helpers import make_config, random_examples
+from helpers import judged, make_config, random_examples
 from small_runs import CPU, SMALL, batches_for, data_format, make_trainer, state_of, tokenizer
 
 
@@ -22,7 +22,7 @@ def ragged_batches(loss: str) -> list:
     batches = [*batches_for(loss, 4), *batches_for(loss, 1, n=1, seed=1)]
     if data_format(loss) == "unpaired":
         longest = sorted(range(8), key=lambda i: -batches[1][i].n_tokens)[:2]
-        batches[1] = [one._replace(chosen=(i in longest,)) for i, one in enumerate(batches[1])]
+        batches[1] = [judged(one, i in longest) for i, one in enumerate(batches[1])]
     return batches
 
 
@@ -65,7 +65,7 @@ def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> No
     found = {}
     for name, words in sources.items():
         config = make_config(cache_dir, "loss=dpo", *SMALL, *words.split())
-        policy, reference = models.load_policy_and_reference(config, tokenizer(), CPU)
+        policy, reference = loading.load_policy_and_reference(config, tokenizer(), CPU)
         shards = [p.to_local().numel() if sharding.is_sharded(policy) else p.numel() for p in policy.parameters()]
         found[name] = {
             "policy": checkpoint.full_state(policy.lm, torch.float32),
@@ -80,7 +80,7 @@ def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> No
 
 def sample_texts(folder: str) -> None:
     """Responses to 11 ragged prompts, two of them equal, in batches of 3."""
-    lm = models.load_lm(make_config(folder, "loss=sft", *SMALL, "seed=5"), torch.float32)
+    lm = loading.load_lm(make_config(folder, "loss=sft", *SMALL, "seed=5"), torch.float32)
     prompts = [example.prompt for example in random_examples(10)]
     settings = {"max_length": 24, "batch_size": 3, "top_p": 0.95, "temperature": 1.0, "seed": 1}
     texts = sampling.sample(lm, Encoder(tokenizer()), [*prompts, prompts[0]], **settings)
@@ -96,7 +96,7 @@ def diverge(folder: str) -> None:
     class Overflowing(trainers.SFTTrainer):
         def loss(self, *logps):
             losses, *rewards = super().loss(*logps)
-            return losses * (float("inf") if self.updates == 1 else 1.0), *rewards
+            return losses * (float("inf") if self.state.updates == 1 else 1.0), *rewards
 
     metrics.draw_curves = lambda *args: None
     trainer = make_trainer(folder, "sft")
@@ -119,9 +119,9 @@ def load_large(folder: str, words: str) -> None:
     config = make_config(folder, *words.split())
     device = distributed.default_device()
     distributed.device_mesh("cpu")
-    models.load_lm(make_config(folder, "model=tiny"), torch.float32)  # whatever a first model imports
+    loading.load_lm(make_config(folder, "model=tiny"), torch.float32)  # whatever a first model imports
     report(folder, "idle")
-    policy, _ = models.load_policy_and_reference(config, tokenizer(), device)
+    policy, _ = loading.load_policy_and_reference(config, tokenizer(), device)
     report(folder, "loaded")
     assert sharding.is_sharded(policy)
 

@@ -9,9 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from halos import models
+from halos import loading
 from halos.models import PolicyModel
-from halos.tokens import TokenizedExample
+from halos.tokens import Role, TokenizedExample
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG_DIR = os.path.join(PROJECT, "config")
@@ -64,7 +64,7 @@ def tiny_lm(model_type: str, seed: int = 0, **fields):
     }
     settings = {"architecture": architecture, "load_from": None, "name_or_path": None}
     config = OmegaConf.create({"seed": seed, "trust_remote_code": False, "cache_dir": "", "model": settings})
-    lm = models.load_lm(config, torch.float32)
+    lm = loading.load_lm(config, torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in lm.parameters():
@@ -79,10 +79,24 @@ def tiny_policy(model_type: str, packs: bool = False, seed: int = 0, **fields) -
     return policy.train()
 
 
-def example(prompt: list[int], *responses: list[int], chosen: tuple[bool, ...] = ()) -> TokenizedExample:
-    """A TokenizedExample from lists; the first response is the chosen one unless `chosen` says otherwise."""
+def example(prompt: list[int], *responses: list[int], chosen: tuple[bool | None, ...] = ()) -> TokenizedExample:
+    """A TokenizedExample from lists; the first response is the chosen one unless `chosen` says otherwise.
+
+    chosen: one per response; None for an unrelated one
+    """
     chosen = chosen or tuple(index == 0 for index in range(len(responses)))
-    return TokenizedExample(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), chosen)
+    arrays = [np.array(ids, np.int32) for ids in (prompt, *responses)]
+    return TokenizedExample(arrays[0], tuple(arrays[1:]), roles(*chosen))
+
+
+def roles(*chosen: bool | None) -> tuple[Role, ...]:
+    """Chosen, rejected, or unrelated (None)."""
+    return tuple({True: Role.CHOSEN, False: Role.REJECTED, None: Role.UNRELATED}[flag] for flag in chosen)
+
+
+def judged(one: TokenizedExample, chosen: bool) -> TokenizedExample:
+    """The example with another role for its first response."""
+    return one._replace(roles=(*roles(chosen), *one.roles[1:]))
 
 
 def random_examples(n: int, n_responses: tuple[int, ...] = (2,), seed: int = 0) -> list[TokenizedExample]:

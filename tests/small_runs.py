@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import dataloaders
 import trainers
-from halos import checkpoint, models
-from helpers import PROJECT, make_config, random_examples
+from halos import checkpoint, loading, run_dir
+from halos.examples import Example
+from helpers import CONFIG_DIR, PROJECT, make_config, random_examples
 
 CPU = torch.device("cpu")
 
@@ -58,29 +60,46 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(os.path.join(PROJECT, "assets", "tiny_tokenizer"))
 
 
+def losses() -> list[str]:
+    """The files of config/loss: whatever is tested for each of them is tested for a new loss, too."""
+    return sorted(os.path.splitext(name)[0] for name in os.listdir(os.path.join(CONFIG_DIR, "loss")))
+
+
 def data_format(loss: str) -> str:
     """sft, unpaired or paired: what the trainer of a file of config/loss learns from."""
     return getattr(trainers, make_config("", f"loss={loss}").loss.trainer).data_format
 
 
 def batches_for(loss: str, n_batches: int = 3, n: int = 8, seed: int = 0) -> list:
-    """Batches of pairs, of single responses of which every other is chosen, or of responses to imitate."""
-    kind = data_format(loss)
-    drawn = random_examples(n_batches * n, (2 if kind == "paired" else 1,), seed)
-    if kind == "unpaired":
-        drawn = [one._replace(chosen=(i % 2 == 0,)) for i, one in enumerate(drawn)]
-    return [drawn[i * n : (i + 1) * n] for i in range(n_batches)]
+    """Batches that the loss's own loader makes of pairs of random tokens."""
+    loader_class = getattr(dataloaders, make_config("", f"loss={loss}").loss.dataloader)
+    drawn = random_examples(n_batches * n, (2,), seed)
+    examples = [Example(str(i), ["0", "1"], [1.0, 0.0], [(0, 1)], sft_index=0) for i in range(len(drawn))]
+    settings = {"max_length": 100, "max_prompt_length": 50, "cache_dir": "", "seed": seed}
+    loader = type("Drawn", (_OfTokens, loader_class), {"drawn": drawn})(examples, tokenizer(), batch_size=n, **settings)
+    return [batch for batch, _ in zip(loader, range(n_batches), strict=False)]
+
+
+class _OfTokens:
+    """In front of a DataLoader: the token ids of its examples are given, and not encoded."""
+
+    drawn: list
+
+    def _tokenize(self, *args):
+        self.prompt_ids = [one.prompt for one in self.drawn]
+        self.response_ids = [response for one in self.drawn for response in one.responses]
+        self.first_response = [2 * i for i in range(len(self.drawn))]
 
 
 def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None):
     """A trainer as train.py builds it, in the run directory folder/run."""
     config = make_config(folder, f"loss={loss}", *SMALL, *words)
-    run_dir = checkpoint.create_run_directory(config)
-    policy, reference = models.load_policy_and_reference(config, tokenizer(), CPU)
+    directory = run_dir.create(config)
+    policy, reference = loading.load_policy_and_reference(config, tokenizer(), CPU)
     batches = batches if batches is not None else batches_for(loss)
     loaders = Batches(batches), Batches(eval_batches if eval_batches is not None else batches[:1])
     trainer_class = getattr(trainers, config.loss.trainer)
-    return trainer_class(policy, reference, tokenizer(), config, *loaders, run_dir)
+    return trainer_class(policy, reference, tokenizer(), config, *loaders, directory)
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
@@ -97,12 +116,9 @@ def moved(before: dict, after: dict) -> torch.Tensor:
 def trained(folder, loss: str, *words: str, batches=None) -> tuple[torch.Tensor, list[dict]]:
     """How far the weights move over all batches, and the rows of metrics.jsonl."""
     trainer = make_trainer(folder, loss, *words, batches=batches)
+    trainer.log_evaluation = trainer.save = lambda: None
     before = state_of(trainer)
-    trainer.start_training()
-    for batch in trainer.train_loader:
-        trainer.train_step(batch)
-    trainer.flush()
-    trainer.log.close()
+    trainer.train()
     return moved(before, state_of(trainer)), rows_of(trainer)
 
 

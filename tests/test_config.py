@@ -22,12 +22,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import halos.config
+import trainers
 from halos.commands import hydra_main, report_user_errors
 from halos.config import component, overrides, validate
 from halos.errors import UserError
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(PROJECT, "config")
+LOSSES = ("cdpo", "dpo", "kto", "ppo", "sft", "slic")  # the project's own; NAMES has what is there
+NAMES = sorted(name[:-5] for name in os.listdir(f"{CONFIG}/loss"))
 YAMLS = sorted(glob.glob(f"{CONFIG}/**/*.yaml", recursive=True))
 
 
@@ -50,7 +53,9 @@ TRAINERS = stub(
     PPOTrainer="unpaired",
     AnyTrainer=None,
 )
-TRAINERS.PPOTrainer.needs = ("use_reference_model", "use_value_head")
+for trainer in ("DPOTrainer", "CDPOTrainer", "SLiCTrainer", "KTOTrainer", "PPOTrainer"):
+    for demand in ("needs", "rules"):
+        setattr(getattr(TRAINERS, trainer), demand, getattr(getattr(trainers, trainer), demand))
 TRAINERS.helper = print
 DATALOADERS = stub(
     "dataloaders",
@@ -265,8 +270,12 @@ def test_tiny_sets_keys_of_the_root_and_the_command_line_sets_them_again(check):
     assert (again.model.max_length, again.model.batch_size) == (32, tiny.model.batch_size)
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=[os.path.relpath(path, CONFIG) for path in YAMLS])
+OURS = [path for path in YAMLS if not path.startswith(f"{CONFIG}/loss/") or os.path.basename(path)[:-5] in LOSSES]
+
+
+@pytest.mark.parametrize("path", OURS, ids=[os.path.relpath(path, CONFIG) for path in OURS])
 def test_every_key_has_a_comment(path):
+    """In the project's own files: how a researcher writes a YAML of their own is up to them."""
     text_indent = None  # of the key whose value is a block of text, while we are in the block
     for number, line in enumerate(open(path).read().splitlines(), start=1):
         indent = len(line) - len(line.lstrip())
@@ -283,10 +292,13 @@ def test_a_new_loss_brings_its_own_keys(run, tmp_path):
     """One YAML file: its hyperparameters are known, a number there takes any number, and nothing else is known."""
     os.makedirs(tmp_path / "mine/loss")
     (tmp_path / "mine/loss/ipo.yaml").write_text(
-        "name: ipo\ntrainer: DPOTrainer\ndataloader: PairedPreferenceDataLoader\nuse_reference_model: true\ntau: 1\n"
+        "name: ipo\ntrainer: AnyTrainer\ndataloader: PairedPreferenceDataLoader\nuse_reference_model: true\ntau: 1\n"
+        "gamma: 0.5  # of its own, and no matter for PPO's rule of a gamma\n"
     )
-    (config,) = run("--config-dir", "mine", "loss=ipo", "loss.tau=0.5").configs
-    assert config.loss.tau == 0.5
+    (config,) = run("--config-dir", "mine", "loss=ipo", "loss.tau=0.5", "loss.gamma=3").configs
+    assert (config.loss.tau, config.loss.gamma) == (0.5, 3)
+    not_a_number = run("--config-dir", "mine", "loss=ipo", "loss.tau=nan")
+    assert not_a_number.err == "error: loss.tau=nan is not a number; give one\n"
     unknown = run("--config-dir", "mine", "loss=ipo", "++loss.tua=0.5")
     assert unknown.err == "error: loss.tua=0.5: there is no key loss.tua; did you mean loss.tau?\n"
 
@@ -380,7 +392,7 @@ REFUSED_BY_HYDRA = [
     ),
     (
         "loss=kot",
-        "loss=kot: there is no config/loss/kot.yaml; did you mean 'kto'? (one of: cdpo, dpo, kto, ppo, sft, slic)",
+        f"loss=kot: there is no config/loss/kot.yaml; did you mean 'kto'? (one of: {', '.join(NAMES)})",
     ),
     (
         "model=lama7b",
@@ -636,6 +648,24 @@ REFUSED = [
         "loss.dataloader=SFTLoader is not defined in dataloaders.py; did you mean 'SFTDataLoader'? (one "
         "of: PairedPreferenceDataLoader, SFTDataLoader, UnpairedPreferenceDataLoader)",
     ),
+    ("loss=dpo loss.beta=-5", "loss.beta=-5 must be a number above 0"),
+    ("loss=kto loss.beta=0", "loss.beta=0 must be a number above 0"),
+    ("loss=dpo loss.beta=nan", "loss.beta=nan is not a number; give one"),
+    ("loss=kto loss.beta=inf", "loss.beta=inf must be a number above 0"),
+    ("loss=cdpo loss.epsilon=5", "loss.epsilon=5 must be a number from 0 to 0.5"),
+    ("loss=slic loss.lambda_coef=-3", "loss.lambda_coef=-3 must be a number of at least 0"),
+    (
+        "loss=sft loss.trainer=SLiCTrainer loss.dataloader=PairedPreferenceDataLoader",
+        "loss.beta is missing, and loss.trainer=SLiCTrainer needs it; add it to the YAML",
+    ),
+    *(
+        (
+            f"loss={loss} loss.use_reference_model=false",
+            f"loss.use_reference_model=false: loss.trainer={trainer} cannot do without; "
+            "use loss.use_reference_model=true",
+        )
+        for loss, trainer in (("dpo", "DPOTrainer"), ("cdpo", "CDPOTrainer"), ("kto", "KTOTrainer"))
+    ),
     ("loss=ppo loss.ppo_epochs=0", "loss.ppo_epochs=0 must be a whole number of at least 1"),
     ("loss=ppo loss.cliprange=1.5", "loss.cliprange=1.5 must be a number above 0 and at most 1"),
     ("loss=ppo loss.gamma=2", "loss.gamma=2 must be a number from 0 to 1"),
@@ -815,7 +845,7 @@ def test_flags_that_show_and_stop(run, tmp_path):
     shown = run("loss=kto", "--cfg", "job")
     assert (shown.code, shown.configs) == (0, []) and OmegaConf.create(shown.out).loss.beta == 0.1
     help_text = run("--help").out
-    assert "loss: cdpo, dpo, kto, ppo, sft, slic" in help_text and "Align a language model" in help_text
+    assert f"loss: {', '.join(NAMES)}" in help_text and "Align a language model" in help_text
     assert "complete" in run("-sc", "install=bash").out
     assert os.listdir(tmp_path) == []
 

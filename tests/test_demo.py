@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 import dataloaders
-from halos import models
+from halos import loading
 from helpers import PROJECT
 
 ROW = r"^{name} +([\d.]+) % ± [\d.]+ +([\d.]+) +(?:([\d.]+) % \[([\d.]+), ([\d.]+)\]|-)$"
@@ -58,17 +58,17 @@ def test_ppo_improves_on_sft_and_its_critic_separates_good_from_bad(tmp_path, ca
     assert gain_over_sft(tmp_path, "ppo") >= 5
     directory = tmp_path / "sft_ppo_seed1"
     config = OmegaConf.load(directory / "config.yaml")
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = loading.load_tokenizer(config)
     loader = dataloaders.make_loader(config, tokenizer, "test")
     policy_pt = str(directory / "LATEST" / "policy.pt")
-    policy, _ = models.load_policy_and_reference(config, tokenizer, torch.device("cpu"), policy_pt)
+    policy, _ = loading.load_policy_and_reference(config, tokenizer, torch.device("cpu"), policy_pt)
     values, labels = [], []
     for batch in loader:
         with torch.no_grad():
             per_token = policy(policy.inputs(batch)).values
         lengths = [len(example.responses[0]) for example in batch]
         values += [response[-1] for response in per_token.split(lengths)]
-        labels += [1.0 if example.chosen[0] else -1.0 for example in batch]
+        labels += [1.0 if example.roles[0] == "chosen" else -1.0 for example in batch]
     correlation = torch.corrcoef(torch.stack((torch.tensor(values), torch.tensor(labels))))[0, 1].item()
     with capsys.disabled():
         print(f" correlation of value and label over {len(labels)} responses: {correlation:.2f}")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import distributed_workers as workers
-from halos import checkpoint, metrics, models
+from halos import checkpoint, loading, metrics
 from halos.errors import UserError
 from halos.launch import launch
 from halos.models import PolicyModel
@@ -202,7 +202,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
     n = {"two": 2, "four": 4}[folder]
     for name, words in sources.items():
         config = make_config(one / "dpo", "loss=dpo", *SMALL, *words.split())
-        policy, _ = models.load_policy_and_reference(config, tokenizer(), CPU)
+        policy, _ = loading.load_policy_and_reference(config, tokenizer(), CPU)
         for key, tensor in policy.lm.state_dict().items():
             assert torch.equal(found[name]["policy"][key], tensor), (name, key)
             assert torch.equal(found[name]["reference"][key], tensor), (name, key)
@@ -361,7 +361,7 @@ def test_loading_holds_the_model_once(tmp_path, form, capsys):
     """336 MB of float32 weights on 4 processes: beyond what the processes are without them, all together never hold
     more than 1.5 times that, pages of files excluded."""
     config = make_config(tmp_path, *LARGE.split())
-    lm = models.load_lm(config, torch.float32)
+    lm = loading.load_lm(config, torch.float32)
     weight = 4 * lm.num_parameters()
     lm.save_pretrained(tmp_path / "directory")
     torch.save({"step_idx": 0, "state": lm.state_dict(), "metrics": {}}, tmp_path / "policy.pt")

@@ -26,7 +26,7 @@ from dataloaders import (
 )
 from halos import tokens
 from halos.errors import UserError
-from halos.tokens import Encoder, tokenize, truncate
+from halos.tokens import Encoder, Role, tokenize, truncate
 from helpers import PROJECT, make_config
 
 BOS, EOS = 0, 1
@@ -52,7 +52,12 @@ def shown(batch) -> list[tuple]:
     def text(array):
         return "".join(names[index] for index in array.tolist())
 
-    return [(text(one.prompt), [text(response) for response in one.responses], one.chosen) for one in batch]
+    return [(text(one.prompt), [text(response) for response in one.responses], flags(one)) for one in batch]
+
+
+def flags(row) -> tuple[bool, ...]:
+    """Of each response whether it is chosen."""
+    return tuple(role == "chosen" for role in row.roles)
 
 
 @pytest.fixture
@@ -170,7 +175,7 @@ def test_unpaired_batches_are_half_and_half(loader, n, batch_size):
     """n chosen and n rejected alternate, so every batch of even size, the last one too, has as many of one as of the
     other."""
     for batch in loader(UnpairedPreferenceDataLoader, numbered(n), batch_size=batch_size):
-        assert sum(one.chosen[0] for one in batch) * 2 == len(batch)
+        assert sum(flags(one)[0] for one in batch) * 2 == len(batch)
 
 
 @pytest.mark.parametrize("n", [4, 5, 9, 16, 31])
@@ -194,7 +199,7 @@ def test_every_half_of_a_pair_is_seen_once_an_epoch(loader):
 def test_binary_feedback_keeps_its_proportions(loader):
     """300 judged responses of which a third is desirable: 100 over the epoch, and 50 in its first half give or take
     five standard deviations of a draw without replacement, sqrt(150 * 1/3 * 2/3 / 2) = 4.1 each."""
-    rows = [row.chosen[0] for row in loader(UnpairedPreferenceDataLoader, numbered(300, "feedback")).order(0)]
+    rows = [flags(row)[0] for row in loader(UnpairedPreferenceDataLoader, numbered(300, "feedback")).order(0)]
     assert sum(rows) == 100
     assert abs(sum(rows[:150]) - 50) <= 20
 
@@ -207,7 +212,7 @@ def test_pairs_and_feedback_are_mixed(loader):
     is_half = [row.example < 100 for row in rows]
     assert (len(rows), sum(is_half)) == (500, 200)
     assert all(20 < sum(is_half[start : start + 100]) < 60 for start in range(0, 500, 100))
-    halves = [row.chosen[0] for row, half in zip(rows, is_half, strict=True) if half]
+    halves = [flags(row)[0] for row, half in zip(rows, is_half, strict=True) if half]
     assert halves == [True, False] * 100
 
 
@@ -284,7 +289,9 @@ def test_evaluation_loader_is_the_same_every_time(tmp_path):
 def cut(prompt: str, responses: list[str], max_length: int, max_prompt_length: int, keep="keep_end", n_bos=0):
     """truncate() on strings: a character is a token."""
     arrays = [np.array([ord(character) for character in text], np.int32) for text in (prompt, *responses)]
-    prompt_ids, response_ids = truncate(arrays[0], tuple(arrays[1:]), max_length, max_prompt_length, keep, n_bos)
+    prompt_ids, response_ids = truncate(
+        arrays[0], tuple(arrays[1:]), (Role.CHOSEN,) * len(responses), max_length, max_prompt_length, keep, n_bos
+    )
     return "".join(map(chr, prompt_ids)), ["".join(map(chr, response)) for response in response_ids]
 
 

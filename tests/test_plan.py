@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trainers
-from halos import distributed, logps, measuring, models, planning, sharding
+from halos import distributed, loading, logps, measuring, planning, sharding
 from halos.tokens import TokenizedExample
 from helpers import PROJECT, make_config
 
@@ -124,7 +124,7 @@ def measured_and_planned(case: Case) -> dict:
     inputs = trainer.policy.inputs(longest)
     plan = planning.make_plan(
         config,
-        models.load_config(config),
+        loading.load_config(config),
         case.processes,
         case.replicas,
         forwards=len(forwards),
@@ -171,19 +171,19 @@ def most(phases: dict[str, planning.Memory], part: str) -> int:
 
 
 def make_trainer(config, case: Case):
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = loading.load_tokenizer(config)
     if case.processes == 1:
-        policy, reference = models.load_policy_and_reference(config, tokenizer, CPU)
+        policy, reference = loading.load_policy_and_reference(config, tokenizer, CPU)
     else:  # without the packing check, which nothing that was not sent could pass
-        mesh, lm = distributed.device_mesh("cpu", case.replicas), models.load_lm(config, models._policy_dtype(config))
-        policy = models.build(config, lm, tokenizer, models.load_value_head(config, lm))
+        mesh, lm = distributed.device_mesh("cpu", case.replicas), loading.load_lm(config, loading.policy_dtype(config))
+        policy = loading.build(config, lm, tokenizer, loading.load_value_head(config, lm))
         checkpointing = config.model.activation_checkpointing
-        compute, block = models.compute_dtype(config, CPU), config.model.block_name
+        compute, block = loading.compute_dtype(config, CPU), config.model.block_name
         sharding.prepare_policy(policy, compute, activation_checkpointing=checkpointing, block_name=block, mesh=mesh)
         policy.use_packing(True)
         reference = None
         if config.loss.use_reference_model:
-            reference = models.build(config, models.load_lm(config, models.reference_dtype(config, CPU)), tokenizer)
+            reference = loading.build(config, loading.load_lm(config, loading.reference_dtype(config, CPU)), tokenizer)
             sharding.prepare_reference(reference.requires_grad_(False), block, mesh)
             reference.use_packing(True)
     trainer = getattr(trainers, config.loss.trainer)(policy, reference, tokenizer, config, None, None, "")

@@ -1,6 +1,5 @@
 """Offline PPO: its pieces by hand, and the whole step against one that is written out response by response."""
 
-import itertools
 import json
 import math
 import os
@@ -13,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import trainers
-from halos import checkpoint, metrics, models, sharding
+from halos import checkpoint, loading, metrics, sharding
+from halos.engine import Batch
 from halos.errors import UserError
-from halos.models import PolicyModel, ValueHead
+from halos.models import PerToken, PolicyModel, ValueHead
 from helpers import ARCHITECTURES, example, make_config, random_examples, tiny_lm
 from small_runs import (
     CPU,
@@ -117,12 +117,12 @@ def test_an_episode_by_hand(tmp_path):
     -1, which are the advantages, too. Their mean is 1/6 and their variance (1/4 + 1 + 1) / 3 - 1/36 = 13/18."""
     trainer = make_trainer(tmp_path, "ppo", "loss.gamma=0.5", "loss.lam=1")
     batch = [example([5, 6], [7, 8], chosen=(True,)), example([5], [9], chosen=(False,))]
-    episode = trainer.episode(batch, values=torch.zeros(3))
+    episode = trainer.episode(Batch(batch, PerToken(torch.zeros(3), torch.zeros(3), None), None))
     close(episode.returns, [0.5, 1.0, -1.0])
     close(episode.advantages, (torch.tensor([0.5, 1.0, -1.0]) - 1 / 6) / math.sqrt(13 / 18))
     with torch.no_grad():
         logps = trainer.reference_model(trainer.reference_model.inputs(batch)).logps
-    close(episode.reference_logps, logps)
+    close(trainer.reference_logps(batch), logps)
 
 
 #### THE LOSS
@@ -132,16 +132,14 @@ def loss_of_tokens(trainer, logratios, advantages, values=None, returns=None):
     """(outcome, gradient in the log-probs, gradient in the values) of the summed losses; one token a response."""
     n = len(logratios)
     reference = torch.full((n,), -3.0)
-    tokens = torch.stack((reference + torch.as_tensor(logratios), torch.tensor(values or [0.0] * n), torch.ones(n)), 1)
-    episode = trainers.Episode(
-        batch=[example([5], [6], chosen=(i % 2 == 0,)) for i in range(n)],
-        reference_logps=reference,
-        advantages=torch.tensor(advantages),
-        returns=torch.tensor(returns or [0.0] * n),
-    )
-    outcome = trainer.token_loss(tokens.requires_grad_(), episode)
+    logps = (reference + torch.as_tensor(logratios)).requires_grad_()
+    values = torch.tensor(values or [0.0] * n, requires_grad=True)
+    examples = [example([5], [6], chosen=(i % 2 == 0,)) for i in range(n)]
+    batch = Batch(examples, PerToken(logps, values, torch.ones(n)), reference)
+    episode = trainers.Episode(advantages=torch.tensor(advantages), returns=torch.tensor(returns or [0.0] * n))
+    outcome = trainer.clipped_loss(batch, episode)
     outcome.losses.sum().backward()
-    return outcome.detach(), tokens.grad[:, 0], tokens.grad[:, 1]
+    return outcome.detach(), logps.grad, values.grad
 
 
 def test_clipping_on_both_sides():
@@ -156,9 +154,9 @@ def test_clipping_on_both_sides():
     ratios, advantages = [1.0, 3.0, 3.0, 0.25, 0.25], [1.0, 1.0, -1.0, -1.0, 1.0]
     outcome, gradient, _ = loss_of_tokens(ppo(), [math.log(r) for r in ratios], advantages)
     close(outcome.losses, [-1.0, -2.0, 3.0, 0.5, -0.25])
-    close(outcome.policy_losses, outcome.losses)
+    close(outcome.metrics["loss/policy"], outcome.losses)
     close(gradient, [-1.0, 0.0, 3.0, 0.0, -0.25])
-    assert outcome.clipped.tolist() == [0, 1, 0, 1, 0]
+    assert outcome.metrics["clipfrac/policy"].tolist() == [0, 1, 0, 1, 0]
 
 
 def test_the_critic_by_hand():
@@ -166,7 +164,7 @@ def test_the_critic_by_hand():
     outcome, gradient, value_gradient = loss_of_tokens(
         ppo(critic_coef=0.1), [0.0, 0.0], [0.0, 0.0], values=[3.0, 0.5], returns=[1.0, 0.5]
     )
-    close(outcome.critic_losses, [2.0, 0.0])
+    close(outcome.metrics["loss/critic"], [2.0, 0.0])
     close(outcome.losses, [0.2, 0.0])
     close(value_gradient, [0.2, 0.0])
     close(gradient, [0.0, 0.0])
@@ -179,11 +177,11 @@ def test_kl_by_hand():
     """
     logratios = [math.log(2), -math.log(2)]
     outcome, gradient, _ = loss_of_tokens(ppo(KL_coef=0.1), logratios, [0.0, 0.0])
-    close(outcome.kl, [1 - math.log(2), math.log(2) - 0.5])
-    close(outcome.losses, 0.1 * outcome.kl)
+    close(outcome.metrics["loss/policykl"], [1 - math.log(2), math.log(2) - 0.5])
+    close(outcome.losses, 0.1 * outcome.metrics["loss/policykl"])
     close(gradient, [0.1, -0.05])
     outcome, gradient, _ = loss_of_tokens(ppo(KL_coef=0.1, kl_estimator="k1"), logratios, [0.0, 0.0])
-    close(outcome.kl, [-math.log(2), math.log(2)])
+    close(outcome.metrics["loss/policykl"], [-math.log(2), math.log(2)])
     close(gradient, [-0.1, -0.1])
 
 
@@ -192,15 +190,16 @@ def test_kl_is_never_negative_and_means_kl_reference_policy():
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 50, generator=generator).log_softmax(-1)
     outcome, *_ = loss_of_tokens(ppo(), policy - reference, [0.0] * 50)
-    assert (outcome.kl >= 0).all()
-    close((reference.exp() * outcome.kl).sum(), (reference.exp() * (reference - policy)).sum(), rtol=1e-4, atol=1e-6)
+    kl, expected = outcome.metrics["loss/policykl"], (reference.exp() * (reference - policy)).sum()
+    assert (kl >= 0).all()
+    close((reference.exp() * kl).sum(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_small_logratio_keeps_its_kl():
     """d = 1e-3: d^2 / 2 + d^3 / 6 = 5.0017e-7. exp(d) - 1 - d in float32 would be off by 1e-7, a fifth of it."""
     trainer = ppo()
-    episode = trainers.Episode([example([5], [6])], torch.zeros(1), torch.zeros(1), torch.zeros(1))
-    kl = trainer.token_loss(torch.tensor([[1e-3, 0.0, 0.0]]), episode).kl
+    batch = Batch([example([5], [6])], PerToken(torch.tensor([1e-3]), torch.zeros(1), torch.zeros(1)), torch.zeros(1))
+    kl = trainer.clipped_loss(batch, trainers.Episode(torch.zeros(1), torch.zeros(1))).metrics["loss/policykl"]
     close(kl, [5.0017e-7], rtol=1e-3, atol=0.0)
 
 
@@ -314,9 +313,7 @@ def test_one_forward_per_epoch_serves_the_critic_too(tmp_path, monkeypatch):
     calls = []
     forward = PolicyModel.forward
     monkeypatch.setattr(PolicyModel, "forward", lambda self, *a, **k: calls.append(self) or forward(self, *a, **k))
-    trainer.start_training()
-    trainer.train_step(trainer.train_loader.batches[0])
-    trainer.log.close()
+    trainer.train_step(trainer.train_loader.batches[:1])
     assert calls == [trainer.policy, trainer.reference_model, trainer.policy]
 
 
@@ -343,7 +340,7 @@ def plain_ppo(trainer, batch, epochs: int) -> None:
         logps = output.logits[0, at].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
         return logps, output.hidden_states[-1][0, at].detach()
 
-    rows = [(one.prompt, one.responses[0], 1.0 if one.chosen[0] else -1.0) for one in batch]
+    rows = [(one.prompt, one.responses[0], 1.0 if one.roles[0] == "chosen" else -1.0) for one in batch]
     old, advantages, returns = [], [], []
     for prompt, response, reward in rows:
         with torch.no_grad():
@@ -381,11 +378,11 @@ def test_the_step_is_the_textbooks(tmp_path, epochs, words):
     words += ("model.max_grad_norm=1e9", "model.v_head_max_grad_norm=1e9")
     trainers_ = [make_trainer(tmp_path / name, "ppo", *words) for name in ("ours", "plain")]
     start, critic_start = state_of(trainers_[0]), critic_state(trainers_[0])
-    trainers_[0].start_training()
-    for batch in batches_for("ppo", 2):
-        trainers_[0].train_step(batch)
+    batches = batches_for("ppo", 2)
+    trainers_[0].train_loader.batches = batches
+    trainers_[0].train()
+    for batch in batches:
         plain_ppo(trainers_[1], batch, epochs)
-    trainers_[0].log.close()
     ways = [moved(start, state_of(trainer)) for trainer in trainers_]
     critic_ways = [moved(critic_start, critic_state(trainer)) for trainer in trainers_]
     for ours, plain in (ways, critic_ways):
@@ -483,10 +480,13 @@ def test_evaluation_reports_what_other_losses_do(tmp_path):
     trainer.train()
     values = trainer.evaluate()
     batch = trainer.eval_loader.batches[0]
+    lengths = [len(one.responses[0]) for one in batch]
     with torch.no_grad():
-        models_ = (trainer.policy, trainer.reference_model)
-        policy, reference = (trainer.sequence_logps(trainer.token_logps(m, batch), batch) for m in models_)
-    chosen = torch.tensor([one.chosen[0] for one in batch])
+        policy, reference = (
+            torch.stack([part.sum() for part in model(model.inputs(batch)).logps.split(lengths)])
+            for model in (trainer.policy, trainer.reference_model)
+        )
+    chosen = torch.tensor([one.roles[0] == "chosen" for one in batch])
     rewards = policy - reference
     expected = {
         "rewards_eval/chosen": rewards[chosen].mean(),
@@ -506,9 +506,10 @@ def test_average_log_prob_is_heard(tmp_path):
     trainer = make_trainer(tmp_path, "ppo", "++loss.average_log_prob=true")
     batch = trainer.eval_loader.batches[0]
     with torch.no_grad():
-        logps = trainer.sequence_logps(trainer.token_logps(trainer.policy, batch), batch)
-    chosen = torch.tensor([one.chosen[0] for one in batch])
-    assert trainer.evaluate()["logps_eval/chosen"] == pytest.approx(logps[chosen].mean().item(), rel=1e-5)
+        logps = trainer.policy(trainer.policy.inputs(batch)).logps
+    means = [part.mean() for part in logps.split([len(one.responses[0]) for one in batch])]
+    chosen = [mean for mean, one in zip(means, batch, strict=True) if one.roles[0] == "chosen"]
+    assert trainer.evaluate()["logps_eval/chosen"] == pytest.approx(torch.stack(chosen).mean().item(), rel=1e-5)
 
 
 #### CHECKPOINTS
@@ -583,22 +584,22 @@ def test_checkpoints_without_their_critic(run, tmp_path):
     shutil.copytree(folder / "run" / "LATEST", tmp_path / "LATEST")
     policy_pt, v_head_pt = str(tmp_path / "LATEST/policy.pt"), tmp_path / "LATEST/v_head.pt"
     config = make_config(tmp_path, "loss=ppo", *SMALL, f"model.load_from={policy_pt}")
-    models.check_load_from(config)
-    models.check_policy_pt(config, policy_pt, with_value_head=True)
+    loading.check_load_from(config)
+    loading.check_policy_pt(config, policy_pt, with_value_head=True)
     saved = torch.load(v_head_pt, weights_only=True)
     saved["state"]["hidden.weight"] = saved["state"]["hidden.weight"][:, :7]
     torch.save(saved, v_head_pt)
     with pytest.raises(
         UserError, match=r"v_head.pt .* it has hidden.weight of shape \(32, 7\), the model of \(32, 32\)"
     ):
-        models.check_load_from(config)
+        loading.check_load_from(config)
     v_head_pt.write_bytes(b"no")
     with pytest.raises(UserError, match="v_head.pt is damaged"):
-        models.check_load_from(config)
+        loading.check_load_from(config)
     os.remove(v_head_pt)
-    models.check_load_from(config)  # a new one will do for training
+    loading.check_load_from(config)  # a new one will do for training
     with pytest.raises(UserError, match="v_head.pt does not exist"):
-        models.load_policy_and_reference(config, tokenizer(), CPU, policy_pt)
+        loading.load_policy_and_reference(config, tokenizer(), CPU, policy_pt)
 
 
 def test_losses_without_a_critic_have_none(tmp_path):
@@ -608,11 +609,11 @@ def test_losses_without_a_critic_have_none(tmp_path):
 
 
 def test_the_columns_of_a_token(tmp_path):
-    """`token_outputs` stacks what a forward says under the names of its fields."""
+    """A `Forward` gathers log-prob, value and entropy under the names of their fields."""
     trainer = make_trainer(tmp_path, "ppo")
     batch = batches_for("ppo", 1)[0]
     with torch.no_grad():
-        columns = trainer.token_outputs(trainer.policy, batch).unbind(1)
+        gathered = trainer.forward(batch)[1].policy
         per_token = trainer.policy(trainer.policy.inputs(batch), with_entropy=True)
-    assert len(columns) == len(per_token) == 3
-    assert all(torch.equal(one, other) for one, other in itertools.zip_longest(columns, per_token))
+    assert len(gathered) == len(per_token) == 3
+    assert all(torch.equal(one, other) for one, other in zip(gathered, per_token, strict=True))

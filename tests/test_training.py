@@ -15,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
-from halos import checkpoint, metrics, models
+from halos import checkpoint, loading, metrics, run_dir
 from halos.errors import UserError
-from helpers import example, make_config
+from helpers import example, judged, make_config
 from small_runs import (
     CPU,
     SMALL,
     Batches,
     assert_same_training,
     batches_for,
+    losses,
     make_trainer,
     moved,
     rows_of,
@@ -32,7 +33,7 @@ from small_runs import (
     trained,
 )
 
-LOSSES = ["sft", "dpo", "cdpo", "kto", "slic", "ppo"]
+LOSSES = losses()
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +169,7 @@ def test_every_weight_trains_in_bfloat16_compute(tmp_path):
     ways = []
     for precision in ("float32", "bfloat16"):
         trainer = make_trainer(tmp_path / precision, "sft", f"model.fsdp_policy_mp={precision}", "do_first_eval=true")
-        start = models.load_lm(trainer.config, torch.float32).state_dict()
+        start = loading.load_lm(trainer.config, torch.float32).state_dict()
         trainer.train()
         saved = checkpoint.load_state(str(tmp_path / precision / "run/LATEST/policy.pt"))
         assert [name for name in start if torch.equal(start[name], saved[name])] == []
@@ -180,9 +181,15 @@ def test_every_weight_trains_in_bfloat16_compute(tmp_path):
 def test_a_forward_leaves_the_float32_weights_as_they_were(tmp_path, packing):
     """Bit by bit, in what is saved after an evaluation in bfloat16: not its rounded copies."""
     trainer = make_trainer(tmp_path, "sft", "model.fsdp_policy_mp=bfloat16", f"model.packing={packing}")
-    start = models.load_lm(trainer.config, torch.float32).state_dict()
+    start = loading.load_lm(trainer.config, torch.float32).state_dict()
     trainer.evaluate()
     assert all(torch.equal(tensor, start[name]) for name, tensor in state_of(trainer).items())
+
+
+def chosen_logps(trainer, batch):
+    """What a loss sees as `policy_chosen_logps` and `policy_rejected_logps`."""
+    _, seen = trainer.forward(batch)
+    return trainer.split(seen, seen.policy.logps)
 
 
 def test_average_log_prob(tmp_path):
@@ -192,8 +199,7 @@ def test_average_log_prob(tmp_path):
     mean = make_trainer(tmp_path / "mean", "sft", "++loss.average_log_prob=true", batches=[batch])
     lengths = torch.tensor([float(len(one.responses[0])) for one in batch])
     with torch.no_grad():
-        tokens = summed.token_logps(summed.policy, batch)
-        sums, means = (trainer.sequence_logps(tokens, batch) for trainer in (summed, mean))
+        (sums, _), (means, _) = (chosen_logps(trainer, batch) for trainer in (summed, mean))
     torch.testing.assert_close(means * lengths, sums)
 
 
@@ -283,7 +289,7 @@ def test_evaluation_of_a_batch_by_hand(tmp_path):
 
 def test_kto_evaluates_batches_of_one_kind(tmp_path):
     """Binary feedback may come in batches without a single rejected response."""
-    chosen = [one._replace(chosen=(True,)) for one in batches_for("kto", 1)[0]]
+    chosen = [judged(one, True) for one in batches_for("kto", 1)[0]]
     values = make_trainer(tmp_path, "kto", eval_batches=[chosen]).evaluate()
     assert values["loss/eval"] == pytest.approx(0.5)
     assert "rewards_eval/rejected" not in values and all(map(math.isfinite, values.values()))
@@ -330,7 +336,7 @@ def test_gradients_are_clipped_by_their_global_norm(tmp_path):
 def factors(folder, *words, n_batches=10) -> list[float]:
     """The share of the peak learning rate of each update, and of the one that would follow."""
     config = make_config(folder, "loss=sft", *SMALL, *words)
-    trainer = trainers.SFTTrainer(None, None, None, config, Batches([[None]] * n_batches), None, "")
+    trainer = trainers.SFTTrainer(torch.nn.Linear(1, 1), None, None, config, Batches([[None]] * n_batches), None, "")
     return [trainer.lr_factor(update) for update in range(n_batches + 1)]
 
 
@@ -388,17 +394,14 @@ def test_weight_decay_spares_vectors(tmp_path):
 
 
 def test_eval_is_due_when_a_multiple_is_passed(tmp_path):
-    """eval_every 8 with updates of 8 examples: after every one, and only when an accumulation is complete."""
+    """eval_every 8 with updates of 8 examples: after every one."""
     trainer = make_trainer(tmp_path, "sft")
-    trainer.pending, trainer.evaluated_at, trainer.examples = [], 0, 0
     assert not trainer.eval_is_due()
-    trainer.examples = 8
+    trainer.train_loader.examples_seen = 8
     assert trainer.eval_is_due()
-    trainer.pending = [None]
+    trainer.state.evaluated_at = 8
     assert not trainer.eval_is_due()
-    trainer.pending, trainer.evaluated_at = [], 8
-    assert not trainer.eval_is_due()
-    trainer.examples = 21  # after an incomplete batch at the end of an epoch
+    trainer.train_loader.examples_seen = 21  # after an incomplete batch at the end of an epoch
     assert trainer.eval_is_due()
 
 
@@ -458,12 +461,9 @@ def test_not_finite_names_all_examples_of_the_update(tmp_path, monkeypatch):
     """A gradient is of a whole accumulation: both microbatches are written down."""
     batches = batches_for("sft", 2, 4)
     trainer = make_trainer(tmp_path, "sft", "model.gradient_accumulation_steps=2", batches=batches)
-    trainer.start_training()
-    trainer.train_step(batches[0])
-    next(trainer.policy.parameters()).grad.fill_(float("inf"))
+    next(trainer.policy.parameters()).grad = torch.full_like(next(trainer.policy.parameters()), float("inf"))
     with pytest.raises(UserError, match="the 8 examples of this update"):
-        trainer.train_step(batches[1])
-    trainer.log.close()
+        trainer.train_step(batches)
     with open(os.path.join(trainer.run_dir, "not_finite.json")) as file:
         assert len(json.load(file)) == 8
 
@@ -498,7 +498,7 @@ def test_policy_pt(run):
     assert saved["step_idx"] == 3
     assert saved["metrics"]["loss/eval"] == rows_of(trainer, "eval")[-1]["loss/eval"]
     config = make_config(folder, "loss=dpo", *SMALL)
-    fresh = models.load_lm(config, torch.float32)
+    fresh = loading.load_lm(config, torch.float32)
     assert list(saved["state"]) == list(fresh.state_dict())
     for name, tensor in state_of(trainer).items():
         assert saved["state"][name].dtype == torch.float32 and torch.equal(saved["state"][name], tensor)
@@ -522,9 +522,7 @@ def test_the_export_is_opened_by_transformers(run):
 def test_export_dtype(tmp_path):
     """`model.export_dtype=bfloat16` rounds the export and not policy.pt; config.json says so."""
     trainer = make_trainer(tmp_path, "sft", "model.export_dtype=bfloat16")
-    trainer.start_training()
     trainer.save()
-    trainer.log.close()
     latest = tmp_path / "run" / "LATEST"
     exported = load_file(latest / "model.safetensors")
     for name, tensor in state_of(trainer).items():
@@ -536,9 +534,7 @@ def test_export_dtype(tmp_path):
 def test_policy_dtype(tmp_path):
     """Weights that are stored in bfloat16 are saved in it."""
     trainer = make_trainer(tmp_path, "sft", "model.policy_dtype=bfloat16")
-    trainer.start_training()
     trainer.save()
-    trainer.log.close()
     state = checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
@@ -576,17 +572,16 @@ def test_tied_weights(tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(latest)
     assert lm.lm_head.weight is lm.model.embed_tokens.weight and torch.equal(logits_of(lm), logits)
     words = ("++model.architecture.tie_word_embeddings=true", "model.load_from=run/LATEST/policy.pt")
-    lm = models.load_lm(make_config(tmp_path, "loss=sft", *SMALL, *words), torch.float32)
+    lm = loading.load_lm(make_config(tmp_path, "loss=sft", *SMALL, *words), torch.float32)
     assert lm.lm_head.weight is lm.model.embed_tokens.weight and torch.equal(logits_of(lm), logits)
 
 
 def test_a_save_that_dies_leaves_the_old_latest(tmp_path, monkeypatch):
     """The new checkpoint is written beside, and only then renamed."""
     trainer = make_trainer(tmp_path, "sft")
-    trainer.start_training()
     trainer.save()
     before = checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))["lm_head.weight"].clone()
-    trainer.train_step(trainer.train_loader.batches[0])
+    trainer.train_step(trainer.train_loader.batches[:1])
 
     def full_disk(*args):
         raise OSError("No space left on device")
@@ -598,7 +593,6 @@ def test_a_save_that_dies_leaves_the_old_latest(tmp_path, monkeypatch):
     assert torch.equal(checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))["lm_head.weight"], before)
     trainer.save()  # and the next one is not hindered by what was left
     assert not torch.equal(checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))["lm_head.weight"], before)
-    trainer.log.close()
 
 
 #### LOAD_FROM
@@ -631,8 +625,8 @@ def test_load_from_in_three_forms(run, tmp_path):
     forms.append(str(hub_repository(latest, tmp_path / "archangel_dpo_tiny")))
     for form in forms:
         config = make_config(folder, "loss=dpo", *SMALL, f"model.load_from={form}", "model.packing=false")
-        models.check_load_from(config)
-        policy, reference = models.load_policy_and_reference(config, tokenizer(), CPU)
+        loading.check_load_from(config)
+        policy, reference = loading.load_policy_and_reference(config, tokenizer(), CPU)
         assert torch.equal(logits_of(policy.lm), logits)
         assert torch.equal(logits_of(reference.lm), logits)
 
@@ -647,7 +641,7 @@ def test_training_goes_on_from_load_from(run):
 
 def load(folder, path) -> None:
     """What a run does about `model.load_from=path` before anything else loads."""
-    models.check_load_from(make_config(folder, "loss=sft", *SMALL, f"model.load_from={path}"))
+    loading.check_load_from(make_config(folder, "loss=sft", *SMALL, f"model.load_from={path}"))
 
 
 def test_a_missing_policy_pt(tmp_path):
@@ -718,7 +712,7 @@ def test_another_architecture(run):
         folder, "loss=sft", *SMALL, "model.load_from=run/LATEST/policy.pt", "model.architecture.num_hidden_layers=3"
     )
     with pytest.raises(UserError, match=r"another architecture: it has no model.layers.2.*choose the model= it is of"):
-        models.check_load_from(config)
+        loading.check_load_from(config)
 
 
 def test_a_directory_that_lacks_a_weight(run, tmp_path):
@@ -732,14 +726,14 @@ def test_a_directory_that_lacks_a_weight(run, tmp_path):
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     config = make_config(folder, "loss=sft", *SMALL, f"model.load_from={directory}")
     with pytest.raises(UserError, match="lacks the weight model.layers.1.mlp.up_proj.weight"):
-        models.load_policy_and_reference(config, tokenizer(), CPU)
+        loading.load_policy_and_reference(config, tokenizer(), CPU)
 
 
 def test_a_directory_that_is_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
     config = make_config(tmp_path, "loss=sft", *SMALL, f"model.load_from={tmp_path / 'empty'}")
     with pytest.raises(UserError, match=r"model.load_from=.*empty cannot be loaded"):
-        models.load_policy_and_reference(config, tokenizer(), CPU)
+        loading.load_policy_and_reference(config, tokenizer(), CPU)
 
 
 #### THE RUN DIRECTORY
@@ -747,32 +741,32 @@ def test_a_directory_that_is_no_model(tmp_path):
 
 def test_an_existing_run_is_refused(tmp_path):
     config = make_config(tmp_path, "loss=sft", *SMALL)
-    checkpoint.refuse_existing(config)
-    checkpoint.create_run_directory(config)
+    run_dir.refuse_existing(config)
+    run_dir.create(config)
     with pytest.raises(UserError, match=r"run already holds a run; .*overwrite=true \(renames it to .*run.bak-N\)"):
-        checkpoint.refuse_existing(config)
+        run_dir.refuse_existing(config)
 
 
 def test_an_empty_directory_is_no_run(tmp_path):
     (tmp_path / "run").mkdir()
     config = make_config(tmp_path, "loss=sft", *SMALL)
-    checkpoint.refuse_existing(config)
-    checkpoint.create_run_directory(config)
+    run_dir.refuse_existing(config)
+    run_dir.create(config)
     assert os.listdir(tmp_path) == ["run"] and os.listdir(tmp_path / "run") == ["config.yaml"]
 
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match="run is a file"):
-        checkpoint.refuse_existing(make_config(tmp_path, "loss=sft", *SMALL, "overwrite=true"))
+        run_dir.refuse_existing(make_config(tmp_path, "loss=sft", *SMALL, "overwrite=true"))
 
 
 def test_overwrite_renames_and_deletes_nothing(tmp_path):
     """The third run moves the second to run.bak-2, after the second moved the first to run.bak-1."""
     config = make_config(tmp_path, "loss=sft", *SMALL, "overwrite=true")
     for number in (1, 2, 3):
-        checkpoint.refuse_existing(config)
-        directory = checkpoint.create_run_directory(config)
+        run_dir.refuse_existing(config)
+        directory = run_dir.create(config)
         with open(os.path.join(directory, "note"), "w") as file:
             file.write(str(number))
     assert sorted(os.listdir(tmp_path)) == ["run", "run.bak-1", "run.bak-2"]
@@ -783,7 +777,7 @@ def test_overwrite_renames_and_deletes_nothing(tmp_path):
 def test_config_yaml_is_the_config(tmp_path):
     """Resolved: what `${...}` stood for is written."""
     config = make_config(tmp_path, "loss=kto", "model=tiny")
-    directory = checkpoint.create_run_directory(config)
+    directory = run_dir.create(config)
     written = OmegaConf.load(os.path.join(directory, "config.yaml"))
     assert written == OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     assert written.exp_name == "kto_tiny" == os.path.basename(directory)
@@ -794,7 +788,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     one, two = (trained(tmp_path / name, "kto") for name in ("one", "two"))
     assert torch.equal(one[0], two[0])
     lms = [
-        models.load_lm(make_config(tmp_path, "loss=sft", *SMALL, f"seed={seed}"), torch.float32) for seed in (1, 1, 2)
+        loading.load_lm(make_config(tmp_path, "loss=sft", *SMALL, f"seed={seed}"), torch.float32) for seed in (1, 1, 2)
     ]
     assert torch.equal(lms[0].lm_head.weight, lms[1].lm_head.weight)
     assert not torch.equal(lms[0].lm_head.weight, lms[2].lm_head.weight)

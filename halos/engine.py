@@ -1,0 +1,251 @@
+"""One global batch through a model: what goes into a loss (`Batch`), what comes out of it (`Outcome`), and the forward
+and backward passes around it (`Forward`).
+
+Every rank sees the whole batch and runs its share of it, in pieces of bounded size. The results are gathered, without
+gradient, into vectors over all response tokens of the batch, which are the same on every rank: a loss of these vectors
+is the loss of the global batch. Change this file to change how a batch is computed; losses are in `trainers.py`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from halos import distributed
+from halos.models import PerToken, PolicyModel
+from halos.packing import schedule
+from halos.tokens import Role, TokenizedExample
+
+# Run by a rank that has nothing left to do in a forward pass that all ranks take part in.
+DUMMY = TokenizedExample(np.zeros(1, np.int32), (np.zeros(1, np.int32),), (Role.CHOSEN,))
+
+
+TRAINED = frozenset({Role.CHOSEN, Role.REJECTED})
+UNTRAINED = frozenset({Role.UNRELATED})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The global batch as a loss sees it.
+
+    Vectors over tokens are (n_tokens,): the tokens of all responses, one response after the other. Vectors over
+    responses are (n_responses,), in the same order: example after example.
+
+    policy: log-probs of the tokens, and values and entropies if the loss has a critic or wants them. In training
+        log-probs and values have gradients, except for those of unrelated responses.
+    reference_logps: (n_tokens,) log-probs under the reference model, in nats; None without one
+    """
+
+    examples: list[TokenizedExample]
+    policy: PerToken
+    reference_logps: torch.Tensor | None
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """(n_responses,) number of tokens of each response."""
+        return self._per_response([len(response) for example in self.examples for response in example.responses])
+
+    @cached_property
+    def chosen(self) -> torch.Tensor:
+        """(n_responses,) bool: responses that are chosen, or desirable."""
+        return self._has_role(Role.CHOSEN)
+
+    @cached_property
+    def rejected(self) -> torch.Tensor:
+        """(n_responses,) bool: responses that are rejected, or undesirable."""
+        return self._has_role(Role.REJECTED)
+
+    @cached_property
+    def unrelated(self) -> torch.Tensor:
+        """(n_responses,) bool: responses to other prompts, which are scored and not trained on."""
+        return self._has_role(Role.UNRELATED)
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """(n_responses,) float32 scores that the data gives the responses; NaN where it gives none."""
+        nested = [example.scores or (float("nan"),) * len(example.responses) for example in self.examples]
+        return self._per_response([float(score) for scores in nested for score in scores])
+
+    @cached_property
+    def margins(self) -> torch.Tensor:
+        """(n_pairs,) score of the chosen response minus that of the rejected one. Paired data only."""
+        return self.scores[self.chosen] - self.scores[self.rejected]
+
+    @property
+    def ids(self) -> list[str]:
+        """One name per response, `dataset/example/generation`: the same in every epoch and batch."""
+        return [name for example in self.examples for name in example.ids]
+
+    @property
+    def datasets(self) -> list[str]:
+        """The name of the dataset that each response's prompt is from."""
+        return [example.dataset for example in self.examples for _ in example.responses]
+
+    def sum_by_response(self, per_token: torch.Tensor) -> torch.Tensor:
+        """(n_tokens,) -> (n_responses,): the sum over each response's tokens."""
+        response = torch.arange(len(self.lengths), device=per_token.device).repeat_interleave(self.lengths)
+        return per_token.new_zeros(len(self.lengths)).index_add(0, response, per_token)
+
+    def _has_role(self, role: Role) -> torch.Tensor:
+        return self._per_response([one is role for example in self.examples for one in example.roles])
+
+    def _per_response(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, device=self.policy.logps.device)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A metric that is not the mean of a vector, such as a variance.
+
+    function: (vectors) -> a scalar; NaN where it is undefined, and then it is not logged
+    vectors: its arguments for one batch; those of several batches are concatenated before `function` sees them
+    """
+
+    function: Callable[..., torch.Tensor]
+    vectors: tuple[torch.Tensor, ...]
+
+    def value(self) -> torch.Tensor:
+        return self.function(*self.vectors)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The loss of one batch. `losses.mean()` is optimised.
+
+    losses: one loss per pair, per response or per token
+    chosen_rewards, rejected_rewards, chosen_logps, rejected_logps: (n_chosen,) or (n_rejected,), to be logged
+    metrics: more to be logged, `name: vector` or `name: Statistic`. Of a vector the mean is logged, over all batches of
+        an update or of an evaluation. `kl/chosen` is logged as `kl/chosen` in training, as `kl_eval/chosen` in
+        evaluation.
+    """
+
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    metrics: dict[str, torch.Tensor | Statistic] = field(default_factory=dict)
+
+    def detach(self) -> Self:
+        return self.concatenate([self])
+
+    @classmethod
+    def concatenate(cls, outcomes: list[Self]) -> Self:
+        """One outcome of several batches, without gradient."""
+        vectors = [f.name for f in fields(cls) if f.name != "metrics"]
+        parts: dict[str, Any] = {name: _cat(getattr(outcome, name) for outcome in outcomes) for name in vectors}
+        names = dict.fromkeys(name for outcome in outcomes for name in outcome.metrics)
+        parts["metrics"] = {name: _join([o.metrics[name] for o in outcomes if name in o.metrics]) for name in names}
+        return cls(**parts)
+
+
+def _cat(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([vector.detach().reshape(-1) for vector in vectors])
+
+
+def _join(parts: list[Any]) -> torch.Tensor | Statistic:
+    """The same metric of several batches as one."""
+    if not isinstance(parts[0], Statistic):
+        return _cat(parts)
+    return Statistic(parts[0].function, tuple(map(_cat, zip(*(part.vectors for part in parts), strict=True))))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One forward pass of this rank."""
+
+    examples: list[TokenizedExample]
+    positions: torch.Tensor  # (n,) where its response tokens stand in the batch; empty for the dummy
+
+
+class Forward:
+    """A global batch through a model, on all ranks together.
+
+    `tokens` holds the log-probs of all response tokens of the batch (and their values and entropies), as views of an
+    autograd leaf. After the backward pass of a loss on them, `backward()` sends the leaf's gradient into the model.
+
+    If all of this rank's share fits one forward pass, its graph is kept. Otherwise the pieces run without gradient
+    first, and again, one by one, with gradient in `backward`: memory is bounded by one piece, and the loss is still
+    that of the whole batch. Unrelated responses run apart from the others, without a backward pass.
+
+    max_tokens: limit of packed tokens in one forward pass; a longer example is a piece of its own
+    """
+
+    def __init__(
+        self, model: PolicyModel, examples: list[TokenizedExample], max_tokens: int, with_entropy: bool = False
+    ):
+        self.model = model
+        self.with_entropy = with_entropy
+        trains = torch.is_grad_enabled()
+        trained, untrained = (TRAINED, UNTRAINED) if trains else (TRAINED | UNTRAINED, frozenset())
+        self.pieces = pieces(examples, trained, max_tokens, model.device)
+        without_graph = pieces(examples, untrained, max_tokens, model.device)
+        keeps_graph = trains and len(self.pieces) == 1
+        with torch.set_grad_enabled(keeps_graph):
+            outputs = [self._run(piece) for piece in self.pieces]
+        self.graph = outputs[0] if keeps_graph else None
+        with torch.no_grad():
+            outputs += [self._run(piece) for piece in without_graph]
+        where = [piece.positions for piece in self.pieces + without_graph]
+        n_tokens = sum(len(response) for example in examples for response in example.responses)
+        self.leaf: torch.Tensor = distributed.gather_rows(outputs, where, n_tokens).requires_grad_(trains)
+
+    def _run(self, piece: Piece) -> torch.Tensor:
+        """(n, columns): what `PerToken` has of each response token of a piece, in its order."""
+        output = self.model(self.model.inputs(piece.examples), with_entropy=self.with_entropy)
+        columns = [column for column in output if column is not None]
+        return torch.stack(columns, dim=1)[: len(piece.positions)]
+
+    @property
+    def tokens(self) -> PerToken:
+        columns = iter(self.leaf.unbind(1))
+        has_value = self.model.v_head is not None
+        return PerToken(next(columns), next(columns) if has_value else None, next(columns, None))
+
+    def backward(self) -> None:
+        """Send the gradient of `tokens` into the model's parameters."""
+        # FSDP averages gradients over ranks, and each rank has those of its own tokens: hence the factor.
+        assert self.leaf.grad is not None, "the loss must be differentiated first"
+        upstream = self.leaf.grad * distributed.world_size()
+        for piece in self.pieces:
+            output = self.graph if self.graph is not None else self._run(piece)
+            output.backward(upstream[piece.positions])
+
+
+def pieces(
+    examples: list[TokenizedExample], roles: frozenset[Role], max_tokens: int, device: torch.device
+) -> list[Piece]:
+    """Plan this rank's forward passes over the responses that have one of these roles.
+
+    Every rank has equally many, since all ranks take part in each; an idle one runs DUMMY and keeps none of its tokens.
+    """
+    selected, positions = _select(examples, roles)
+    runs = schedule(selected, distributed.world_size(), max_tokens)[distributed.rank()]
+    nothing = np.empty(0, np.int64)
+    return [
+        Piece(
+            [selected[i] for i in run] or [DUMMY],
+            torch.from_numpy(np.concatenate([nothing, *(positions[i] for i in run)])).to(device),
+        )
+        for run in runs
+    ]
+
+
+def _select(
+    examples: list[TokenizedExample], roles: frozenset[Role]
+) -> tuple[list[TokenizedExample], list[np.ndarray]]:
+    """Examples reduced to the responses of these roles, and where the tokens of those stand in the batch."""
+    selected, positions, start = [], [], 0
+    for example in examples:
+        kept = []
+        for index, (response, role) in enumerate(zip(example.responses, example.roles, strict=True)):
+            if role in roles:
+                kept.append((index, np.arange(start, start + len(response))))
+            start += len(response)
+        if kept:
+            selected.append(example.only([index for index, _ in kept]))
+            positions.append(np.concatenate([span for _, span in kept]))
+    return selected, positions

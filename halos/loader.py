@@ -1,0 +1,184 @@
+"""Global batches of tokenized examples, as a pure function of (seed, epoch): the same on every rank.
+
+`DataLoader` is what the loaders in `dataloaders.py` inherit. A loader says in `flatten` which rows an epoch has and in
+which order; everything else about batches is here. Tokens are in `halos/tokens.py`.
+"""
+
+import math
+import operator
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from halos.chat import render_prompt, render_responses
+from halos.errors import UserError
+from halos.examples import Example
+from halos.tokens import Encoder, Role, TokenizedExample, tokenize, truncate
+
+
+class Row(NamedTuple):
+    """Responses to one prompt that a loss sees together. A pair has two, the chosen one first; other rows have one."""
+
+    example: int  # whose prompt it is: index into DataLoader.examples
+    responses: tuple[tuple[int, int], ...]  # (example, generation) each; of the same example unless unrelated
+    roles: tuple[Role, ...]  # one per response
+
+    @classmethod
+    def of(cls, example: int, *, chosen: int | None = None, rejected: int | None = None) -> "Row":
+        """A row of one example's generations, given by their indices: `Row.of(7, chosen=0, rejected=2)`."""
+        given = ((Role.CHOSEN, chosen), (Role.REJECTED, rejected))
+        responses = {role: (example, generation) for role, generation in given if generation is not None}
+        return cls(example, tuple(responses.values()), tuple(responses))
+
+    def with_unrelated(self, other: "Row") -> "Row":
+        """The row with the first response of another row beside its own: scored after this prompt, not trained on."""
+        return self._replace(responses=(*self.responses, other.responses[0]), roles=(*self.roles, Role.UNRELATED))
+
+
+class DataLoader:
+    """Global batches of tokenized examples: a pure function of (seed, epoch), the same on every rank.
+
+    A subclass says in `flatten` which rows an epoch has and in which order. A batch is a list of `TokenizedExample`;
+    the last one of an epoch may be smaller. Iteration goes on from the position of `state_dict()`.
+
+    batch_size: rows per batch over all GPUs
+    n_epochs, n_examples: stop after so many, whichever comes first; None for no limit
+    """
+
+    data_format: str | None = None  # what a trainer's data_format is compared with: sft, unpaired, paired
+
+    def __init__(
+        self,
+        examples: list[Example],
+        tokenizer,
+        *,
+        batch_size: int,
+        max_length: int,
+        max_prompt_length: int,
+        cache_dir: str,
+        seed: int = 1,
+        n_epochs: int | None = 1,
+        n_examples: int | None = None,
+        description: str = "",
+    ):
+        self.examples = examples
+        self.encoder = Encoder(tokenizer)
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.seed = seed
+        self.n_epochs = n_epochs
+        self.n_examples = n_examples
+        self.epoch = 0
+        self.position = 0  # rows of this epoch already given out
+        self.examples_seen = 0
+        self.account: list[dict[str, Any]] = []  # of each dataset: what was read and dropped
+        self._tokenize(tokenizer, cache_dir, description)
+        self.rows_per_epoch = len(self.flatten(random.Random(0)))
+        if not self.rows_per_epoch:
+            raise UserError(self._no_rows())
+
+    def flatten(self, rng: random.Random) -> list[Row]:
+        """All rows of one epoch, in training order."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which rows it trains on; define flatten()")
+
+    def _tokenize(self, tokenizer, cache_dir: str, description: str) -> None:
+        prompts: list[str] = []
+        responses: list[str] = []
+        self.first_response: list[int] = []  # index of an example's first generation among all of them
+        for example in self.examples:
+            prompts.append(render_prompt(example.prompt, tokenizer))
+            self.first_response.append(len(responses))
+            responses.extend(render_responses(example, tokenizer))
+        self.prompt_ids = tokenize(prompts, self.encoder, "prompts", cache_dir, f"{description} prompts")
+        self.response_ids = tokenize(responses, self.encoder, "responses", cache_dir, f"{description} responses")
+
+    def _no_rows(self) -> str:
+        have = Counter(
+            kind
+            for example in self.examples
+            for kind in (["pairs"] * bool(example.pairs) + ["binary feedback"] * bool(example.feedback))
+        )
+        found = ", ".join(f"{count} examples with {kind}" for kind, count in have.items()) or "no usable example"
+        names = ", ".join(sorted({example.dataset_name for example in self.examples})) or "the datasets"
+        return f"{names}: no row for {type(self).__name__} ({found}); use data of the form it needs, or another loss"
+
+    def order(self, epoch: int) -> list[Row]:
+        """The rows of an epoch in the order in which they are trained on."""
+        return self.flatten(random.Random(f"{self.seed}-{epoch}"))
+
+    def __len__(self) -> int:
+        """Batches from the start to the end of training."""
+        whole, rest = divmod(self.total_examples, self.rows_per_epoch)
+        return whole * -(-self.rows_per_epoch // self.batch_size) + -(-rest // self.batch_size)
+
+    @property
+    def total_examples(self) -> int:
+        """Rows from the start to the end of training."""
+        limits = [self.n_examples] if self.n_examples is not None else []
+        limits += [self.n_epochs * self.rows_per_epoch] if self.n_epochs is not None else []
+        return min(limits)
+
+    def restart(self) -> None:
+        """Back to the first row of the first epoch."""
+        self.load_state_dict({"epoch": 0, "position": 0, "examples_seen": 0})
+
+    def __iter__(self) -> Iterator[list[TokenizedExample]]:
+        while self.examples_seen < self.total_examples:
+            rows = self.order(self.epoch)
+            while self.position < len(rows) and self.examples_seen < self.total_examples:
+                size = min(self.batch_size, self.total_examples - self.examples_seen)
+                batch = rows[self.position : self.position + size]
+                # Counted before the batch is used: a state saved after its update points to the next one.
+                self.position += len(batch)
+                self.examples_seen += len(batch)
+                yield [self.tokenized(row) for row in batch]
+            if self.position >= len(rows):
+                self.epoch, self.position = self.epoch + 1, 0
+
+    def tokenized(self, row: Row) -> TokenizedExample:
+        """The tokens of a row, cut to length, with what its examples know of it."""
+        prompt, responses = truncate(
+            self.prompt_ids[row.example],
+            tuple(self.response_ids[self.first_response[index] + generation] for index, generation in row.responses),
+            row.roles,
+            self.max_length,
+            self.max_prompt_length,
+            self.examples[row.example].truncation_mode,
+            len(self.encoder.bos),
+        )
+        known = [(self.examples[index], generation) for index, generation in row.responses]
+        has_scores = any(example.scores for example, _ in known)
+        return TokenizedExample(
+            prompt,
+            responses,
+            row.roles,
+            scores=tuple(e.scores[i] if e.scores else math.nan for e, i in known) if has_scores else (),
+            ids=tuple(f"{example.id}/{generation}" for example, generation in known),
+            dataset=self.examples[row.example].dataset_name,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position, "examples_seen": self.examples_seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.examples_seen = state["examples_seen"]
+
+    def counts(self) -> dict[str, int]:
+        """Exact counts of one epoch: rows, tokens, and what truncation did to them."""
+        prompt_lengths, response_lengths = self.prompt_ids.lengths.tolist(), self.response_ids.lengths.tolist()
+        counts = Counter(rows=0, tokens=0, truncated_prompts=0, truncated_responses=0)
+        for row in self.order(0):
+            prompt = prompt_lengths[row.example]
+            responses = [response_lengths[self.first_response[index] + i] for index, i in row.responses]
+            trained = [n for n, role in zip(responses, row.roles, strict=True) if role is not Role.UNRELATED]
+            if prompt > self.max_prompt_length and prompt + max(trained) > self.max_length:
+                prompt = self.max_prompt_length
+                counts["truncated_prompts"] += 1
+            kept = [min(response, self.max_length - prompt) for response in responses]
+            counts["truncated_responses"] += sum(map(operator.lt, kept, responses))
+            counts["tokens"] += prompt + sum(kept)
+            counts["rows"] += 1
+        return {"examples": len(self.examples), **counts}

@@ -1,0 +1,355 @@
+"""Policy, reference and tokenizer: where they are loaded from, and in which dtypes.
+
+Weights come from `model.name_or_path` (the hub or a directory) or, where that is null, from `model.architecture` with
+random weights; `model.load_from` replaces them: a `policy.pt` of this project, a directory in Hugging Face's layout, or
+a hub name. The network that they are loaded into is in `halos/models.py`, streams of weights in `halos/weights.py`.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from halos import checkpoint, distributed, logps, packing_check, sharding, weights
+from halos.errors import UserError
+from halos.models import PolicyModel, ValueHead
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+if not sys.stderr.isatty():
+    transformers.utils.logging.disable_progress_bar()
+
+
+#### DTYPES
+
+
+def compute_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
+    """What matrix products run in: `fsdp_policy_mp`, or bfloat16 on CUDA and the weights' dtype elsewhere."""
+    if config.model.fsdp_policy_mp:
+        return getattr(torch, config.model.fsdp_policy_mp)
+    return torch.bfloat16 if device.type == "cuda" else getattr(torch, config.model.policy_dtype)
+
+
+def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
+    """What the reference model is stored and computed in: the policy's compute dtype unless configured."""
+    if config.model.reference_dtype:
+        return getattr(torch, config.model.reference_dtype)
+    return compute_dtype(config, device)
+
+
+#### BUILDING
+
+
+def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None = None):
+    """The policy, ready to train, and the frozen reference, None if the loss needs none.
+
+    Both start from the same weights, and compute alike, so that training starts at a log-ratio of 0.
+
+    policy_pt: a checkpoint that the policy has instead
+    """
+    base_dtype = load_config(config).dtype  # of the checkpoint; loading replaces it in the model's own config
+    load = _load_whole if distributed.world_size() == 1 else _load_sharded
+    policy, reference, float32 = load(config, tokenizer, device, policy_pt)
+    export_dtype = config.model.export_dtype or base_dtype
+    if export_dtype:
+        policy.export_dtype = getattr(torch, str(export_dtype).removeprefix("torch."))
+    dtype = compute_dtype(config, device)
+    packs, reason = packing_check.choose(policy, config.model.packing, dtype, float32)
+    policy.use_packing(packs)
+    policy.description = f"{'packed' if packs else 'padded, not packed'} ({reason}), computing in {dtype}"
+    if reference is not None:
+        reference.use_packing(packs)
+        reference.eval()
+    return policy, reference
+
+
+def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
+    """On one process: (policy, reference, what the packing check found in float32)."""
+    lm = load_lm(config, policy_dtype(config), policy_pt=policy_pt)
+    policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt)).to(device)
+    checked = packing_check.is_wanted(config.model.packing)
+    float32 = packing_check.in_float32(policy) if checked else None  # before the weights are cast
+    sharding.prepare_policy(policy, compute_dtype(config, device), **_preparation(config))
+    if not config.loss.use_reference_model:
+        return policy, None, float32
+    reference = build(config, load_lm(config, reference_dtype(config, device)), tokenizer).to(device)
+    return policy, reference.requires_grad_(False), float32
+
+
+def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
+    """The same on several processes, each of which only ever has its shards."""
+    mesh = sharding.mesh_of(config, device)
+    lm_config = load_config(config)
+
+    def empty_policy(dtype: torch.dtype) -> PolicyModel:
+        lm = weights.empty_lm(lm_config, policy_dtype(config), config.trust_remote_code)
+        policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt))
+        sharding.prepare_policy(policy, dtype, mesh=mesh, **_preparation(config))
+        return policy
+
+    reference = None
+    if config.loss.use_reference_model:
+        lm = weights.empty_lm(lm_config, reference_dtype(config, device), config.trust_remote_code)
+        reference = build(config, lm, tokenizer).requires_grad_(False)
+        sharding.prepare_reference(reference, config.model.block_name, mesh)
+    # First as it computes in float32, if packing is to be checked; then its shards move to the model that trains.
+    checked = packing_check.is_wanted(config.model.packing)
+    dtype = compute_dtype(config, device)
+    policy = empty_policy(torch.float32 if checked else dtype)
+    lms = [policy.lm] + ([reference.lm] if reference is not None else [])
+    for together in [lms[:1], lms[1:]] if policy_pt else [lms]:  # from the same weights in one pass over them
+        if together:
+            opened = _open_weights(config, together[0], device, policy_pt if together[0] is policy.lm else None)
+            weights.fill(together, opened, device)
+    float32 = packing_check.in_float32(policy) if checked else None
+    if checked and dtype != torch.float32:
+        filled, policy = policy, empty_policy(dtype)
+        policy.lm.load_state_dict(filled.lm.state_dict(keep_vars=True), assign=True)
+    source = _source(config, use_load_from=True)
+    if source and not (policy_pt or _policy_pt(config)):
+        with suppress(OSError):  # not every checkpoint has one
+            policy.lm.generation_config = GenerationConfig.from_pretrained(_local(source))
+    return policy, reference, float32
+
+
+def _open_weights(config: DictConfig, lm: PreTrainedModel, device: torch.device, policy_pt: str | None = None):
+    """Where a sharded model gets its weights: from files if they have them as the model does."""
+    path, source = policy_pt or _policy_pt(config), _source(config, use_load_from=True)
+    if path:
+        return weights.FromPolicyPt(path)
+    if source:
+        with _loading(_source_key(config, use_load_from=True), source), distributed.first_on_each_node():
+            found = weights.find_safetensors(_local(source), lm)
+        if found:
+            return found
+    whole = load_lm(config, torch.float32) if distributed.is_main() else None
+    return weights.FromMainProcess(whole, device)
+
+
+def policy_dtype(config: DictConfig) -> torch.dtype:
+    return getattr(torch, config.model.policy_dtype)
+
+
+def _preparation(config: DictConfig) -> dict[str, Any]:
+    """What `sharding.prepare_policy` takes from the config."""
+    return {name: config.model[name] for name in ("activation_checkpointing", "block_name", "compile")}
+
+
+def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: ValueHead | None = None) -> PolicyModel:
+    model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head)
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}; "
+            "set model.tokenizer_name_or_path to the model's own tokenizer"
+        )
+    return model
+
+
+#### LOADING
+
+
+def load_tokenizer(config: DictConfig):
+    """The tokenizer, with an end of text and something to pad with."""
+    name = config.model.tokenizer_name_or_path or config.model.name_or_path
+    with _loading("model.tokenizer_name_or_path", name):
+        tokenizer = AutoTokenizer.from_pretrained(_local(name), trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {name} has no end-of-text token, so that no response could end; "
+            "set model.tokenizer_name_or_path to one that has"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedConfig:
+    """The architecture, dropout at 0 everywhere."""
+    source = _source(config, use_load_from)
+    if source is None:
+        architecture: Any = OmegaConf.to_container(config.model.architecture)
+        lm_config = AutoConfig.for_model(**architecture)
+    else:
+        with _loading(_source_key(config, use_load_from), source):
+            lm_config = AutoConfig.from_pretrained(_local(source), trust_remote_code=config.trust_remote_code)
+    _disable_dropout(lm_config)
+    return lm_config
+
+
+def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, policy_pt: str | None = None):
+    """A causal LM in `dtype` on the CPU.
+
+    use_load_from: False for the weights that `model.load_from` would replace
+    policy_pt: a checkpoint to load instead of either
+    """
+    lm_config = load_config(config, use_load_from)
+    policy_pt = policy_pt or (_policy_pt(config) if use_load_from else None)
+    source = _source(config, use_load_from)
+    if policy_pt:
+        return _from_state(lm_config, checkpoint.load_state(policy_pt), policy_pt, dtype, config.trust_remote_code)
+    if source is None:
+        return _random_lm(lm_config, dtype, config.seed)
+    with _loading(_source_key(config, use_load_from), source):
+        return _from_pretrained(AutoModelForCausalLM, _local(source), lm_config, dtype, config.trust_remote_code)
+
+
+def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: torch.dtype, trust: bool, **kwargs):
+    """transformers' loading, but a weight that is missing is an error, not one that starts at random."""
+    loaded: Any = cls.from_pretrained(
+        name, config=lm_config, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **kwargs
+    )
+    lm, info = loaded
+    if info["missing_keys"]:
+        raise UserError(f"{name} lacks the weight {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
+    return lm
+
+
+def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:
+    """The critic, if the loss has one: the v_head.pt beside the policy's weights, or new weights if there is none.
+
+    lm: the model whose hidden states it reads; one on the meta device will do
+    policy_pt: as in `load_lm`; then there must be a v_head.pt
+    """
+    if not config.loss.get("use_value_head", False):
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        v_head = ValueHead(lm.get_output_embeddings().weight.shape[1])
+    path = _v_head_pt(config, policy_pt)
+    if path and (policy_pt or os.path.exists(path)):
+        state = checkpoint.load_state(path)
+        _compare_state(v_head, state, path)
+        v_head.load_state_dict(state)
+    return v_head
+
+
+def check_load_from(config: DictConfig) -> None:
+    """Raise UserError if `model.load_from` is a checkpoint that is missing, damaged, or of another architecture.
+
+    Little more than headers are read, so that this is over long before a model would be."""
+    path, has_critic = _policy_pt(config), config.loss.get("use_value_head", False)
+    if path or has_critic:
+        meta = _meta_lm(load_config(config), config.trust_remote_code)
+        if path:
+            _compare_state(meta, checkpoint.load_state(path), path)
+        load_value_head(config, meta)
+
+
+def check_policy_pt(config: DictConfig, path: str, with_value_head: bool = False) -> None:
+    """The same for a given policy.pt, and for the critic beside it."""
+    meta = _meta_lm(load_config(config), config.trust_remote_code)
+    _compare_state(meta, checkpoint.load_state(path), path)
+    if with_value_head:
+        load_value_head(config, meta, path)
+
+
+def check_whole_copy(config: DictConfig, device: torch.device) -> None:
+    """Raise UserError if what a process needs to sample, the whole model in its compute dtype, has no room."""
+    dtype = compute_dtype(config, device)
+    meta = _meta_lm(load_config(config), config.trust_remote_code)
+    needed, free = sum(p.numel() for p in meta.parameters()) * dtype.itemsize, distributed.free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"sampling needs the whole model in each process, {needed / 2**30:.1f} GiB in {dtype}, and {device} has "
+            f"{free / 2**30:.1f} GiB free for it; use fewer processes (nproc_per_node=1) or a larger device"
+        )
+
+
+def _v_head_pt(config: DictConfig, policy_pt: str | None) -> str | None:
+    """Where the critic of a checkpoint is, if it has one; None for a model that starts from no checkpoint."""
+    policy_pt = policy_pt or _policy_pt(config)
+    directory = os.path.dirname(policy_pt) if policy_pt else config.model.load_from
+    return os.path.join(directory, checkpoint.V_HEAD) if directory else None
+
+
+def _source(config: DictConfig, use_load_from: bool) -> str | None:
+    """The hub name or directory that the architecture is read from; None: `model.architecture`."""
+    return config.model.load_from if _is_hf_source(config, use_load_from) else config.model.name_or_path
+
+
+def _source_key(config: DictConfig, use_load_from: bool) -> str:
+    return "model.load_from" if _is_hf_source(config, use_load_from) else "model.name_or_path"
+
+
+def _is_hf_source(config: DictConfig, use_load_from: bool) -> bool:
+    return bool(use_load_from and config.model.load_from and not config.model.load_from.endswith(".pt"))
+
+
+def _policy_pt(config: DictConfig) -> str | None:
+    """`model.load_from` if it is a policy.pt: absolute, or relative to cache_dir."""
+    path = config.model.load_from
+    return os.path.join(config.cache_dir, path) if path and path.endswith(".pt") else None
+
+
+def _local(name: str) -> str:
+    """Paths that come with the project are found from every working directory."""
+    inside = os.path.join(PROJECT, name)
+    return inside if not os.path.exists(name) and os.path.isdir(inside) else name
+
+
+def _disable_dropout(lm_config: PreTrainedConfig) -> None:
+    for config in (lm_config, lm_config.get_text_config()):
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                setattr(config, key, 0.0)
+
+
+def _random_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """Random weights that depend on the seed alone, drawn in float32 and then rounded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return packing_check.cast_weights(AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32), dtype)
+
+
+def _meta_lm(lm_config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(lm_config, trust_remote_code=trust_remote_code)
+
+
+def _from_state(lm_config, state: dict, path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    meta = _meta_lm(lm_config, trust_remote_code)
+    _compare_state(meta, state, path)
+    return _from_pretrained(type(meta), None, lm_config, dtype, trust_remote_code, state_dict=state)
+
+
+def _compare_state(meta: nn.Module, state: dict, path: str) -> None:
+    """The names and shapes of a checkpoint against the model that is to have them; the first difference is named."""
+    expected = meta.state_dict()
+    for key in [*expected, *state]:
+        if key not in state:
+            problem = f"has no {key}"
+        elif key not in expected:
+            problem = f"has {key}, which the model has not"
+        elif state[key].shape != expected[key].shape:
+            problem = f"has {key} of shape {tuple(state[key].shape)}, the model of {tuple(expected[key].shape)}"
+        else:
+            continue
+        raise UserError(f"{path} is a checkpoint of another architecture: it {problem}; choose the model= it is of")
+
+
+@contextmanager
+def _loading(key: str, name: str):
+    """The many errors of a failed download or a wrong name, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{key}={name} cannot be loaded ({reason}); give a hub name that this machine can reach, "
+            f"or a local directory with {key}=DIR"
+        ) from error

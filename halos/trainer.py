@@ -1,0 +1,371 @@
+"""The training loop: forward and backward passes, updates, evaluation, logging and saving.
+
+`BasicTrainer` is what every loss in `trainers.py` inherits. A loss defines `loss` (four vectors) or `batch_loss` (a
+`Batch`); `train` is the loop, and its steps (`train_step`, `update`, `evaluate`, `save`, `should_stop`) are methods to
+override. What one batch goes through is in `halos/engine.py`.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from halos import checkpoint, distributed, metrics, sharding
+from halos.engine import Batch, Forward, Outcome, Statistic
+from halos.errors import UserError
+from halos.loader import DataLoader
+from halos.models import PolicyModel
+from halos.rules import Rule
+from halos.tokens import TokenizedExample
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during training, except for the weights."""
+
+    loader: DataLoader
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    updates: int = 0  # optimizer steps taken
+    evaluated_at: int = 0  # `examples` at the last evaluation
+    stopping: bool = False  # `should_stop` has said so
+
+    @property
+    def examples(self) -> int:
+        """Training examples that were used, on all ranks together."""
+        return self.loader.examples_seen
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "loader": self.loader.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "updates": self.updates,
+            "evaluated_at": self.evaluated_at,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.updates, self.evaluated_at = state["updates"], state["evaluated_at"]
+
+
+class BasicTrainer:
+    """Training and evaluation with a loss that a subclass defines."""
+
+    data_format: str | None = None  # the DataLoader.data_format that the loss needs; None: any
+    needs: tuple[str, ...] = ()  # keys of the loss's YAML that cannot be false
+    rules: Mapping[str, Rule] = {}  # keys of the loss's YAML -> the values they can have
+    uses_entropy = False  # whether `Batch.policy` has the entropy of each token's distribution
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        reference_model: PolicyModel | None,
+        tokenizer,
+        config: DictConfig,
+        train_loader: DataLoader | None,
+        eval_loader: DataLoader,
+        run_dir: str,
+    ):
+        self.policy = policy
+        self.reference_model = reference_model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.train_loader: Any = train_loader  # None: evaluation only
+        self.eval_loader = eval_loader
+        self.run_dir = run_dir
+        self.eval_metrics: dict[str, float] = {}
+        self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
+        self.step_started = time.monotonic()
+        if train_loader is not None:
+            optimizer = self.make_optimizer()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+            self.state = TrainState(train_loader, optimizer, scheduler)
+
+    #### THE LOSS
+
+    def loss(
+        self,
+        policy_chosen_logps: torch.FloatTensor,
+        policy_rejected_logps: torch.FloatTensor,
+        reference_chosen_logps: torch.FloatTensor | None,
+        reference_rejected_logps: torch.FloatTensor | None,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor, torch.FloatTensor]:
+        """(losses, chosen_rewards, rejected_rewards) of the global batch; `losses.mean()` is optimised.
+
+        All arguments: float32, (n_chosen,) or (n_rejected,); either may be empty. The reference's are None when
+        `use_reference_model: false`. Uses these and `self.config.loss`, nothing else.
+        """
+        raise TypeError(f"{type(self).__name__} has no loss: define loss() or batch_loss() in it")
+
+    def batch_loss(self, batch: Batch) -> Outcome:
+        """The outcome of the global batch. Override this and not `loss` for a loss of tokens, lengths, scores or
+        unrelated responses, or to log more. Uses the batch and `self.config.loss`, nothing else."""
+        logps = self.split(batch, batch.policy.logps)
+        reference = (None, None) if batch.reference_logps is None else self.split(batch, batch.reference_logps)
+        loss: Callable[..., tuple] = self.loss
+        losses, chosen_rewards, rejected_rewards = loss(*logps, *reference)
+        return Outcome(losses, chosen_rewards, rejected_rewards, *logps)
+
+    def split(self, batch: Batch, per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n_tokens,) -> (n_chosen,), (n_rejected,): the sum over each response's tokens, or their mean if the loss's
+        YAML says `average_log_prob: true`."""
+        values = batch.sum_by_response(per_token)
+        values = values / batch.lengths if self.config.loss.get("average_log_prob", False) else values
+        return values[batch.chosen], values[batch.rejected]
+
+    def accuracy(self, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
+        """Share of (chosen, rejected) combinations in which the chosen response has the higher reward."""
+        return (chosen_rewards[:, None] > rejected_rewards[None, :]).float().mean()
+
+    #### ONE BATCH
+
+    def forward(self, examples: list[TokenizedExample]) -> tuple[Forward, Batch]:
+        """Run the policy and the reference on a global batch."""
+        forward = self.forward_of(self.policy, examples, with_entropy=self.uses_entropy)
+        return forward, Batch(examples, forward.tokens, self.reference_logps(examples))
+
+    @torch.no_grad()
+    def reference_logps(self, examples: list[TokenizedExample]) -> torch.Tensor | None:
+        """(n_tokens,) log-probs under the reference model, in nats; None if the loss has none."""
+        return None if self.reference_model is None else self.forward_of(self.reference_model, examples).tokens.logps
+
+    def forward_of(self, model: PolicyModel, examples: list[TokenizedExample], with_entropy: bool = False) -> Forward:
+        return Forward(model, examples, self.config.model.max_tokens_per_forward, with_entropy)
+
+    def forward_backward(self, examples: list[TokenizedExample]) -> Outcome:
+        """The outcome of a batch, without gradient; its gradient is added to that of the policy's parameters."""
+        forward, batch = self.forward(examples)
+        return self.backward(self.batch_loss(batch), forward, examples)
+
+    def backward(self, outcome: Outcome, forward: Forward, examples: list[TokenizedExample]) -> Outcome:
+        """Send the gradient of the summed losses into the policy; `update` divides by their number."""
+        self.check_finite(outcome.losses, "loss", examples)
+        outcome.losses.sum().backward()
+        forward.backward()
+        return outcome.detach()
+
+    #### TRAINING
+
+    def train(self) -> None:
+        """Train to the end of the data, or until `should_stop`; evaluate and save as configured, and at the end."""
+        state = self.state
+        self.policy.train()
+        self.log = self.open_log(self.train_loader.total_examples)
+        self.step_started = time.monotonic()
+        try:
+            if self.config.do_first_eval:
+                self.log_evaluation()
+            for microbatches in _groups(self.train_loader, self.config.model.gradient_accumulation_steps):
+                self.train_step(microbatches)
+                if state.stopping:
+                    break
+                if self.eval_is_due():
+                    self.log_evaluation()
+                    self.save()
+            if state.evaluated_at < state.examples:
+                self.log_evaluation()
+                self.save()
+        finally:
+            self.log.close()
+
+    def train_step(self, microbatches: list[list[TokenizedExample]]) -> None:
+        """Accumulate the gradients of the microbatches, and update once."""
+        outcomes = [self.forward_backward(examples) for examples in microbatches]
+        self.update(outcomes, sum(microbatches, []))
+
+    def update(self, outcomes: list[Outcome], examples: list[TokenizedExample]) -> None:
+        """Clip, step, schedule, zero, log. Raises before the weights change if the gradient is not finite.
+
+        outcomes: those whose gradients have been accumulated
+        examples: what they were computed from
+        """
+        state = self.state
+        self.average_gradients(sum(len(outcome.losses) for outcome in outcomes))
+        norms = self.clip_gradients()
+        for norm in norms.values():
+            self.check_finite(norm, "gradient", examples)
+        lr = state.optimizer.param_groups[0]["lr"]
+        state.optimizer.step()
+        state.scheduler.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.updates += 1
+        self.log_step(outcomes, examples, {name: norm.item() for name, norm in norms.items()} | {"lr": lr})
+        state.stopping = distributed.any_rank(self.should_stop())
+
+    def should_stop(self) -> bool:
+        """Asked after every update, on every rank: training ends if the answer is True on any of them.
+
+        The run is then evaluated and saved as at its normal end. `self.state` and `self.eval_metrics` (of the last
+        evaluation) say where it stands.
+        """
+        return False
+
+    @torch.no_grad()
+    def average_gradients(self, n_losses: int) -> None:
+        """Divide by the number of losses: the gradient of their sum becomes that of their mean."""
+        for parameter in self.policy.parameters():
+            if parameter.grad is not None:
+                distributed.local(parameter.grad).div_(n_losses)
+
+    def clip_gradients(self) -> dict[str, torch.Tensor]:
+        """Scale gradients down to their largest allowed norm. Returns the norms before, by their name in the log."""
+        return {"grad_norm": self.clipped(self.policy.lm, self.config.model.max_grad_norm)}
+
+    def clipped(self, module: torch.nn.Module, max_norm: float) -> torch.Tensor:
+        return distributed.whole(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The configured class of torch.optim. Weight decay spares vectors (norms and biases)."""
+        kwargs: Any = OmegaConf.to_container(self.config.optimizer_kwargs)
+        matrices = [p for p in self.policy.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in self.policy.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return getattr(torch.optim, self.config.optimizer)(groups, lr=self.config.lr, **kwargs)
+
+    def lr_factor(self, update: int) -> float:
+        """Factor of the peak learning rate: linear warm-up, then constant, or cosine or linear down to 0."""
+        warmup = self.config.warmup_steps
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
+        progress = min(1.0, (update - warmup) / max(1, self.total_updates() - warmup))
+        return {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[self.config.lr_scheduler]
+
+    def total_updates(self) -> int:
+        """Updates in this run."""
+        return -(-len(self.train_loader) // self.config.model.gradient_accumulation_steps)
+
+    def check_finite(self, values: torch.Tensor, what: str, examples: list[TokenizedExample]) -> None:
+        """Stop the run before a value that is not finite reaches the weights: save them, and write the examples."""
+        if torch.isfinite(values).all():
+            return
+        path = os.path.join(self.run_dir, "not_finite.json")
+        texts = [
+            {
+                "prompt": self.tokenizer.decode(example.prompt),
+                "responses": [self.tokenizer.decode(response) for response in example.responses],
+            }
+            for example in examples
+        ]
+        if distributed.is_main():
+            with open(path, "w") as file:
+                json.dump(texts, file, indent=1)
+        self.save()
+        raise UserError(
+            f"the {what} is not finite after {self.state.updates} updates; no weight has been changed by it, the "
+            f"weights before are in LATEST, and the {len(examples)} examples of this update in {path}; lower lr or "
+            "look at them"
+        )
+
+    #### EVALUATION
+
+    def eval_is_due(self) -> bool:
+        """Whether a multiple of eval_every has been passed since the last evaluation."""
+        every = self.config.eval_every
+        return self.state.examples // every > self.state.evaluated_at // every
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The closed-form metrics over the test examples."""
+        self.policy.eval()
+        self.eval_loader.restart()
+        started = time.monotonic()
+        outcomes = []
+        for examples in metrics.progress(self.eval_loader, "evaluating"):
+            _, batch = self.forward(examples)
+            outcomes.append(self.batch_loss(batch))
+        self.policy.train()
+        sharding.reshard(self.policy)
+        seconds = time.monotonic() - started
+        return self.summarize(outcomes, "eval") | {"examples_per_second": self.eval_loader.examples_seen / seconds}
+
+    def log_evaluation(self) -> None:
+        state, self.eval_metrics = self.state, self.evaluate()
+        state.evaluated_at = state.examples
+        self.log.evaluation(state.updates, state.examples, self.eval_metrics)
+        self.step_started = time.monotonic()
+
+    #### METRICS
+
+    def summarize(self, outcomes: list[Outcome], mode: str) -> dict[str, float]:
+        """Metrics over all examples of all outcomes. What cannot be computed, such as a mean of nothing, is left out.
+
+        mode: train or eval
+        """
+        whole = Outcome.concatenate(outcomes)
+        values = {f"loss/{mode}": whole.losses.mean()}
+        for side in ("chosen", "rejected"):
+            rewards, logps = getattr(whole, f"{side}_rewards"), getattr(whole, f"{side}_logps")
+            if len(logps):
+                values[f"rewards_{mode}/{side}"] = rewards.mean()
+                values[f"logps_{mode}/{side}"] = logps.mean()
+        if len(whole.chosen_logps) and len(whole.rejected_logps):
+            values[f"rewards_{mode}/accuracies"] = self.accuracy(whole.chosen_rewards, whole.rejected_rewards)
+            values[f"rewards_{mode}/margins"] = whole.chosen_rewards.mean() - whole.rejected_rewards.mean()
+        numbers = {name: value.item() for name, value in values.items()}
+        suffix = "" if mode == "train" else f"_{mode}"
+        for name, metric in whole.metrics.items():
+            number = (metric.value() if isinstance(metric, Statistic) else metric.mean()).item()
+            if not math.isnan(number):
+                numbers[name.replace("/", f"{suffix}/", 1)] = number
+        return numbers
+
+    def log_step(self, outcomes: list[Outcome], examples: list[TokenizedExample], update: dict[str, float]) -> None:
+        state, now = self.state, time.monotonic()
+        seconds, self.step_started = now - self.step_started, now
+        n_tokens = sum(example.n_tokens for example in examples)
+        values = {
+            **self.summarize(outcomes, "train"),
+            **update,
+            "examples_per_second": len(examples) / seconds,
+            "counters/examples": state.examples,
+            "counters/updates": state.updates,
+        }
+        self.log.training_step(state.updates, state.examples, values, n_tokens / seconds)
+
+    def open_log(self, total_examples: int) -> metrics.MetricsLog | metrics.NoLog:
+        if not distributed.is_main():
+            return metrics.NoLog()
+        settings: Any = OmegaConf.to_container(self.config, resolve=True)
+        sink = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
+        return metrics.MetricsLog(self.run_dir, total_examples, self.config.minimum_log_interval_secs, sink)
+
+    #### SAVING
+
+    def save(self) -> None:
+        """Write LATEST, step-N beside it if configured, and the curves."""
+        names = ["LATEST"]
+        if self.config.intermediate_checkpoints and self.state.updates:
+            names.append(f"step-{self.state.updates}")
+        checkpoint.save(
+            [os.path.join(self.run_dir, name) for name in names],
+            self.policy.lm,
+            self.tokenizer,
+            self.config,
+            step=self.state.updates,
+            metrics=self.eval_metrics,
+            export_dtype=self.policy.export_dtype,
+            v_head=self.policy.v_head,
+        )
+        if distributed.is_main():
+            metrics.draw_curves(self.run_dir, self.config.exp_name)
+
+
+def _groups(batches: Iterable[list[TokenizedExample]], n: int) -> Iterator[list[list[TokenizedExample]]]:
+    """n batches at a time; the last group has what is left."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, n)):
+        yield group
