@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from halos import rules
 from halos.engine import Batch, Outcome, Statistic
-from halos.trainer import BasicTrainer
+from halos.trainer import BasicTrainer, wins
 from utils import discounted_sums
 
 
@@ -29,8 +29,8 @@ class PairedPreferenceTrainer(BasicTrainer):
     data_format = "paired"
 
     def accuracy(self, chosen_rewards, rejected_rewards):
-        """Share of pairs whose chosen response has the higher reward."""
-        return (chosen_rewards > rejected_rewards).float().mean()
+        """Share of pairs whose chosen response has the higher reward; ties are half."""
+        return wins(chosen_rewards, rejected_rewards)
 
 
 class SFTTrainer(BasicTrainer):

@@ -124,8 +124,8 @@ class BasicTrainer:
         return values[batch.chosen], values[batch.rejected]
 
     def accuracy(self, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
-        """Share of (chosen, rejected) combinations in which the chosen response has the higher reward."""
-        return (chosen_rewards[:, None] > rejected_rewards[None, :]).float().mean()
+        """Share of (chosen, rejected) combinations in which chosen has the higher reward; ties are half."""
+        return wins(chosen_rewards[:, None], rejected_rewards[None, :])
 
     #### ONE BATCH
 
@@ -362,6 +362,11 @@ class BasicTrainer:
         )
         if distributed.is_main():
             metrics.draw_curves(self.run_dir, self.config.exp_name)
+
+
+def wins(rewards: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Share of the entries in which a reward is larger than the other; equal ones count as half. A scalar."""
+    return ((rewards > others).float() + 0.5 * (rewards == others).float()).mean()
 
 
 def _groups(batches: Iterable[list[TokenizedExample]], n: int) -> Iterator[list[list[TokenizedExample]]]:

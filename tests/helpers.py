@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,13 @@ ARCHITECTURES = {
         "final_logit_softcapping": 3.0,
     },
 }
+
+
+def clone(folder: Path) -> Path:
+    """A copy of the project in `folder`, without what git ignores."""
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "demo", "samples", "__pycache__", ".*_cache")
+    shutil.copytree(PROJECT, folder, ignore=ignored, dirs_exist_ok=True)
+    return folder
 
 
 def tiny_lm(model_type: str, seed: int = 0, **fields):

@@ -3,6 +3,7 @@
 import json
 import os
 from functools import cache
+from itertools import islice
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import dataloaders
 import trainers
 from halos import checkpoint, loading, run_dir
 from halos.examples import Example
+from halos.loader import DataLoader
 from helpers import CONFIG_DIR, PROJECT, make_config, random_examples
 
 CPU = torch.device("cpu")
@@ -70,14 +72,21 @@ def data_format(loss: str) -> str:
     return getattr(trainers, make_config("", f"loss={loss}").loss.trainer).data_format
 
 
+def loader_for(loss: str, n_examples: int, seed: int = 0, **settings) -> DataLoader:
+    """The loss's own loader over pairs of random tokens, each with the scores 1 and 0."""
+    loader_class = getattr(dataloaders, make_config("", f"loss={loss}").loss.dataloader)
+    drawn = random_examples(n_examples, (2,), seed)
+    examples = [
+        Example(str(i), ["0", "1"], [1.0, 0.0], [(0, 1)], sft_index=0, dataset_name="drawn", id=f"drawn/{i}")
+        for i in range(n_examples)
+    ]
+    settings = {"max_length": 100, "max_prompt_length": 50, "cache_dir": "", "seed": seed} | settings
+    return type("Drawn", (_OfTokens, loader_class), {"drawn": drawn})(examples, tokenizer(), **settings)
+
+
 def batches_for(loss: str, n_batches: int = 3, n: int = 8, seed: int = 0) -> list:
     """Batches that the loss's own loader makes of pairs of random tokens."""
-    loader_class = getattr(dataloaders, make_config("", f"loss={loss}").loss.dataloader)
-    drawn = random_examples(n_batches * n, (2,), seed)
-    examples = [Example(str(i), ["0", "1"], [1.0, 0.0], [(0, 1)], sft_index=0) for i in range(len(drawn))]
-    settings = {"max_length": 100, "max_prompt_length": 50, "cache_dir": "", "seed": seed}
-    loader = type("Drawn", (_OfTokens, loader_class), {"drawn": drawn})(examples, tokenizer(), batch_size=n, **settings)
-    return [batch for batch, _ in zip(loader, range(n_batches), strict=False)]
+    return list(islice(loader_for(loss, n_batches * n, seed, batch_size=n), n_batches))
 
 
 class _OfTokens:
@@ -91,13 +100,13 @@ class _OfTokens:
         self.first_response = [2 * i for i in range(len(self.drawn))]
 
 
-def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None):
+def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None, train_loader=None):
     """A trainer as train.py builds it, in the run directory folder/run."""
     config = make_config(folder, f"loss={loss}", *SMALL, *words)
     directory = run_dir.create(config)
     policy, reference = loading.load_policy_and_reference(config, tokenizer(), CPU)
     batches = batches if batches is not None else batches_for(loss)
-    loaders = Batches(batches), Batches(eval_batches if eval_batches is not None else batches[:1])
+    loaders = train_loader or Batches(batches), Batches(eval_batches if eval_batches is not None else batches[:1])
     trainer_class = getattr(trainers, config.loss.trainer)
     return trainer_class(policy, reference, tokenizer(), config, *loaders, directory)
 

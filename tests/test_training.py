@@ -231,7 +231,7 @@ def summary(trainer_class, *outcomes) -> dict[str, float]:
 
 
 def test_metrics_of_pairs_by_hand():
-    """Pairs (1, 0), (2, 3), (5, 5) and (4, -2): two of four have the chosen response strictly ahead.
+    """Pairs (1, 0), (2, 3), (5, 5) and (4, -2): two of four have the chosen response ahead, and one is half a win.
 
     Chosen (1 + 2 + 5 + 4) / 4 = 3, rejected (0 + 3 + 5 - 2) / 4 = 1.5.
     """
@@ -244,7 +244,7 @@ def test_metrics_of_pairs_by_hand():
         "loss/train": 3.0,
         "rewards_train/chosen": 3.0,
         "rewards_train/rejected": 1.5,
-        "rewards_train/accuracies": 0.5,
+        "rewards_train/accuracies": 0.625,
         "rewards_train/margins": 1.5,
         "logps_train/chosen": -3.0,
         "logps_train/rejected": -25.0,
@@ -252,10 +252,10 @@ def test_metrics_of_pairs_by_hand():
 
 
 def test_metrics_of_single_responses_by_hand():
-    """Chosen 1, 2, 4 against rejected 0, 3: of six combinations 1 > 0, 2 > 0, 4 > 0 and 4 > 3 hold."""
-    values = summary(trainers.KTOTrainer, outcome([1, 2, 3, 4, 5], [1, 2, 4], [0, 3]))
-    assert values["rewards_train/accuracies"] == pytest.approx(4 / 6)
-    assert values["rewards_train/margins"] == pytest.approx(7 / 3 - 3 / 2)
+    """Chosen 1, 2, 4 against rejected 0, 4: of six combinations 1 > 0, 2 > 0, 4 > 0 hold, and 4 = 4 is half."""
+    values = summary(trainers.KTOTrainer, outcome([1, 2, 3, 4, 5], [1, 2, 4], [0, 4]))
+    assert values["rewards_train/accuracies"] == pytest.approx(3.5 / 6)
+    assert values["rewards_train/margins"] == pytest.approx(7 / 3 - 4 / 2)
     assert values["loss/train"] == 3.0
 
 

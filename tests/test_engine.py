@@ -1,0 +1,217 @@
+"""A global batch: what a loss sees of it, how its forward and backward passes treat roles, and what a run keeps."""
+
+import math
+
+import pytest
+import torch
+
+import trainers
+from halos import metrics
+from halos.engine import Batch, Forward, Outcome, Statistic, pieces
+from halos.models import PerToken
+from halos.tokens import Role
+from helpers import example, random_examples, tiny_policy
+from small_runs import loader_for, losses, make_trainer, rows_of, state_of
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(metrics, "draw_curves", lambda *args: None)
+
+
+def close(actual, expected, **kwargs) -> None:
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), **kwargs)
+
+
+#### A BATCH
+
+
+def test_a_batch_by_hand():
+    """A pair of 2 and 1 tokens with scores, and a chosen response of 1 token beside an unrelated one of 3."""
+    pair = example([1, 2], [3, 4], [5])._replace(scores=(4.0, 1.5), ids=("a/1/0", "a/1/1"), dataset="a")
+    single = example([6], [7], [8, 9, 10], chosen=(True, None))._replace(ids=("b/2/0", "a/1/1"), dataset="b")
+    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0])
+    batch = Batch([pair, single], PerToken(logps, None, None), None)
+    assert batch.lengths.tolist() == [2, 1, 1, 3]
+    assert batch.chosen.tolist() == [True, False, True, False]
+    assert batch.rejected.tolist() == [False, True, False, False]
+    assert batch.unrelated.tolist() == [False, False, False, True]
+    assert batch.sum_by_response(logps).tolist() == [-3, -4, -8, -112]
+    assert batch.scores[:2].tolist() == [4.0, 1.5] and batch.scores[2:].isnan().all()
+    assert batch.ids == ["a/1/0", "a/1/1", "b/2/0", "a/1/1"] and batch.datasets == ["a", "a", "b", "b"]
+
+
+def test_margins_of_pairs():
+    """4 - 1.5 and 0 - 3; NaN for the pair without scores."""
+    examples = [example([1], [2], [3])._replace(scores=scores) for scores in ((4.0, 1.5), (0.0, 3.0), ())]
+    batch = Batch(examples, PerToken(torch.zeros(6), None, None), None)
+    close(batch.margins, [2.5, -3.0, math.nan], equal_nan=True)
+
+
+def test_outcomes_are_concatenated_with_their_metrics():
+    """Means are over all elements of all batches, and a variance is that of all values together: of (1, 2, 6), 14/3."""
+
+    def outcome(losses, **metrics):
+        vector = torch.tensor(losses)
+        return Outcome(vector, *[vector] * 4, metrics=metrics)
+
+    def variance(x):
+        return x.var(correction=0)
+
+    first = outcome([1.0, 2.0], a=torch.tensor([1.0, 2.0]), v=Statistic(variance, (torch.tensor([1.0, 2.0]),)))
+    second = outcome([6.0], a=torch.tensor(6.0), b=torch.tensor([5.0]), v=Statistic(variance, (torch.tensor([6.0]),)))
+    values = trainers.DPOTrainer.__new__(trainers.DPOTrainer).summarize([first, second], "eval")
+    assert (values["loss/eval"], values["a"], values["b"]) == (3, 3, 5)
+    assert values["v"] == pytest.approx(14 / 3)
+
+
+#### FORWARD AND BACKWARD
+
+MIXED = [
+    example([5, 6, 7], [8, 9], [10, 11, 12], chosen=(True, None)),
+    example([1, 2], [3, 4], [20], [30, 31], chosen=(True, False, None)),
+    example([5, 6, 7], [13], [14, 15], chosen=(None, False)),
+]
+
+
+def gradient_of(policy) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("max_tokens", [1, 12, 1000])
+def test_unrelated_responses_are_scored_and_not_trained_on(packs, max_tokens):
+    """Their log-probs are those of a plain forward pass; a loss of all tokens has the gradient of the trained ones."""
+    policy = tiny_policy("llama", packs)
+    expected = policy(policy.inputs(MIXED)).logps
+    forward = Forward(policy, MIXED, max_tokens)
+    batch = Batch(MIXED, forward.tokens, None)
+    close(batch.policy.logps, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(0.5, 2, len(expected))
+    trained = (~batch.unrelated).repeat_interleave(batch.lengths)
+    (weights * batch.policy.logps).sum().backward()
+    forward.backward()
+    gradient = gradient_of(policy)
+    policy.zero_grad()
+    (weights * expected * trained).sum().backward()
+    assert (gradient - gradient_of(policy)).norm() <= 1e-5 * gradient.norm() and gradient.norm() > 0.1
+
+
+def test_what_runs_with_a_graph_holds_no_unrelated_response():
+    """In training they run apart, without a graph; in evaluation beside the others, sharing their prompt."""
+    policy = tiny_policy("llama", packs=True)
+    (piece,) = Forward(policy, MIXED, 1000).pieces
+    assert [role for one in piece.examples for role in one.roles].count(Role.UNRELATED) == 0
+    assert sum(len(one.responses) for one in piece.examples) == 4
+    with torch.no_grad():
+        forward = Forward(policy, MIXED, 1000)
+    (piece,) = forward.pieces
+    assert piece.examples == MIXED and not forward.leaf.requires_grad
+
+
+def test_pieces_partition_the_tokens_of_the_batch():
+    """Trained and unrelated together: every token once, in examples of whole responses."""
+    device = torch.device("cpu")
+    trained, untrained = frozenset({Role.CHOSEN, Role.REJECTED}), frozenset({Role.UNRELATED})
+    found = [pieces(MIXED, roles, 8, device) for roles in (trained, untrained)]
+    positions = torch.cat([piece.positions for part in found for piece in part])
+    assert sorted(positions.tolist()) == list(range(sum(len(r) for one in MIXED for r in one.responses)))
+    assert len(found[0]) > 1
+
+
+def test_the_scores_and_ids_of_a_batch_come_from_its_loader():
+    """The drawn examples have scores 1 and 0, so every margin is 1; ids tell the pairs apart."""
+    (batch,) = loader_for("dpo", 4, batch_size=4)
+    seen = Batch(batch, PerToken(torch.zeros(sum(len(r) for one in batch for r in one.responses)), None, None), None)
+    assert seen.margins.tolist() == [1.0] * 4
+    assert len(set(seen.ids)) == 8 and set(seen.datasets) == {"drawn"}
+
+
+#### THE STATE OF A RUN
+
+
+@pytest.mark.parametrize("loss", losses())
+def test_a_state_that_was_loaded_goes_on_as_the_one_that_was_saved(tmp_path, loss):
+    """Two epochs at once, and one, then another by a new trainer that was given weights and state: bit by bit."""
+    words = ("optimizer=AdamW", "warmup_steps=3", "lr_scheduler=cosine", "n_epochs=2", "lr=0.01", "eval_every=16")
+
+    def trainer_of(name):
+        trainer = make_trainer(
+            tmp_path / name, loss, *words, train_loader=loader_for(loss, 16, batch_size=8, n_epochs=2)
+        )
+        trainer.log_evaluation = trainer.save = lambda: None
+        return trainer
+
+    whole = trainer_of("whole")
+    whole.train()
+    first, second = trainer_of("first"), trainer_of("second")
+    first.should_stop = lambda: first.state.updates == whole.state.updates // 2
+    first.train()
+    assert first.state.examples == whole.state.examples // 2 and first.state.updates == whole.state.updates // 2
+    second.policy.load_state_dict(first.policy.state_dict())
+    second.state.load_state_dict(first.state.state_dict())
+    second.train()
+    assert (second.state.examples, second.state.updates) == (whole.state.examples, whole.state.updates)
+    for name, tensor in state_of(whole).items():
+        assert torch.equal(tensor, state_of(second)[name]), name
+    times = {"examples_per_second"}
+    rows = [{k: v for k, v in row.items() if k not in times} for row in rows_of(first) + rows_of(second)]
+    assert rows == [{k: v for k, v in row.items() if k not in times} for row in rows_of(whole)]
+
+
+def test_should_stop_is_asked_after_every_update(tmp_path):
+    """It ends the run after the second of three updates, with an evaluation and a checkpoint of that state."""
+    trainer, asked = make_trainer(tmp_path, "sft", "eval_every=800"), []
+
+    def should_stop():
+        asked.append(trainer.state.updates)
+        return len(asked) == 2
+
+    trainer.should_stop = should_stop
+    trainer.train()
+    assert asked == [1, 2] and len(rows_of(trainer)) == 2
+    assert [row["examples"] for row in rows_of(trainer, "eval")] == [16]
+    assert torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["step_idx"] == 2
+
+
+def test_should_stop_between_the_epochs_of_ppo(tmp_path):
+    """PPO asks after each of its updates, too: three epochs on a batch, stopped after the second."""
+    trainer = make_trainer(tmp_path, "ppo", "loss.ppo_epochs=3")
+    trainer.should_stop = lambda: trainer.state.updates == 2
+    trainer.train()
+    assert [row["examples"] for row in rows_of(trainer)] == [8, 8]
+
+
+def test_a_loss_may_call_another(tmp_path):
+    """DPO with a likelihood term on top: `super().loss` in the loss, in a step of training."""
+
+    class RPOTrainer(trainers.DPOTrainer):
+        def loss(self, policy_chosen_logps, *others):
+            losses, *rewards = super().loss(policy_chosen_logps, *others)
+            return losses - 0.5 * policy_chosen_logps, *rewards
+
+    trainer = make_trainer(tmp_path, "dpo")
+    trainer.__class__ = RPOTrainer
+    outcome = trainer.forward_backward(trainer.train_loader.batches[0])
+    close(outcome.losses, math.log(2) - 0.5 * outcome.chosen_logps)
+
+
+def test_a_loss_can_log_the_names_of_its_examples(tmp_path):
+    """Ids, datasets and scores reach `batch_loss` in training as in evaluation: here as a metric per dataset."""
+
+    class PerDataset(trainers.DPOTrainer):
+        def batch_loss(self, batch):
+            outcome = super().batch_loss(batch)
+            chosen = [name for name, one in zip(batch.datasets, batch.chosen.tolist(), strict=True) if one]
+            for name in set(chosen):
+                mask = torch.tensor([one == name for one in chosen])
+                outcome.metrics[f"loss/{name}"] = outcome.losses[mask]
+            return outcome
+
+    mixed = [one._replace(dataset="ab"[i % 2]) for i, one in enumerate(random_examples(8))]
+    trainer = make_trainer(tmp_path, "dpo", batches=[mixed])
+    trainer.__class__ = PerDataset
+    trainer.train()
+    (row,), (evaluation,) = rows_of(trainer), rows_of(trainer, "eval")
+    assert row["loss/a"] == row["loss/b"] == pytest.approx(math.log(2))
+    assert evaluation["loss/eval"] == pytest.approx((evaluation["loss_eval/a"] + evaluation["loss_eval/b"]) / 2)

@@ -1,0 +1,78 @@
+"""docs/losses.md, word for word: its five losses are added to a copy of the project, and held to the generic tests.
+
+Nothing in the tests that run there knows of these losses: they find them in config/loss/.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import PROJECT, clone
+
+BLOCK = re.compile(r"<!-- (\S+?)(?:: (\w+))? -->\n```\w*\n(.*?)```", re.DOTALL)
+NAMES = ("ipo", "simpo", "rdpo", "clipped_dpo", "kto_pairs")
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """(file, loss, text) of each block of the page that belongs into a file."""
+    text = (Path(PROJECT) / "docs" / "losses.md").read_text(encoding="utf-8")
+    return [(file, loss or Path(file).stem, content) for file, loss, content in BLOCK.findall(text)]
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the project with the losses of the page."""
+    copy = clone(tmp_path_factory.mktemp("project"))
+    for file, _, content in blocks():
+        with open(copy / file, "a", encoding="utf-8") as out:
+            out.write(content if file.endswith(".yaml") else f"\n\n{content}")
+    return copy
+
+
+def pytest_in(copy, *words: str) -> str:
+    """What pytest says at its end in the copy, on the invented losses alone."""
+    selected = " or ".join(NAMES)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *words]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def passed(summary: str) -> int:
+    return int(re.search(r"(\d+) passed", summary)[1])
+
+
+def test_each_is_one_yaml_and_one_short_class():
+    """At most 15 lines of code in a trainer, and 12 in a loader; the engine is not touched."""
+    found = {}
+    for file, loss, content in blocks():
+        found.setdefault(file.split("/")[0], {})[loss] = len(content.splitlines())
+    assert set(found) == {"config", "trainers.py", "dataloaders.py"}
+    assert set(found["trainers.py"]) == set(found["config"]) == set(NAMES)
+    assert max(found["trainers.py"].values()) <= 15 and max(found["dataloaders.py"].values()) <= 12
+
+
+def test_the_generic_tests_pick_them_up(extended):
+    """As plain functions, of vectors and of batches; packed as padded, in one forward pass and in several; resumed."""
+    files = ("tests/test_losses.py", "tests/test_training.py", "tests/test_engine.py")
+    assert passed(pytest_in(extended, *files)) >= 45
+
+
+@pytest.mark.slow
+def test_they_train_alike_on_any_number_of_processes(extended):
+    """2 processes by default, 3 and 4 by -m slow."""
+    assert passed(pytest_in(extended, "-m", "slow or not slow", "tests/test_distributed.py")) >= 3 * len(NAMES)
+
+
+def test_their_runs_by_command(extended, tmp_path):
+    """`python train.py loss=kto_pairs` on the demo data, and a hyperparameter that makes no sense."""
+    words = ["loss=kto_pairs", "n_examples=64", "n_eval_examples=32", f"cache_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=extended, capture_output=True, text=True)
+    assert done.returncode == 0 and "kl_eval/raw" in done.stderr + done.stdout, done.stderr
+    assert os.path.exists(tmp_path / "kto_pairs_tiny" / "LATEST" / "policy.pt")
+    done = subprocess.run([sys.executable, "train.py", "loss=ipo", "loss.tau=-1"], cwd=extended, capture_output=True)
+    assert done.returncode == 2 and done.stderr == b"error: loss.tau=-1 must be a number above 0\n"
