@@ -28,9 +28,8 @@ from transformers import (
 from halos import checkpoint, distributed, logps, packing_check, sharding, weights
 from halos.errors import UserError
 from halos.packing import ATTENTION, Inputs, pack, pad
+from halos.project_dir import PROJECT
 from halos.tokens import TokenizedExample
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
