@@ -1,13 +1,13 @@
 """The commands of an installed package: halos-train, halos-eval and halos-compare.
 
-`halos-train WORDS` does what `python train.py WORDS` does, with the train.py of the project in the current directory if
-that is one (`project_dir.is_project`), and with the installed one otherwise. A researcher who edits trainers.py and
-config/ in a directory wants those to be trained with, although another copy is installed; ignoring them would train
-another loss without a word. Only the current directory counts, not those above it.
+`halos-train WORDS` runs `python train.py WORDS`. If the current directory is a project (`project_dir.is_project`), its
+train.py runs, otherwise the installed one. A researcher who edits trainers.py and config/ in a directory wants to train
+with those, although another copy is installed; with the installed copy, the run would silently use another loss. Parent
+directories are not searched.
 
-The script starts in a new interpreter, exactly as a user would start it: its directory comes first on sys.path, in this
-process and in the workers that it launches. A clone's own halos/ is therefore used, too; in a directory without halos/,
-the installed one is.
+The command replaces itself with a new interpreter that runs the script, so that everything is as in a clone: the
+script's directory comes first on sys.path, in this process and in the workers that it launches. If the directory has a
+halos/ of its own, as a clone has, that one is imported; otherwise the installed one.
 """
 
 import os

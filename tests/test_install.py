@@ -67,9 +67,8 @@ def test_the_build_hook_takes_every_module_and_folder(monkeypatch):
     plugin = SimpleNamespace(BuildHookInterface=object)  # the build backend is not installed where tests run
     monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin.interface", plugin)
     inclusions = load(os.path.join(PROJECT, "scripts", "build_hook.py"), "build_hook").inclusions(PROJECT)
-    targets = {target for target in inclusions.values()}
     needed = {"/".join(path.split("/")[:3]) for path in expected_in_wheel() if path.startswith("halos/project/")}
-    assert needed <= targets
+    assert needed <= set(inclusions.values())
     assert all(os.path.exists(source) for source in inclusions)
 
 
@@ -98,7 +97,7 @@ def test_the_project_directory(tmp_path):
 
 
 def test_a_command_runs_the_project_in_the_current_directory(tmp_path):
-    """A trainers.py alone, or any config/, is no project; a project without the script is a mistake."""
+    """trainers.py, config/config.yaml and config/loss make a project. One that lacks the script is refused."""
     directory, installed = str(tmp_path), os.path.join(PROJECT, "train.py")
     assert console.script_path("train.py", directory) == installed
     (tmp_path / "trainers.py").touch()
@@ -143,7 +142,7 @@ def pip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> str:
-    """Built as a user builds it, in isolation."""
+    """The path of a wheel, built by pip in isolation as for a user."""
     directory = tmp_path_factory.mktemp("wheel")
     with open(os.path.join(PROJECT, "pyproject.toml"), "rb") as file:
         requires = tomllib.load(file)["build-system"]["requires"]
@@ -166,7 +165,7 @@ def test_a_wheel_contains_what_a_clone_has(wheel):
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
 def test_installed_commands(wheel, tmp_path, editable):
-    """Trained in one directory by two processes, sampled and compared in another; exactly what the clone trains."""
+    """Train in one directory, with the losses of the clone, on two processes; sample and compare in another one."""
     environment = Environment(tmp_path / "venv", *(["-e", PROJECT] if editable else [wheel]))
     installed = {name for name in os.listdir(environment.packages) if name.endswith((".py", ".pth")) or "." not in name}
     wanted = {"_halos.pth"} if editable else {"halos"}
@@ -199,7 +198,7 @@ def test_installed_commands(wheel, tmp_path, editable):
 
 @pytest.mark.slow
 def test_a_project_of_ones_own(wheel, tmp_path):
-    """A copy of the installed project, and a new loss in it: the commands there train with it, in every process."""
+    """Add a loss to a copy of the installed project: commands in that directory use it, in every process."""
     environment = Environment(tmp_path / "venv", wheel)
     mine = tmp_path / "mine"
     shutil.copytree(os.path.join(environment.packages, "halos", "project"), mine)
