@@ -53,6 +53,7 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     config = OmegaConf.load(args.config)
     if not isinstance(config, DictConfig) or "model" not in config or "loss" not in config:
         raise UserError(f"-c {args.config} is no config of a run; give the config.yaml that train.py wrote")
+    locate_cache(config, args.config)
     config = overrides(config, args.overrides)
     config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
     validate(config, trainers, dataloaders)
@@ -62,6 +63,18 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     if policy_pt is None:
         raise UserError(f"{directory} holds no checkpoint (LATEST/{POLICY}); train the run first, or give another -c")
     return config, policy_pt
+
+
+def locate_cache(config: DictConfig, path: str) -> None:
+    """Make a relative cache_dir absolute. It is relative to where the run was started, which its directory shows."""
+    cache_dir, name = str(config.get("cache_dir")), str(config.get("exp_name"))
+    if os.path.isabs(cache_dir):
+        return
+    directory = os.path.dirname(os.path.abspath(path))
+    ending = os.path.join(os.sep, os.path.normpath(cache_dir), name)
+    for run_dir in (directory, os.path.dirname(directory)):  # the latter for RUN/step-N/config.yaml
+        if run_dir.endswith(ending):
+            config.cache_dir = run_dir.removesuffix(os.sep + name)
 
 
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:

@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from halos.project_dir import PROJECT
+
 sys.path.insert(0, os.path.join(PROJECT, "tests"))
 
 from comparing import command, environment, write_samples  # noqa: E402

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from halos.project_dir import PROJECT
+
 IMPORT = "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM"
 ROUNDS = 3
 

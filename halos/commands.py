@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import hydra
 import yaml
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -135,6 +134,9 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
 
 def _refuse_unknown_flags() -> None:
     """Flags that Hydra does not have, before argparse prints its usage about them."""
+    # Private, because Hydra has no public list of its flags, and hydra.main parses only to run at once.
+    from hydra._internal.utils import get_args_parser
+
     for word in get_args_parser().parse_known_args()[1]:
         if word.startswith("-"):
             raise UserError(f"{word} is not a flag; keys have no dashes (lr=1e-6), and --hydra-help lists the flags")
@@ -177,6 +179,7 @@ def _new_key_message(key: str, value: str, cause: ConfigKeyError | ConfigAttribu
     """About a key without ++ that Hydra does not find: most are typing errors, and a few are legal additions."""
     if f"{key}.".startswith(OPEN) or key in OPTIONAL:
         return f"{key}={value} adds a key, which takes two plus signs; write ++{key}={value}"
+    # Private, because OmegaConf has no public way from a node to the config that it is in.
     root = cause.parent_node._get_root() if cause.parent_node is not None else {}
     known = [k for k in flat(root) if not k.startswith("hydra")]
     return unknown_key(cause.full_key if key in known and cause.full_key else key, value, known)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+
+# Private, because a DTensor has no public method that says where its local part lies in the whole.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from halos.errors import UserError

@@ -26,8 +26,7 @@ from transformers import (
 from halos import checkpoint, distributed, logps, packing_check, sharding, weights
 from halos.errors import UserError
 from halos.models import PolicyModel, ValueHead
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from halos.project_dir import PROJECT
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()

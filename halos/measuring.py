@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# Private paths, because torch has no public ones: its documentation imports the first from there.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -100,7 +102,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                key = storage._cdata
+                key = storage._cdata  # private, because data_ptr() of every fake tensor is 0
                 if key not in self.bytes_of:  # else a view of it, or it was written in place
                     self.bytes_of[key] = storage.nbytes() if are_new else 0
                     self.now += self.bytes_of[key]

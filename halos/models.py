@@ -67,7 +67,7 @@ class PolicyModel(nn.Module):
         self.token_logps = token_logps
         self.pad_token_id = pad_token_id
         self.packs = False
-        self.plain_attention = lm.config._attn_implementation
+        self.plain_attention = lm.config._attn_implementation  # private: transformers has a public setter only
         self.description = ""  # how it runs, for people
         self.export_dtype: torch.dtype = lm.dtype
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+
+# A private path, because torch has no public one: its documentation of fake tensors imports it from here.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 

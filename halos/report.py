@@ -17,8 +17,9 @@ import numpy as np
 from halos import statistics
 from halos.comparisons import JudgeScores, Pair
 from halos.files import finished
+from halos.project_dir import PROJECT
 
-SKELETON = Path(__file__).parents[1] / "assets" / "report.html"
+SKELETON = Path(PROJECT) / "assets" / "report.html"
 CHUNK = 100  # pairs in one island of the page's data: what is parsed to show one of them
 
 

@@ -86,6 +86,7 @@ def reshard(policy: Any) -> None:
 
 def find_blocks(lm: PreTrainedModel, block_name: str | None) -> list[torch.nn.Module]:
     """The transformer blocks: modules of the class `block_name`, or of those that the model itself names."""
+    # Private, because transformers has no public name for it; it is what its own FSDP integration reads.
     names = {block_name} if block_name else set(lm._no_split_modules or ())
     blocks = [module for module in lm.modules() if type(module).__name__ in names]
     if not blocks:

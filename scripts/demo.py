@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, PROJECT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from halos.demo import check  # noqa: E402
+from halos.project_dir import PROJECT  # noqa: E402
 
 N_SAMPLES = 512
 # What the demo changes on the command line, per loss; everything else is as in config/.

@@ -14,10 +14,10 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from halos import demo  # noqa: E402
+from halos.project_dir import PROJECT  # noqa: E402
 
 VOCAB_SIZE = 1024  # an upper limit
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -73,5 +73,5 @@ def build(directory: Path) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "assets" / "tiny_tokenizer"
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(PROJECT) / "assets" / "tiny_tokenizer"
     print(f"{directory}: {len(build(directory))} tokens")

@@ -22,11 +22,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, PROJECT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from halos.commands import hydra_main, report_user_errors  # noqa: E402
 from halos.errors import UserError  # noqa: E402
+from halos.project_dir import PROJECT  # noqa: E402
 
 GIB = 2**30
 RESERVE = 0.1  # of a GPU's memory: for the CUDA context, NCCL's buffers, and the allocator's gaps
@@ -71,7 +71,7 @@ def main() -> None:
         own = own_values(words)
     sys.argv[1:] = [word for word in words if key_of(word) not in OWN]
 
-    @hydra_main("../config", "config")
+    @hydra_main(os.path.join(PROJECT, "config"), "config")
     def run(config: DictConfig) -> None:
         import dataloaders
         import trainers

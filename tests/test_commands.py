@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_program
@@ -248,6 +249,22 @@ def test_samples(command, run, tmp_path):
     others = json.loads((tmp_path / "base.json").read_text())
     assert all(row["reference"] == "" for row in others)
     assert [row["policy"] for row in others] != [row["policy"] for row in rows]
+
+
+def test_a_relative_cache_dir_is_where_the_run_is(tmp_path, monkeypatch):
+    """The other runs in it are found from every directory; a run that was moved says nothing about them."""
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        ("x/.cache/a/config.yaml", ".cache"): f"{tmp_path}/x/.cache",
+        ("x/.cache/a/step-8/config.yaml", "./.cache"): f"{tmp_path}/x/.cache",
+        ("x/moved/a/config.yaml", ".cache"): ".cache",
+        ("x/my.cache/a/config.yaml", ".cache"): ".cache",
+        ("x/.cache/a/config.yaml", "/models"): "/models",
+    }
+    for (path, cache_dir), located in cases.items():
+        config = OmegaConf.create({"cache_dir": cache_dir, "exp_name": "a"})
+        eval_program.locate_cache(config, path)
+        assert config.cache_dir == located, path
 
 
 def test_reference_is_the_hubs_model_or_the_one_that_was_loaded(command, run, cache_dir, tmp_path):

@@ -78,7 +78,8 @@ def elsewhere(monkeypatch, tmp_path):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The whole way of a command: its exit code, stdout, stderr, and the config of each job that was agreed to."""
-    monkeypatch.setattr(Hydra, "get_mode", lambda *args, **kwargs: None)  # finds `hydra.mode=`, for a third of the time
+    # It looks for `hydra.mode=`, for a third of the time; Hydra has no public way to leave that out.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *args, **kwargs: None)
 
     def run(*words, task=lambda config: validate(config, TRAINERS, DATALOADERS)):
         configs = []

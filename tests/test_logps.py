@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # private, as the next: see halos/measuring.py
 from torch.utils._pytree import tree_leaves
 
 from halos import logps

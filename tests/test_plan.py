@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from hydra.core.global_hydra import GlobalHydra
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: see halos/planning.py
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # private, as the next: see halos/measuring.py
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,6 +102,7 @@ def pretend_to_be_one_of(processes: int) -> None:
     if dist.is_initialized() and dist.get_world_size() != processes:
         dist.destroy_process_group()
     if processes > 1 and not dist.is_initialized():
+        # Private, because torch keeps the store of its "fake" backend among its own tests.
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
