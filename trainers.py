@@ -153,12 +153,10 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         """One update per PPO epoch, all over the same advantages and returns. The accumulated microbatches are one
         batch, since advantages are normalised over all of its tokens."""
         examples = sum(microbatches, [])
-        episode, reference_logps = None, None
+        reference_logps, episode = None, None  # the same in all epochs
         for _ in range(self.config.loss.ppo_epochs):
-            forward = self.forward_of(self.policy, examples, with_entropy=True)
-            reference_logps = self.reference_logps(examples) if reference_logps is None else reference_logps
-            batch = Batch(examples, forward.tokens, reference_logps)
-            episode = episode or self.episode(batch)
+            forward, batch = self.forward(examples, reference_logps)
+            reference_logps, episode = batch.reference_logps, episode or self.episode(batch)
             outcome = self.backward(self.clipped_loss(batch, episode), forward, examples)
             self.update([outcome], examples)
             if self.state.stopping:

@@ -1,1 +1,33 @@
-"""The machinery under the loss seam: packing, log-probs, models, checkpoints. A new loss never needs a change here."""
+"""The machinery below the loss. A new loss, dataset or model needs no change here.
+
+trainer.py          the loop: state, train, evaluate, update, save
+engine.py           Batch, Outcome, Forward: one global batch through a model and its gradient back
+loader.py           batches of tokenized examples as a function of (seed, epoch)
+examples.py         Example, Dataset: what is known of a prompt and its responses
+datafiles.py        rows of data files: local files and copies of hub repositories
+chat.py             chat messages as text
+tokens.py           texts as token ids, stored memory-mapped on disk; truncation
+demo.py             the embedded dataset
+models.py           the network: policy, value head, one forward pass
+loading.py          policy, reference and tokenizer from the hub, directories and checkpoints
+weights.py          streams of weights into sharded models
+packing.py          examples as one packed sequence with shared prompts; its attention
+packing_check.py    the check at the start of a run that packed equals padded
+logps.py            log-probs of tokens from hidden states, in chunks
+sharding.py         activation checkpointing, compilation and FSDP
+distributed.py      ranks, devices and collectives
+launch.py           starting the processes of a run and reporting the first failure
+checkpoint.py       policy.pt and the Hugging Face export: save and load
+run_dir.py          the run directory: its path, its config.yaml, its model card
+metrics.py          metrics.jsonl, curves.png, the progress bar, wandb
+sampling.py         responses from a model
+config.py           validation of the configuration
+rules.py            what values of the configuration can be
+commands.py         errors and flags of the commands
+console.py          halos-train, halos-eval, halos-compare
+project_dir.py      where config/ and assets/ are
+errors.py           UserError
+files.py            writing files whole
+judge/              everything of compare.py
+plan/               everything of scripts/plan.py
+"""

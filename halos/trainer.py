@@ -129,18 +129,21 @@ class BasicTrainer:
 
     #### ONE BATCH
 
-    def forward(self, examples: list[TokenizedExample]) -> tuple[Forward, Batch]:
-        """Run the policy and the reference on a global batch."""
-        forward = self.forward_of(self.policy, examples, with_entropy=self.uses_entropy)
-        return forward, Batch(examples, forward.tokens, self.reference_logps(examples))
+    def forward(
+        self, examples: list[TokenizedExample], reference_logps: torch.Tensor | None = None
+    ) -> tuple[Forward, Batch]:
+        """Run the policy on a global batch, and the reference model unless its log-probs are given."""
+        forward = Forward(self.policy, examples, self.config.model.max_tokens_per_forward, self.uses_entropy)
+        if reference_logps is None:
+            reference_logps = self.reference_logps(examples)
+        return forward, Batch(examples, forward.tokens, reference_logps)
 
     @torch.no_grad()
     def reference_logps(self, examples: list[TokenizedExample]) -> torch.Tensor | None:
         """(n_tokens,) log-probs under the reference model, in nats; None if the loss has none."""
-        return None if self.reference_model is None else self.forward_of(self.reference_model, examples).tokens.logps
-
-    def forward_of(self, model: PolicyModel, examples: list[TokenizedExample], with_entropy: bool = False) -> Forward:
-        return Forward(model, examples, self.config.model.max_tokens_per_forward, with_entropy)
+        if self.reference_model is None:
+            return None
+        return Forward(self.reference_model, examples, self.config.model.max_tokens_per_forward).tokens.logps
 
     def forward_backward(self, examples: list[TokenizedExample]) -> Outcome:
         """The outcome of a batch, without gradient; its gradient is added to that of the policy's parameters."""

@@ -8,32 +8,63 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
 import yaml
 
 from helpers import PROJECT
 
 
 def imports_of(path: str) -> set[str]:
+    """The modules that a file imports, in full: `halos.errors` of `from halos import errors`, also inside functions."""
     with open(path) as file:
         tree = ast.parse(file.read())
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "halos":
+            names |= {f"halos.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
+            names.add(node.module)
     return names
 
 
+def rooms(pattern: str = "**/*.py") -> list[str]:
+    return glob.glob(os.path.join(PROJECT, "halos", pattern), recursive=True)
+
+
 def test_halos_never_imports_what_researchers_edit():
-    files = glob.glob(os.path.join(PROJECT, "halos", "*.py"))
-    assert len(files) > 10
-    for path in files:
-        assert not imports_of(path) & {"trainers", "dataloaders", "train", "eval", "compare"}, path
+    assert len(rooms()) > 40
+    for path in rooms():
+        tops = {name.split(".")[0] for name in imports_of(path)}
+        assert not tops & {"trainers", "dataloaders", "utils", "train", "eval", "compare"}, path
+
+
+@pytest.mark.parametrize("wing", ["judge", "plan"])
+def test_the_engine_never_imports_a_wing(wing):
+    for path in rooms("*.py"):
+        assert not [name for name in imports_of(path) if name.startswith(f"halos.{wing}")], path
+
+
+def test_the_judge_imports_little_of_the_engine():
+    """Its wing works in an environment without torch."""
+    allowed = {"halos.errors", "halos.files", "halos.datafiles"}
+    for path in rooms("judge/*.py"):
+        others = {name for name in imports_of(path) if name.startswith("halos.") and not name.startswith("halos.judge")}
+        assert others <= allowed, path
+
+
+def test_the_map_names_every_room():
+    """halos/__init__.py has one line per room, and so has the __init__.py of each wing."""
+    for folder in ("", "judge/", "plan/"):
+        found = {os.path.basename(path) for path in rooms(f"{folder}*.py")} - {"__init__.py"}
+        with open(os.path.join(PROJECT, "halos", folder, "__init__.py")) as file:
+            named = re.findall(r"^    (\w+\.py|\w+/) +\S", ast.get_docstring(ast.parse(file.read()), clean=False), re.M)
+        assert len(named) == len(set(named)) and found == {name for name in named if name.endswith(".py")}, folder
 
 
 def test_few_files_touch_torch_distributed():
-    for path in glob.glob(os.path.join(PROJECT, "halos", "*.py")) + [os.path.join(PROJECT, "trainers.py")]:
+    for path in [*rooms("*.py"), os.path.join(PROJECT, "trainers.py")]:
         if os.path.basename(path) not in ("distributed.py", "launch.py", "sharding.py"):
             with open(path) as file:
                 assert "torch.distributed" not in file.read(), path

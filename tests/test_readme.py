@@ -20,6 +20,11 @@ def blocks(kind: str) -> list[str]:
         return [text for name, text in BLOCK.findall(file.read()) if name == kind]
 
 
+def commands(kind: str) -> list[str]:
+    """The commands of all blocks of a kind; one may go on in the next line, behind a backslash."""
+    return [line for block in blocks(kind) for line in block.replace("\\\n", "").splitlines() if line.strip()]
+
+
 def python(line: str, cwd) -> subprocess.CompletedProcess:
     """`python ...` as a user types it, here."""
     program, *words = shlex.split(line, comments=True)
@@ -48,7 +53,7 @@ def checkout(tmp_path_factory):
 
 def test_every_command_that_needs_no_gpu_runs(checkout):
     """The KTO that the README adds trains exactly as the project's own: the same metrics, to the last bit."""
-    lines = [line for block in blocks("run") for line in block.splitlines() if line.strip()]
+    lines = commands("run")
     assert len(lines) >= 5
     for line in lines:
         done = python(line, checkout)
@@ -64,27 +69,24 @@ def test_every_command_that_needs_no_gpu_runs(checkout):
 
 
 def test_commands_for_gpus_parse_and_mean_what_they_say(checkout):
-    lines = [line for block in blocks("parse") for line in block.splitlines() if line.strip()]
+    lines = commands("parse")
     shown = [python(line + " --cfg job", checkout) for line in lines]
     assert all(done.returncode == 0 for done in shown), shown
     assert "name_or_path: huggyllama/llama-7b" in shown[0].stdout and "cache_dir: /data/models" in shown[0].stdout
     assert "name_or_path: Qwen/Qwen2.5-0.5B" in shown[1].stdout
 
 
-def test_the_file_is_finished():
-    """No measurement is still to be filled in, and every file that is linked is there."""
-    for name in (
-        "README.md",
-        "docs/data.md",
-        "docs/engine.md",
-        "docs/losses.md",
-        "docs/ppo.md",
-        "docs/scaling.md",
-        "docs/judging.md",
-        "LOG.md",
-    ):
-        with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
-            text = file.read()
-        assert "@@" not in text, name
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert os.path.exists(os.path.join(PROJECT, os.path.dirname(name), target)), f"{name}: {target}"
+def pages() -> list[str]:
+    return ["README.md", "LOG.md", *(f"docs/{name}" for name in sorted(os.listdir(os.path.join(PROJECT, "docs"))))]
+
+
+@pytest.mark.parametrize("name", pages())
+def test_a_page_is_finished(name):
+    """No measurement is still to be filled in, every file that is linked is there, and lines have 120 characters."""
+    with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
+        text = file.read()
+    assert "@@" not in text
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert os.path.exists(os.path.join(PROJECT, os.path.dirname(name), target)), target
+    is_written = "<!-- written by" in text  # a table of numbers
+    assert [line for line in text.splitlines() if len(line) > 120 and not is_written] == []
