@@ -24,7 +24,7 @@ def leave(folder: str, name: str, **facts) -> None:
     """Write facts about this process to a file in the folder. The file appears only when it is complete."""
     path = os.path.join(folder, f"{name}-{os.environ.get('RANK', 'none')}")
     with open(path + ".unfinished", "w") as file:
-        json.dump({"pid": os.getpid(), "time": time.time(), **facts}, file)
+        json.dump({"pid": os.getpid(), **facts}, file)
     os.rename(path + ".unfinished", path)
 
 
@@ -148,6 +148,6 @@ if __name__ == "__main__":
     main()
 else:
     # For tests of signals that arrive while a process is still importing.
-    if os.environ.get("LAUNCH_WORKERS_IMPORT_SLOWLY") and "RANK" in os.environ:
-        leave(os.environ["LAUNCH_WORKERS_IMPORT_SLOWLY"], "imports")
-        time.sleep(5)
+    if os.environ.get("LAUNCH_WORKERS_IMPORT_UNTIL") and "RANK" in os.environ:
+        leave(os.path.dirname(os.environ["LAUNCH_WORKERS_IMPORT_UNTIL"]), "imports")
+        wait_until(lambda: os.path.exists(os.environ["LAUNCH_WORKERS_IMPORT_UNTIL"]))

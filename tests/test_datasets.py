@@ -162,7 +162,7 @@ def test_last_reply(conversation, expected):
 
 
 def test_oasst(oasst):
-    """Of 21 messages 3 are prompts and 6 are replies. Each of the other 12 is dropped for one reason."""
+    """3 of the 21 messages are prompts, and 6 are replies. Each of the other 12 is dropped for one reason."""
     dataset = get_oasst("train", oasst)
     assert dataset.rows == 21
     assert dataset.dropped == {

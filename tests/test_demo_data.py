@@ -25,7 +25,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny_tokenizer")
 
 
-#### check()
+#### CHECKING ANSWERS
 
 QUESTIONS = [  # (turns, right answer, a plausible wrong answer)
     (("Write backwards: KAMI",), "IMAK", "KAMI"),
@@ -100,7 +100,7 @@ def test_a_prompt_of_another_dataset_is_refused():
         demo.check(ask("How do I bake bread?"), " With flour.")
 
 
-#### generate()
+#### GENERATED DATA
 
 
 def test_generation_is_a_function_of_split_and_seed():

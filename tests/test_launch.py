@@ -7,11 +7,13 @@ fails instead of hanging: a collective that never returns would wait for half an
 import glob
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +61,22 @@ def wait_for(condition, seconds: float = 60):
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.05)
     return value
+
+
+@contextmanager
+def limited(seconds: int = 60):
+    """Raise TimeoutError after so many seconds, so that a test fails instead of hanging."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def runs(pid: int) -> bool:
@@ -150,7 +168,7 @@ def test_one_process_per_gpu(monkeypatch):
 
 
 def test_threads_are_shared_out(monkeypatch):
-    """Of 5 CPUs, each of 2 processes gets 2 threads. A number set by the user stays; afterwards all is as before."""
+    """Each of 2 processes gets 2 of 5 CPUs. A number set by the user stays; afterwards all is as before."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
     for before, inside in (("7", "7"), (None, "2")):
         monkeypatch.delenv("OMP_NUM_THREADS")
@@ -181,10 +199,8 @@ def failure(tmp_path, capfd):
     """
 
     def fail(how: str, everyone: bool = False):
-        with pytest.raises(SystemExit) as stop, report_user_errors():
+        with limited(), pytest.raises(SystemExit) as stop, report_user_errors():
             launch(launch_workers.fail, str(tmp_path), how, everyone, nproc_per_node=2)
-        last = max(one["time"] for one in facts(tmp_path, "failed"))
-        assert time.time() - last < 30
         assert not any(runs(one["pid"]) for one in facts(tmp_path, "failed"))
         out, err = capfd.readouterr()
         assert not out and "ChildFailedError" not in err and "Terminating process" not in err
@@ -351,9 +367,15 @@ class Command:
         """Wait until both processes have written the file `name`, and return their process ids."""
         return wait_for(lambda: len(found := facts(self.folder, name)) == 2 and [one["pid"] for one in found])
 
-    def ends(self, pids: list[int], code: int, err: str | None, seconds: float = 30) -> None:
-        assert self.process.wait(seconds) == code, self.streams[1].read_text()
-        wait_for(lambda: not any(map(runs, pids)), 0.5 if code >= 0 else seconds)
+    def ends(self, pids: list[int], code: int, err: str | None) -> None:
+        """Assert that the command ends with this exit code and stderr, and that its processes end, too.
+
+        Unless the launcher dies by a signal (code < 0), its processes end before it does.
+        """
+        assert self.process.wait(60) == code, self.streams[1].read_text()
+        if code >= 0:
+            assert not any(map(runs, pids))
+        wait_for(lambda: not any(map(runs, pids)))
         assert not self.streams[0].read_text()
         assert err is None or self.streams[1].read_text() == err
 
@@ -385,7 +407,7 @@ def test_a_killed_launcher_leaves_nobody(command, tmp_path):
     one = command(2, "wait", tmp_path)
     pids = one.pids()
     one.process.kill()
-    one.ends(pids, -signal.SIGKILL, None, 10)
+    one.ends(pids, -signal.SIGKILL, None)
 
 
 @pytest.mark.slow
@@ -406,35 +428,40 @@ def test_termination_of_the_launcher(command, tmp_path, number):
     one = command(2, "wait", tmp_path)
     pids = one.pids()
     one.process.send_signal(number)
-    one.ends(pids, -number, "", 10)
+    one.ends(pids, -number, "")
 
 
 @pytest.mark.slow
 def test_signals_while_processes_import(command, tmp_path):
     """While processes import, SIGUSR1 kills none of them, and Ctrl-C prints one line and no traceback."""
-    one = command(2, "wait", tmp_path, LAUNCH_WORKERS_IMPORT_SLOWLY=str(tmp_path))
+    one = command(2, "wait", tmp_path, LAUNCH_WORKERS_IMPORT_UNTIL=str(tmp_path / "one"))
     pids = one.pids("imports")
     os.killpg(one.process.pid, signal.SIGUSR1)
+    (tmp_path / "one").touch()
     assert one.pids() == pids
     one.process.kill()
     forget(tmp_path)
-    one = command(2, "wait", tmp_path, LAUNCH_WORKERS_IMPORT_SLOWLY=str(tmp_path))
+    one = command(2, "wait", tmp_path, LAUNCH_WORKERS_IMPORT_UNTIL=str(tmp_path / "two"))
     pids = one.pids("imports")
     os.killpg(one.process.pid, signal.SIGINT)
+    (tmp_path / "two").touch()
     one.ends(pids, 130, "interrupted\n")
 
 
 @pytest.mark.slow
 def test_stubborn_processes(command, tmp_path):
-    """Processes that ignore SIGINT and SIGTERM are killed in the end, after one Ctrl-C or two."""
+    """Processes that ignore SIGINT and SIGTERM are killed in the end, after one Ctrl-C or two.
+
+    The agent gives them 10 seconds. The pause lets the second Ctrl-C arrive while it waits.
+    """
+    assert launch_module._settings(2, str(tmp_path)).shutdown_timeout == 10
     for times in (1, 2):
         one = command(2, "wait_stubbornly", tmp_path)
         pids = one.pids()
         for _ in range(times):
             os.killpg(one.process.pid, signal.SIGINT)
             time.sleep(2)
-        assert one.process.poll() is None and all(map(runs, pids))
-        one.ends(pids, 130, "interrupted\n", 20)
+        one.ends(pids, 130, "interrupted\n")
         forget(tmp_path)
 
 
@@ -660,8 +687,8 @@ def test_a_sweep_on_two_processes(tmp_path):
     words = ["-m", "exp_name=a,b", f"cache_dir={tmp_path}", *TRAIN.split()]
     done = subprocess.run([sys.executable, "train.py", *words], cwd=PROJECT, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    # A bar is redrawn in one line; the line ends when the bar is done.
-    assert done.stderr.count(b"tok/s]\n") == 2 and done.stdout.count(b"2 processes on CPU") == 2
+    # A bar is redrawn in one line, which ends when the bar is done. Spaces cover what an earlier, longer text left.
+    assert len(re.findall(rb"tok/s\] *\n", done.stderr)) == 2 and done.stdout.count(b"2 processes on CPU") == 2
     for name in "ab":
         assert done.stdout.count(f"saved to {tmp_path}/{name}/LATEST/policy.pt".encode()) == 1
         with open(tmp_path / name / "metrics.jsonl") as file:
@@ -678,5 +705,5 @@ def test_a_sweep_under_another_launcher_ends_with_its_first_failure(tmp_path):
     for environment, n in ({}, 2), (TORCHRUN, 1):
         environment = {**os.environ, **environment}
         command = [sys.executable, "train.py", *words]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment, timeout=60)
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 2 and done.stderr.count("error: ") == n, done.stderr

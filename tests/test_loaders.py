@@ -202,7 +202,7 @@ def test_every_half_of_a_pair_is_seen_once_an_epoch(loader):
 
 
 def test_binary_feedback_keeps_its_proportions(loader):
-    """Of 300 labelled responses a third is desirable: 100 in the epoch, and 50 +- 20 in its first half.
+    """A third of 300 labelled responses is desirable: 100 in the epoch, and 50 +- 20 in its first half.
 
     The standard deviation of such a draw without replacement is sqrt(150 * 1/3 * 2/3 / 2) = 4.1; 20 is about five.
     """
