@@ -112,11 +112,15 @@ several = pytest.mark.parametrize(
 #### TRAINING
 
 
+# Metrics that are not differences of log-probs.
+PRECISE = ("logps_", "grad_norm", "v_head_grad_norm", "val", "returns", "lr", "step", "examples", "counters")
+
+
 def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) -> None:
     """Every number of every row to 1e-5; rewards and what is made of them to 1e-5 of the log-probs they are made from.
 
     A reward is beta times a difference of log-probs of some -40 nats, which float32 holds to 4e-6: near 0 it has no
-    relative precision. The same holds for losses and ratios that are built on it.
+    relative precision. The same holds for losses and ratios that are built on it, and for what a loss logs itself.
     """
     assert len(rows) == len(expected) > 5
     for row, wanted in zip(rows, expected, strict=True):
@@ -124,7 +128,7 @@ def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) 
         scale = max(abs(value) for name, value in wanted.items() if name.startswith("logps_"))
         for name, value in wanted.items():
             if name not in ("mode", "examples_per_second"):
-                absolute = rel * scale if name.startswith(("rewards_", "loss")) else 1e-7
+                absolute = 1e-7 if name.startswith(PRECISE) else rel * scale
                 assert row[name] == pytest.approx(value, rel=rel, abs=absolute), (name, row["step"])
 
 
@@ -238,7 +242,16 @@ def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
     assert all(torch.equal(tensor, saved["critic"][name]) for name, tensor in critic.items())
 
 
-#### SAMPLING, FAILING, JOINING
+#### SAMPLING, STOPPING, FAILING, JOINING
+
+
+@several
+def test_one_rank_can_stop_all(request, folder):
+    """Every rank ends after the second update, and all take part in the evaluation and the checkpoint at the end."""
+    folder = request.getfixturevalue(folder) / "stopped" / "run"
+    rows = metrics.read_metrics(folder / "metrics.jsonl")
+    assert [(row["mode"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("eval", 2)]
+    assert torch.load(folder / "LATEST/policy.pt", weights_only=True)["step_idx"] == 2
 
 
 @several
