@@ -169,7 +169,8 @@ class Forward:
 
     If all of this rank's share fits one forward pass, its graph is kept. Otherwise the pieces run without gradient
     first, and again, one by one, with gradient in `backward`: memory is bounded by one piece, and the loss is still
-    that of the whole batch. Unrelated responses run apart from the others, without a backward pass.
+    that of the whole batch. Unrelated responses run apart from the others, without a backward pass; under the reference
+    model, too, so that it computes exactly what the policy does and log-ratios start at 0.
 
     max_tokens: limit of packed tokens in one forward pass; a longer example is a piece of its own
     """
@@ -180,9 +181,8 @@ class Forward:
         self.model = model
         self.with_entropy = with_entropy
         trains = torch.is_grad_enabled()
-        trained, untrained = (TRAINED, UNTRAINED) if trains else (TRAINED | UNTRAINED, frozenset())
-        self.pieces = pieces(examples, trained, max_tokens, model.device)
-        without_graph = pieces(examples, untrained, max_tokens, model.device)
+        self.pieces = pieces(examples, TRAINED, max_tokens, model.device)
+        without_graph = pieces(examples, UNTRAINED, max_tokens, model.device)
         keeps_graph = trains and len(self.pieces) == 1
         with torch.set_grad_enabled(keeps_graph):
             outputs = [self._run(piece) for piece in self.pieces]

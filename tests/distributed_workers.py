@@ -104,11 +104,20 @@ def diverge(folder: str) -> None:
     trainer.train()
 
 
+def stop_early(folder: str) -> None:
+    """Train on three batches, with a `should_stop` that is True on the last rank only, after the second update."""
+    trainer = make_trainer(os.path.join(folder, "stopped"), "sft", "eval_every=800")
+    is_last = distributed.rank() == distributed.world_size() - 1
+    trainer.should_stop = lambda: is_last and trainer.state.updates == 2
+    trainer.train()
+
+
 def everything(folder: str, cases: dict[str, str], directories: dict[str, str], cache_dir: str, sources: dict) -> None:
     """Call the functions above one after the other, so that the processes start only once."""
     torch.set_num_threads(1)
     train(folder, cases)
     sample_texts(folder)
+    stop_early(folder)
     if directories:
         load_architectures(folder, directories)
         load_checkpoints(folder, cache_dir, sources)

@@ -115,11 +115,15 @@ several = pytest.mark.parametrize(
 #### TRAINING
 
 
+# Metrics that are not differences of log-probs.
+PRECISE = ("logps_", "grad_norm", "v_head_grad_norm", "val", "returns", "lr", "step", "examples", "counters")
+
+
 def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) -> None:
-    """Compare every number of every row to 1e-5; rewards, losses and KL estimates to 1e-5 of the log-probs.
+    """Compare every number of every row to 1e-5; rewards and metrics made from them to 1e-5 of the log-probs.
 
     A reward is beta times a difference of log-probs of about -40 nats, which float32 holds to 4e-6. Near 0 it has no
-    relative precision, and neither have losses and KL estimates that are computed from it.
+    relative precision, and neither have losses, ratios and other metrics that are computed from it.
     """
     assert len(rows) == len(expected) > 5
     for row, wanted in zip(rows, expected, strict=True):
@@ -127,7 +131,7 @@ def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) 
         scale = max(abs(value) for name, value in wanted.items() if name.startswith("logps_"))
         for name, value in wanted.items():
             if name not in ("mode", "examples_per_second"):
-                absolute = rel * scale if name.startswith(("rewards_", "loss", "kl")) else 1e-7
+                absolute = 1e-7 if name.startswith(PRECISE) else rel * scale
                 assert row[name] == pytest.approx(value, rel=rel, abs=absolute), (name, row["step"])
 
 
@@ -249,7 +253,16 @@ def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
     assert all(torch.equal(tensor, saved["critic"][name]) for name, tensor in critic.items())
 
 
-#### SAMPLING, FAILING, JOINING
+#### SAMPLING, STOPPING, FAILING, JOINING
+
+
+@several
+def test_one_rank_can_stop_all(request, folder):
+    """If the last rank alone wants to stop after the second update, all ranks stop, evaluate, and save."""
+    folder = request.getfixturevalue(folder) / "stopped" / "run"
+    rows = metrics.read_metrics(folder / "metrics.jsonl")
+    assert [(row["mode"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("eval", 2)]
+    assert torch.load(folder / "LATEST/policy.pt", weights_only=True)["step_idx"] == 2
 
 
 @several

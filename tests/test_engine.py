@@ -104,15 +104,18 @@ def test_unrelated_responses_are_scored_and_not_trained_on(packs, max_tokens):
 
 
 def test_what_runs_with_a_graph_holds_no_unrelated_response():
-    """In training, the forward pass with a graph contains no unrelated response. In evaluation, one pass runs all."""
+    """The forward pass with a graph contains no unrelated response. Without gradient, the same forward passes run.
+
+    So policy and reference model compute the same, bit by bit.
+    """
     policy = tiny_policy("llama", packs=True)
-    (piece,) = Forward(policy, MIXED, 1000).pieces
+    forward = Forward(policy, MIXED, 1000)
+    (piece,) = forward.pieces
     assert [role for one in piece.examples for role in one.roles].count(Role.UNRELATED) == 0
     assert sum(len(one.responses) for one in piece.examples) == 4
     with torch.no_grad():
-        forward = Forward(policy, MIXED, 1000)
-    (piece,) = forward.pieces
-    assert piece.examples == MIXED and not forward.leaf.requires_grad
+        frozen = Forward(policy, MIXED, 1000)
+    assert torch.equal(frozen.leaf, forward.leaf) and forward.leaf.requires_grad and not frozen.leaf.requires_grad
 
 
 def test_pieces_partition_the_tokens_of_the_batch():

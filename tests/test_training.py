@@ -159,6 +159,20 @@ def test_training_starts_at_a_logratio_of_exactly_0(tmp_path, packing, precision
     assert (outcome.chosen_logps < -1).all()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("limit", [16384, 30])
+def test_every_loss_starts_at_a_logratio_of_exactly_0(tmp_path, loss, limit):
+    """Policy and reference log-probs are equal at the start, bit by bit, for every loss with a reference model.
+
+    This holds for all roles, in one forward pass and in several.
+    """
+    trainer = make_trainer(tmp_path, loss, f"model.max_tokens_per_forward={limit}")
+    with torch.no_grad():
+        _, batch = trainer.forward(trainer.train_loader.batches[0])
+    assert (batch.reference_logps is None) == (not trainer.config.loss.use_reference_model)
+    assert batch.reference_logps is None or torch.equal(batch.policy.logps, batch.reference_logps)
+
+
 def test_bfloat16_compute_moves_float32_weights_the_same_way(tmp_path):
     """After three steps in bfloat16, the weights have moved as in float32, to 5 % of the movement."""
     way, _ = trained(tmp_path / "float32", "sft")
