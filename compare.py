@@ -3,7 +3,7 @@
     python compare.py -f samples/kto_llama7b.json -mc 512 -bk chosen -ck policy -r result.jsonl
 
 The file is what eval.py wrote. The judge is a model behind an OpenAI-compatible server (OPENAI_API_KEY, --base_url), or
-a Python function. A command that was stopped goes on where it was when it is run again: docs/judging.md.
+a Python function. A command that was stopped goes on where it was when it is run again: docs/unit_room.md.
 """
 
 import argparse
@@ -62,29 +62,30 @@ def price(text: str) -> tuple[float, float]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    from halos import chat_judge, comparisons, judging, results, statistics
-    from halos.gate import Limits
-    from halos.journal import Journal
+    from halos.judge import chat, run, samples, statistics, table
+    from halos.judge import units as unit_room
+    from halos.judge.gate import Limits
+    from halos.judge.journal import Journal
 
     args.baseline_key = args.baseline_key or (args.candidate_key if args.file2 else "reference")
     keys = args.candidate_key, args.baseline_key, args.history_key, args.human
-    pairs = comparisons.sample_pairs(comparisons.read_pairs(args.file, *keys, args.file2), args.max_comp, args.seed)
-    judges = chat_judge.make_judges(args)
-    results.check_paths(args)
-    units = judging.units_of(pairs, judges, args.order == "both", args.seed)
+    pairs = samples.sample_pairs(samples.read_pairs(args.file, *keys, args.file2), args.max_comp, args.seed)
+    judges = chat.make_judges(args)
+    table.check_paths(args)
+    units = unit_room.units_of(pairs, judges, args.order == "both", args.seed)
     limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
     directory = args.cache or os.path.join(os.path.dirname(args.results_file), "judgments")
     with Journal(directory, read_only=args.dry_run or args.stats_only) as journal:
-        print(judging.plan(judges, units, journal), flush=True)
+        print(unit_room.plan(judges, units, journal), flush=True)
         if args.dry_run:
             return
         if not args.stats_only:
-            judging.judge_all(pairs, judges, units, journal, limits, args.verbose)
-        scores = judging.scores_of(pairs, judges, units, journal)
-        summary = statistics.summarize(scores, *comparisons.lengths(pairs), [pair.human for pair in pairs])
-        summary["calls"] = judging.billing(judges, units, journal)
-        print(results.table(summary, args.candidate_key, args.baseline_key))
-        results.write_all(args, pairs, scores, summary, judging.replies_of(units, journal))
+            run.judge_all(pairs, judges, units, journal, limits, args.verbose)
+        scores = unit_room.scores_of(pairs, judges, units, journal)
+        summary = statistics.summarize(scores, *samples.lengths(pairs), [pair.human for pair in pairs])
+        summary["calls"] = unit_room.billing(judges, units, journal)
+        print(table.table(summary, args.candidate_key, args.baseline_key))
+        table.write_all(args, pairs, scores, summary, unit_room.replies_of(units, journal))
 
 
 if __name__ == "__main__":

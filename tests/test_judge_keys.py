@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from halos.chat_judge import ChatJudge
-from halos.comparisons import Pair, orders, sample_pairs
-from halos.journal import Journal
 from halos.judge import FunctionJudge, PromptTemplate, load_template
-from halos.judging import replies_of, scores_of, units_of
+from halos.judge.chat import ChatJudge
+from halos.judge.journal import Journal
+from halos.judge.samples import Pair, orders, sample_pairs
+from halos.judge.units import replies_of, scores_of, units_of
 
 PAIRS = [
     Pair(1, "\n\nHuman: Why is the sky blue?\n\nAssistant:", "Rayleigh scattering.", "Because of the sea."),

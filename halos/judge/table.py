@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 
-from halos import figure, statistics
-from halos.comparisons import JudgeScores, Pair, lengths
 from halos.errors import UserError
 from halos.files import make_room
-from halos.report import estimate, write_html
+from halos.judge import figure, statistics
+from halos.judge.judges import JudgeScores
+from halos.judge.page import estimate, write_html
+from halos.judge.samples import Pair, lengths
 
 
 def check_paths(args: argparse.Namespace) -> None:

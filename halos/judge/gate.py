@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from halos.errors import UserError
-from halos.judge import Stop
+from halos.judge.judges import Stop
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from halos.chat_judge import (
+from halos.errors import UserError
+from halos.judge import PromptTemplate, Reply, Stop, Unanswerable, Unavailable, is_python, load_template
+from halos.judge.chat import (
     JSON_SCHEMA,
     MODES,
     OPENAI_URL,
@@ -20,10 +22,8 @@ from halos.chat_judge import (
     replacement,
     retry_after,
 )
-from halos.comparisons import Pair, orders, sample_pairs
-from halos.errors import UserError
-from halos.gate import Gate, Limits
-from halos.judge import PromptTemplate, Reply, Stop, Unanswerable, Unavailable, is_python, load_template
+from halos.judge.gate import Gate, Limits
+from halos.judge.samples import Pair, orders, sample_pairs
 
 PAIR = Pair(1, "Why?", "Because.", "I do not know.")
 

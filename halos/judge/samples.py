@@ -29,22 +29,6 @@ class Pair:
     human: str | None = None
 
 
-@dataclass
-class JudgeScores:
-    """What one judge said of every pair.
-
-    scores: (n_pairs, 2) float64, the candidate's score: 1 won, 0.5 tied, 0 lost, in logprob mode between; column 0 with
-    the candidate shown first, column 1 with the baseline first; NaN where there is no verdict.
-    asked: (n_pairs, 2) bool, what was to be judged; asked and NaN has failed, or is missing.
-    has_positions: False for a judge that scores responses one by one (only column 0 is asked).
-    """
-
-    name: str
-    scores: np.ndarray
-    asked: np.ndarray
-    has_positions: bool = True
-
-
 # ---- Reading
 
 

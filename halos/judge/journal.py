@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
 from halos.errors import UserError
-from halos.judge import Reply
+from halos.judge.judges import Reply
 
 NAME = "journal.jsonl"
 SECONDS_BETWEEN_SYNCS = 0.5

@@ -13,22 +13,12 @@ import re
 import time
 from email.utils import parsedate_to_datetime
 
-from halos.comparisons import Pair, digest, slots
 from halos.errors import UserError
-from halos.judge import (
-    INSTRUCTIONS,
-    REMINDER,
-    FunctionJudge,
-    Judge,
-    PromptTemplate,
-    Reply,
-    Stop,
-    Unanswerable,
-    Unavailable,
-    is_python,
-    load_template,
-)
-from halos.replies import parse_verdict
+from halos.judge.functions import FunctionJudge, is_python
+from halos.judge.judges import Judge, Reply, Stop, Unanswerable, Unavailable
+from halos.judge.prompts import INSTRUCTIONS, REMINDER, PromptTemplate, load_template
+from halos.judge.samples import Pair, digest, slots
+from halos.judge.verdicts import parse_verdict
 
 # A snapshot, so that numbers of different months can be compared.
 DEFAULT_JUDGE = "gpt-5.4-mini-2026-03-17"

@@ -11,8 +11,8 @@ import pytest
 from scipy.optimize import linprog, minimize
 from scipy.special import expit, log_expit, logit
 
-from halos import statistics
-from halos.comparisons import JudgeScores
+from halos.judge import statistics
+from halos.judge.judges import JudgeScores
 
 CANDIDATE_LENGTHS = [120, 300, 80, 210, 500, 60, 150, 240, 90, 410, 330, 180]
 BASELINE_LENGTHS = [100, 150, 160, 200, 250, 120, 150, 300, 200, 200, 100, 180]

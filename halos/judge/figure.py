@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from halos import statistics
 from halos.files import finished
+from halos.judge import statistics
 
 BLUE, ORANGE, PURPLE, GREEN = "#2b66a8", "#c4691b", "#7a5aa6", "#3d8577"
 PALE, GREY, MUTED, INK = "#e6e8ec", "#c6cad0", "#6c737d", "#1b1f26"

@@ -12,9 +12,11 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from halos import figure, report
-from halos.comparisons import JudgeScores, Pair
-from halos.statistics import pair_scores, summarize
+from halos.judge import figure
+from halos.judge import page as report
+from halos.judge.judges import JudgeScores
+from halos.judge.samples import Pair
+from halos.judge.statistics import pair_scores, summarize
 
 HOSTILE = [
     "</script><script>window.pwned = 1</script>",

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from halos.replies import parse_verdict
+from halos.judge.verdicts import parse_verdict
 
 # What judges answer, and the verdict: 1, 2, 0 for a tie, None where nobody can tell and the judge is asked again.
 REPLIES = [

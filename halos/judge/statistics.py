@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, betaincinv, expit, log_expit, ndtri  # scipy.stats takes a second to import
 
-from halos.comparisons import JudgeScores
+from halos.judge.judges import JudgeScores
 
 CONFIDENCE = 0.95
 Z = float(ndtri(0.5 + CONFIDENCE / 2))

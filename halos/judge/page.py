@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from halos import statistics
-from halos.comparisons import JudgeScores, Pair
 from halos.files import finished
+from halos.judge import statistics
+from halos.judge.judges import JudgeScores
+from halos.judge.samples import Pair
 
-SKELETON = Path(__file__).parents[1] / "assets" / "report.html"
+SKELETON = Path(__file__).parents[2] / "assets" / "report.html"
 CHUNK = 100  # pairs in one island of the page's data: what is parsed to show one of them
 
 
