@@ -387,7 +387,7 @@ def test_bad_samples_are_one_line(tmp_path, content, said):
         (["--price", "2"], "IN,OUT"),
         (["--template", "missing.txt"], "no such file"),
         (["--moed", "text"], "--moed"),
-        (["--base_url", "localhost:8000"], "no address"),
+        (["--base_url", "localhost:8000"], "not an address"),
     ],
 )
 def test_bad_flags_are_one_line(samples, words, said):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +21,9 @@ from halos.judge.chat import (
     replacement,
     retry_after,
 )
-from halos.judge.gate import Gate, Limits
+from halos.judge.gate import Clock, Gate
 from halos.judge.samples import Pair, orders, sample_pairs
+from halos.judge.settings import Settings
 
 PAIR = Pair(1, "Why?", "Because.", "I do not know.")
 
@@ -203,60 +203,101 @@ def test_published_prices_are_of_openai_alone():
     assert published_price("gpt-4", OPENAI_URL) is None
 
 
-# ---- The gate
+#### THE GATE
+
+
+class FakeClock(Clock):
+    """A clock on which waiting takes no time, and nothing else passes time."""
+
+    def __init__(self):
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+    async def wait(self, event: asyncio.Event, seconds: float) -> None:
+        await asyncio.sleep(0)
+        if not event.is_set():
+            self.time += seconds
+
+
+def gate(**limits) -> Gate:
+    return Gate(Settings("samples.json", **limits), spent=0.0, clock=FakeClock())
 
 
 def test_a_rate_limit_lowers_once_for_all_in_flight_and_answers_raise_it():
-    gate = Gate(Limits(concurrency=10), spent=0.0)
-    sent_at = time.monotonic()
-    gate.rate_limited(sent_at, None)
-    gate.rate_limited(sent_at, None)
-    assert gate.allowed == 7.0
+    limited = gate(concurrency=10)
+    sent_at = limited.clock.now()
+    limited.clock.time += 1
+    limited.rate_limited(sent_at, None)
+    limited.rate_limited(sent_at, None)
+    assert limited.allowed == 7.0
     for _ in range(7):
-        gate.answered()
-    assert 7.9 < gate.allowed < 8.0  # one more per round
+        limited.answered()
+    assert 7.9 < limited.allowed < 8.0  # one more per round
     for _ in range(100):
-        gate.answered()
-    assert gate.allowed == 10
+        limited.answered()
+    assert limited.allowed == 10
+    limited.rate_limited(limited.clock.now(), None)  # sent after the first 429
+    assert limited.allowed == 7.0
 
 
-def test_a_rate_limit_holds_everyone():
-    async def second_call_waits() -> float:
-        gate = Gate(Limits(concurrency=4), spent=0.0)
-        gate.rate_limited(time.monotonic(), 0.2)
-        started = time.monotonic()
-        async with gate.call(tokens=0, cost=0.0):
-            return time.monotonic() - started
+def times_of(limited: Gate, n: int) -> list[float]:
+    """Seconds from the start at which each of n calls of 10 tokens, one after the other, passes the gate."""
 
-    assert 0.2 <= asyncio.run(second_call_waits()) < 1
+    async def calls() -> list[float]:
+        started, times = limited.clock.now(), []
+        for _ in range(n):
+            async with limited.call(tokens=10, cost=0.0):
+                times.append(limited.clock.now() - started)
+        return times
+
+    return asyncio.run(calls())
 
 
-@pytest.mark.parametrize("limits", [Limits(rpm=600), Limits(tpm=6000), Limits(sleep_time=0.1)])
+def test_a_rate_limit_holds_all_calls():
+    """For as long as the server says, and calls after it no longer."""
+    limited = gate(concurrency=4)
+    limited.rate_limited(limited.clock.now(), 12.5)
+    assert times_of(limited, 3) == [12.5, 12.5, 12.5]
+
+
+@pytest.mark.parametrize("limits", [{"rpm": 120}, {"tpm": 1200}, {"sleep_time": 0.5}, {"rpm": 120, "tpm": 9000}])
 def test_pace(limits):
-    """600 calls a minute, 6000 tokens a minute at 10 a call, 0.1 s between calls: all are a tenth of a second."""
+    """120 calls a minute, 1200 tokens a minute at 10 a call, 0.5 s between calls: all are half a second per call."""
+    assert times_of(gate(**limits), 5) == [0, 0.5, 1, 1.5, 2]
 
-    async def five() -> float:
-        gate = Gate(limits, spent=0.0)
-        started = time.monotonic()
-        for _ in range(5):
-            async with gate.call(tokens=10, cost=0.0):
+
+def test_a_pause_ends_when_the_run_is_stopped():
+    """The real clock: an hour's wait is over at once."""
+
+    async def run() -> None:
+        stopped = Gate(Settings("samples.json"), spent=0.0)
+        waiting = asyncio.create_task(stopped.pause(3600))
+        await asyncio.sleep(0)
+        stopped.stop(Stop(130, "interrupted"))
+        stopped.stop(Stop(2, "a later reason"))
+        with pytest.raises(Stop, match="interrupted"):
+            await waiting
+        with pytest.raises(Stop, match="interrupted"):
+            async with stopped.call(tokens=0, cost=0.0):
                 pass
-        return time.monotonic() - started
 
-    assert 0.4 <= asyncio.run(five()) < 1
+    asyncio.run(run())
 
 
 def test_the_budget_counts_what_is_in_flight():
     """$1 in all, $0.4 at most for a call: two at a time, and a third when the first turned out to be cheap."""
 
     async def run() -> list[str]:
-        gate, said = Gate(Limits(max_cost=1.0), spent=0.0), []
+        limited, said = gate(max_cost=1.0), []
 
         async def call(name: str, real: float) -> None:
-            async with gate.call(tokens=0, cost=0.4):
+            async with limited.call(tokens=0, cost=0.4):
                 said.append(f"{name} sent")
-                await asyncio.sleep(0.05)
-                gate.spent += real
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                limited.spent += real
                 said.append(f"{name} paid")
 
         await asyncio.gather(*(call(name, 0.3) for name in "abc"), return_exceptions=True)

@@ -4,24 +4,18 @@
 request, and for all the others, is in `classified`. Waiting, retrying and stopping are in halos/judging.py.
 """
 
-import argparse
 import asyncio
 import json
 import math
-import os
 import re
 import time
 from email.utils import parsedate_to_datetime
 
-from halos.errors import UserError
-from halos.judge.functions import FunctionJudge, is_python
 from halos.judge.judges import Judge, Reply, Stop, Unanswerable, Unavailable
-from halos.judge.prompts import INSTRUCTIONS, REMINDER, PromptTemplate, load_template
+from halos.judge.prompts import INSTRUCTIONS, REMINDER, PromptTemplate
 from halos.judge.samples import Pair, digest, slots
 from halos.judge.verdicts import parse_verdict
 
-# A snapshot, so that numbers of different months can be compared.
-DEFAULT_JUDGE = "gpt-5.4-mini-2026-03-17"
 # US dollars per million input and output tokens at OpenAI, as published in June 2026; --price overrides them.
 PRICES = {
     "gpt-5.5": (5.0, 30.0),
@@ -296,38 +290,3 @@ def published_price(model: str, base_url: str) -> tuple[float, float] | None:
     if base_url != OPENAI_URL:
         return None
     return PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
-
-
-def make_judges(args: argparse.Namespace) -> list[Judge]:
-    """One for each --judge of compare.py; what a judge lacks is a UserError before anything is asked."""
-    names = args.judge or [DEFAULT_JUDGE]
-    if len(set(names)) < len(names):
-        raise UserError(f"--judge {max(names, key=names.count)} is given twice; give each judge once")
-    prices = args.price or [None]
-    if len(prices) not in (1, len(names)):
-        raise UserError(f"--price is given {len(prices)} times for {len(names)} judges; give it once, or for each")
-    template = load_template(args.template)
-    prices = prices * len(names) if len(prices) == 1 else prices
-    return [_make_judge(name, price, template, args) for name, price in zip(names, prices, strict=True)]
-
-
-def _make_judge(
-    name: str, price: tuple[float, float] | None, template: PromptTemplate, args: argparse.Namespace
-) -> Judge:
-    if is_python(name):
-        return FunctionJudge(name, scores=args.judge_kind == "score")
-    if args.judge_kind == "score":
-        raise UserError(
-            f"--judge_kind score is for Python functions, and --judge {name} is none; give pkg.module:function"
-        )
-    base_url = (args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-    if not re.match(r"https?://[^/]", base_url):
-        raise UserError(f"--base_url {base_url} is no address; give one such as http://localhost:8000/v1")
-    price = price or published_price(name, base_url)
-    if args.max_cost is not None and price is None:
-        raise UserError(f"--max_cost {args.max_cost:g}: no price of {name} is known; give --price IN,OUT")
-    api_key = os.environ.get("OPENAI_API_KEY", "")
-    if not api_key and base_url == OPENAI_URL and not (args.dry_run or args.stats_only):
-        remedy = "set it, or give the --base_url of another server, or a Python function as --judge"
-        raise UserError(f"--judge {name}: OPENAI_API_KEY is not set; {remedy}")
-    return ChatJudge(name, args.mode, template, base_url, api_key or "none", price, args.concurrency, args.timeout)

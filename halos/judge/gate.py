@@ -1,44 +1,44 @@
-"""What a call to a judge passes before it is sent: the number in flight, the pace, pauses, and the budget."""
+"""The gate that every call passes before it is sent: the number in flight, the pace, pauses, and the budget."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
 
 from halos.errors import UserError
 from halos.judge.judges import Stop
+from halos.judge.settings import Settings
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How fast, how much, how well.
+class Clock:
+    """The time in seconds, and waiting. Tests give the gate a clock of their own, on which waiting takes no time."""
 
-    concurrency: calls in flight; sleep_time: least seconds between calls; rpm, tpm: calls and tokens per minute
-    max_cost: US dollars for this comparison, earlier runs of it included
-    max_fail: share of the units that may have no verdict in the end
-    """
+    def now(self) -> float:
+        return time.monotonic()
 
-    concurrency: int = 32
-    sleep_time: float = 0.0
-    rpm: float | None = None
-    tpm: float | None = None
-    max_cost: float | None = None
-    max_fail: float = 0.01
+    async def wait(self, event: asyncio.Event, seconds: float) -> None:
+        """Return when the event is set, after `seconds` at the latest."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(event.wait(), seconds)
 
 
 class Gate:
-    """What a call passes before it is sent, one after the other, in the order in which they came.
+    """The gate of one run. Calls pass it one after the other, in the order in which they came.
 
-    A rate limit lowers the number of calls in flight by 30 %, once for all calls that were in flight then, and every
-    answer raises it again by a little: one more call per round.
+    A rate limit lowers the number of calls in flight by 30 %, once for all calls that were in flight then. Each answer
+    raises it again by 1 / number: one more call per round of answers.
+
+    settings: concurrency, sleep_time, rpm, tpm and max_cost are used
+    spent: US dollars that earlier runs of this comparison took; `spent` then counts on
     """
 
-    def __init__(self, limits: Limits, spent: float):
-        self.limits, self.spent, self.reserved = limits, spent, 0.0
+    def __init__(self, settings: Settings, spent: float, clock: Clock | None = None):
+        self.concurrency, self.tpm, self.max_cost = settings.concurrency, settings.tpm, settings.max_cost
+        self.interval = max(settings.sleep_time, 60 / settings.rpm if settings.rpm else 0.0)
+        self.spent, self.reserved = spent, 0.0
+        self.clock = clock or Clock()
         self.in_flight = 0
-        self.allowed = float(limits.concurrency)
-        self.interval = max(limits.sleep_time, 60 / limits.rpm if limits.rpm else 0.0)
+        self.allowed = float(settings.concurrency)
         self.next_at = self.resume_at = self.lowered_at = 0.0
         self.queue = asyncio.Lock()
         self.left = asyncio.Event()
@@ -47,14 +47,19 @@ class Gate:
 
     @asynccontextmanager
     async def call(self, tokens: float, cost: float) -> AsyncIterator[None]:
-        """Around one call. cost: US dollars that are set aside until it has ended, and its real cost is known."""
+        """Wait for the turn of one call, and count it as in flight inside the block.
+
+        tokens: expected, of request and reply
+        cost: at most, in US dollars; set aside until the call has ended and its real cost is known
+        Raises Stop if the budget does not allow the call, or the reason why the run was stopped.
+        """
         async with self.queue:
             await self._wait_for_room(cost)
-            while (seconds := max(self.next_at, self.resume_at) - time.monotonic()) > 0:
+            while (seconds := max(self.next_at, self.resume_at) - self.clock.now()) > 0:
                 await self.pause(seconds)
             self.check()
-            pace = tokens * 60 / self.limits.tpm if self.limits.tpm else 0.0
-            self.next_at = max(self.next_at, time.monotonic()) + max(self.interval, pace)
+            pace = tokens * 60 / self.tpm if self.tpm else 0.0
+            self.next_at = max(self.next_at, self.clock.now()) + max(self.interval, pace)
             self.in_flight += 1
             self.reserved += cost
         try:
@@ -65,44 +70,44 @@ class Gate:
             self.left.set()
 
     async def _wait_for_room(self, cost: float) -> None:
+        """Wait until another call may be in flight and can be paid."""
         while True:
             self.check()
-            affordable = self.limits.max_cost is None or self.spent + self.reserved + cost <= self.limits.max_cost
+            affordable = self.max_cost is None or self.spent + self.reserved + cost <= self.max_cost
             if affordable and self.in_flight < int(self.allowed):
                 return
             if not affordable and self.in_flight == 0:
                 raise Stop(
                     3,
-                    f"--max_cost {self.limits.max_cost:g}: ${self.spent:.4f} are spent, and the next call may take "
+                    f"--max_cost {self.max_cost:g}: ${self.spent:.4f} are spent, and the next call may take "
                     f"${cost:.4f}; raise it to go on, nothing is paid twice",
                 )
             self.left.clear()
             await self.left.wait()
 
     def check(self) -> None:
+        """Raise the reason why the run was stopped, if it was."""
         if self.reason is not None:
             raise self.reason
 
     def stop(self, reason: UserError) -> None:
-        """Let no further call through; those in flight come to their end."""
+        """Let no further call pass. Calls in flight come to their end. The first reason counts."""
         self.reason = self.reason or reason
         self.stopped.set()
         self.left.set()
 
     async def pause(self, seconds: float) -> None:
-        """Sleep, and wake up at once where everything stops."""
-        try:
-            await asyncio.wait_for(self.stopped.wait(), seconds)
-        except TimeoutError:
-            return
+        """Wait `seconds`; wake up and raise the reason at once if the run is stopped."""
+        await self.clock.wait(self.stopped, seconds)
         self.check()
 
     def answered(self) -> None:
-        self.allowed = min(self.allowed + 1 / self.allowed, self.limits.concurrency)
+        """Count an answer: a little more may be in flight."""
+        self.allowed = min(self.allowed + 1 / self.allowed, self.concurrency)
 
     def rate_limited(self, sent_at: float, retry_after: float | None) -> None:
-        """A 429: everyone waits as long as the server says."""
-        now = time.monotonic()
+        """Count a 429 to a call that was sent at `sent_at`: all calls wait `retry_after` seconds, if it says so."""
+        now = self.clock.now()
         if sent_at >= self.lowered_at:
             self.allowed, self.lowered_at = max(1.0, 0.7 * self.allowed), now
         if retry_after is not None:

@@ -1,4 +1,8 @@
-"""Units."""
+"""Units: what is to be judged, what the journal knows of it, and what it costs.
+
+A unit is one pair in one order before one judge. Its key identifies the request to the judge; the journal keeps calls
+and verdicts under that key. Everything here is a function of the units and the journal, and makes no call.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,12 +13,15 @@ from halos.judge.journal import Journal
 from halos.judge.judges import Judge, JudgeScores
 from halos.judge.samples import Pair, orders
 
-BYTES_PER_TOKEN = 4  # of English; for estimates
+BYTES_PER_TOKEN = 4  # of English text; for estimates
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """judge, pair: indices. order: 0 shows the candidate first. size: bytes of the request's texts."""
+    """One pair in one order before one judge.
+
+    judge, pair: indices; order: 0 shows the candidate first, 1 the baseline; size: bytes of the request's texts
+    """
 
     judge: int
     pair: int
@@ -24,7 +31,7 @@ class Unit:
 
 
 def units_of(pairs: list[Pair], judges: list[Judge], both_orders: bool, seed: int) -> list[Unit]:
-    """Pair by pair, so that a run that was stopped has whole pairs."""
+    """List all units pair by pair, so that a stopped run leaves whole pairs."""
     units = []
     for p, pair in enumerate(pairs):
         for j, judge in enumerate(judges):
@@ -35,17 +42,22 @@ def units_of(pairs: list[Pair], judges: list[Judge], both_orders: bool, seed: in
 
 
 def distinct(units: Iterable[Unit]) -> list[Unit]:
-    """One unit per key: two equal responses give the same request in both orders."""
+    """Keep one unit per key. If both responses of a pair are equal, its two orders have the same key."""
     return list({unit.key: unit for unit in units}.values())
 
 
 def missing(units: list[Unit], journal: Journal) -> list[Unit]:
-    """What is still to be asked."""
+    """List the units, one per key, that have neither a verdict nor a final failure."""
     return distinct(unit for unit in units if not journal.entry(unit.key).final)
 
 
+def candidate_score(first_slot: float, order: int) -> float:
+    """Turn the score of the first slot into the candidate's."""
+    return 1 - first_slot if order else first_slot
+
+
 def scores_of(pairs: list[Pair], judges: list[Judge], units: list[Unit], journal: Journal) -> list[JudgeScores]:
-    """What the journal holds, as arrays over pairs."""
+    """Collect the verdicts in the journal as arrays over pairs, one JudgeScores per judge."""
     everyone = [
         JudgeScores(judge.name, np.full((len(pairs), 2), np.nan), np.zeros((len(pairs), 2), bool), judge.has_positions)
         for judge in judges
@@ -60,7 +72,10 @@ def scores_of(pairs: list[Pair], judges: list[Judge], units: list[Unit], journal
 
 
 def replies_of(units: list[Unit], journal: Journal) -> Callable[[int, int, int], str | None]:
-    """(judge, pair, order) -> the raw text of the last reply, or why there is none."""
+    """Make a function (judge, pair, order) -> raw text of the last reply, after the reason for a failure.
+
+    It returns None for a unit that was not asked, and for one of which nothing is known.
+    """
     keys = {(unit.judge, unit.pair, unit.order): unit.key for unit in units}
 
     def reply(judge: int, pair: int, order: int) -> str | None:
@@ -73,8 +88,32 @@ def replies_of(units: list[Unit], journal: Journal) -> Callable[[int, int, int],
     return reply
 
 
+def plan(judges: list[Judge], units: list[Unit], journal: Journal) -> str:
+    """Say what is to be asked and its expected cost, one line per judge; then what is odd in the journal."""
+    lines = [_plan_line(judge, [unit for unit in units if unit.judge == j], journal) for j, judge in enumerate(judges)]
+    if journal.torn:
+        lines.append(f"{journal.path}: the torn last line ({journal.torn} bytes, as a crash leaves it) was cut off")
+    if journal.damaged:
+        lines.append(f"{journal.path}: damaged lines were skipped: {', '.join(map(str, journal.damaged))}")
+    return "\n".join(lines + possibly_billed(units, journal))
+
+
+def _plan_line(judge: Judge, units: list[Unit], journal: Journal) -> str:
+    own, todo = distinct(units), missing(units, journal)
+    line = f"{judge.name}: {len(own)} verdicts, {len(own) - len(todo)} in the journal, {len(todo)} to ask for"
+    if judge.expected_tokens:
+        tokens = sum(unit.size for unit in todo) / BYTES_PER_TOKEN
+        line += f"; about {tokens:,.0f} + {len(todo) * judge.expected_tokens:,} tokens"
+        cost = sum(expected_cost(unit, judge) for unit in todo)
+        line += f", ${cost:.2f}" if judge.price else "; no price is known (--price IN,OUT)"
+    return line
+
+
+#### COST
+
+
 def billing(judges: list[Judge], units: list[Unit], journal: Journal) -> dict:
-    """What this comparison took, in all its runs: answers, tokens, US dollars, calls possibly billed."""
+    """Sum up all runs of this comparison: {answers, tokens: [in, out], cost: US dollars or None, possibly_billed}."""
     entries = [journal.entry(unit.key) for unit in distinct(units)]
     return {
         "answers": sum(entry.answers for entry in entries),
@@ -84,32 +123,8 @@ def billing(judges: list[Judge], units: list[Unit], journal: Journal) -> dict:
     }
 
 
-def candidate_score(first_slot: float, order: int) -> float:
-    return 1 - first_slot if order else first_slot
-
-
-def plan(judges: list[Judge], units: list[Unit], journal: Journal) -> str:
-    """What is to be done, and what it will cost, a line for each judge; and what may have been billed before."""
-    lines = []
-    for index, judge in enumerate(judges):
-        own = distinct(unit for unit in units if unit.judge == index)
-        todo = missing(own, journal)
-        line = f"{judge.name}: {len(own)} verdicts, {len(own) - len(todo)} in the journal, {len(todo)} to ask for"
-        if judge.expected_tokens:
-            tokens = sum(unit.size for unit in todo) / BYTES_PER_TOKEN
-            line += f"; about {tokens:,.0f} + {len(todo) * judge.expected_tokens:,} tokens"
-            cost = sum(expected_cost(unit, judge) for unit in todo)
-            line += f", ${cost:.2f}" if judge.price else "; no price is known (--price IN,OUT)"
-        lines.append(line)
-    if journal.torn:
-        lines.append(f"{journal.path}: the torn last line ({journal.torn} bytes, as a crash leaves it) was cut off")
-    if journal.damaged:
-        lines.append(f"{journal.path}: damaged lines were skipped: {', '.join(map(str, journal.damaged))}")
-    return "\n".join(lines + possibly_billed(units, journal))
-
-
 def possibly_billed(units: list[Unit], journal: Journal) -> list[str]:
-    """Calls that were sent and whose answer was never seen, as where a process was killed: a line, or none."""
+    """List, in one line or none, calls that may have been billed without an answer, as when a process was killed."""
     keys = [unit.key for unit in distinct(units) if journal.entry(unit.key).possibly_billed]
     if not keys:
         return []
@@ -118,28 +133,25 @@ def possibly_billed(units: list[Unit], journal: Journal) -> list[str]:
     return [f"{n} earlier calls were possibly billed without an answer; keys in {journal.path}: {shown}"]
 
 
-#### COST
+def spent(judges: list[Judge], units: list[Unit], journal: Journal) -> float:
+    """US dollars that these units have cost so far; a call without an answer counts with its largest cost."""
+    total = 0.0
+    for unit in distinct(units):
+        entry, judge = journal.entry(unit.key), judges[unit.judge]
+        total += dollars(judge, *entry.tokens) + entry.possibly_billed * largest_cost(unit, judge)
+    return total
 
 
 def expected_cost(unit: Unit, judge: Judge) -> float:
-    """US dollars, by the size of the texts; 0 for a judge without a price."""
+    """US dollars for one call, estimated from the size of its texts; 0 for a judge without a price."""
     return dollars(judge, unit.size / BYTES_PER_TOKEN, judge.expected_tokens)
 
 
 def largest_cost(unit: Unit, judge: Judge) -> float:
-    """What a call may cost at most: text in another alphabet takes more tokens, and the output is limited."""
+    """US dollars for one call at most. Texts in other alphabets take more tokens per byte; the reply has a limit."""
     return dollars(judge, unit.size / 2, judge.max_tokens)
 
 
 def dollars(judge: Judge, tokens_in: float, tokens_out: float) -> float:
     price_in, price_out = judge.price or (0.0, 0.0)
     return (tokens_in * price_in + tokens_out * price_out) / 1e6
-
-
-def spent(judges: list[Judge], units: list[Unit], journal: Journal) -> float:
-    """What the journal's replies to these units cost, and at most what calls without a reply did."""
-    total = 0.0
-    for unit in distinct(units):
-        entry, judge = journal.entry(unit.key), judges[unit.judge]
-        total += dollars(judge, *entry.tokens) + entry.possibly_billed * largest_cost(unit, judge)
-    return total
