@@ -1,5 +1,6 @@
-"""Helpers of the tests of compare.py: sample files, the command, its results, and its journal."""
+"""Helpers of the tests of compare.py: sample files, the command, its results, its journal, and a clock."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -13,13 +14,14 @@ from pathlib import Path
 from unittest import mock
 
 import compare as program
+from halos.judge.gate import Clock
 from helpers import PROJECT
 
 WORDS = "the of and to in is that it was for on are as with his they be this have from or had by hot but some".split()
 
 
 def rows_of(n: int, seed: int = 0) -> list[dict]:
-    """Make `n` rows as eval.py writes them, of different lengths; the two responses of a row never have the same one."""
+    """Make `n` rows as eval.py writes them. The two responses of a row never have the same length."""
     rng = random.Random(seed)
 
     def text(low: int, high: int) -> str:
@@ -98,6 +100,21 @@ def journal(directory: Path, name: str = "judgments") -> list[dict]:
 
 def kept(records: list[dict], kind: str) -> list[dict]:
     return [record for record in records if kind in record]
+
+
+class FakeClock(Clock):
+    """A clock on which waiting takes no time, and nothing else passes time."""
+
+    def __init__(self):
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+    async def wait(self, event: asyncio.Event, seconds: float) -> None:
+        await asyncio.sleep(0)
+        if not event.is_set():
+            self.time += seconds
 
 
 NUMBERS = ("win_rate", "interval", "n_eff", "wins", "losses", "ties", "length_controlled", "position", "sign_test_p")

@@ -9,8 +9,8 @@ from collections import defaultdict
 
 import pytest
 
-from comparing import compare, journal, kept, last_line, numbers, results, rows_of, write_samples
-from halos.judge import run
+from comparing import FakeClock, compare, journal, kept, last_line, numbers, results, rows_of, write_samples
+from halos.judge import gate, run
 from halos.judge.journal import Journal
 from judge_server import Settings, serve
 
@@ -193,9 +193,10 @@ def test_picture_and_page_are_written_and_never_over_others(samples, start):
 def test_a_bad_day(samples, start):
     """Faults of every kind: every unit gets its verdict, and everything that was answered is in the journal."""
     faults = {"rate_429": 0.1, "rate_500": 0.05, "rate_503": 0.03, "rate_hang": 0.02, "rate_malformed": 0.05}
-    server = start(delay=0.01, retry_after=0.05, **faults)
-    done = compare(samples, *at(server, "--timeout", "1"))
+    server = start(seed=1, delay=0.01, retry_after=0.05, **faults)
+    done = compare(samples, *at(server, "--timeout", "0.5"))
     stats = server.stats()
+    assert set(stats["outcomes"]) == {"200", "429", "500", "503", "hang", "malformed", "broken"}
     assert done.returncode == 0, done.stderr
     records = journal(samples)
     keys = [record["verdict"] for record in kept(records, "verdict")]
@@ -312,13 +313,14 @@ def test_parameters_are_negotiated_once(samples, start):
     assert answered == {"200": 80, "400": 4}  # max_tokens, temperature, json_schema, json_object
 
 
-@pytest.mark.parametrize("words", [["-st", "0.02"], ["--rpm", "3000"]])
-def test_the_pace_is_kept_at_the_server(samples, start, words):
-    """12 calls, at least 0.02 s apart, are 0.22 s; how the gate counts is in test_judge_rooms.py."""
-    server = start()
+@pytest.mark.parametrize("words", [["-st", "0.5"], ["--rpm", "120"]])
+def test_pace(samples, start, monkeypatch, words):
+    """12 calls, each half a second after the one before, are 5.5 s on the gate's clock, to the last bit."""
+    server, clock = start(), FakeClock()
+    began = clock.time
+    monkeypatch.setattr(gate, "Clock", lambda: clock)
     assert compare(samples, *at(server, "-mc", "6", *words)).returncode == 0
-    arrivals = server.stats()["arrivals"]
-    assert len(arrivals) == 12 and arrivals[-1] - arrivals[0] >= 0.2
+    assert clock.time - began == 11 * 0.5 and server.stats()["requests"] == 12
 
 
 #### MISTAKES

@@ -1,6 +1,5 @@
 """compare.py in a process of its own, as a user runs it: killed, interrupted, mistaken, in a pipe."""
 
-import json
 import random
 import shlex
 import signal
@@ -114,4 +113,4 @@ def test_a_pipe_gets_the_table_and_nothing_else(samples):
     assert first == "judge:longer: 80 verdicts, 0 in the journal, 80 to ask for"
     assert table[0].startswith("policy against chosen") and table[1].startswith("win rate") and "\r" not in done.stdout
     assert last.startswith("written to ") and "judging: 100%" in done.stderr
-    json.dumps(results(samples))
+    assert results(samples)[0]["total"] == 40

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from comparing import FakeClock
 from halos.errors import UserError
 from halos.judge import PromptTemplate, Reply, Stop, Unanswerable, Unavailable, is_python, load_template
 from halos.judge.chat import (
@@ -21,7 +22,7 @@ from halos.judge.chat import (
     replacement,
     retry_after,
 )
-from halos.judge.gate import Clock, Gate
+from halos.judge.gate import Gate
 from halos.judge.samples import Pair, orders, sample_pairs
 from halos.judge.settings import Settings
 
@@ -204,21 +205,6 @@ def test_published_prices_are_of_openai_alone():
 
 
 #### THE GATE
-
-
-class FakeClock(Clock):
-    """A clock on which waiting takes no time, and nothing else passes time."""
-
-    def __init__(self):
-        self.time = 1000.0
-
-    def now(self) -> float:
-        return self.time
-
-    async def wait(self, event: asyncio.Event, seconds: float) -> None:
-        await asyncio.sleep(0)
-        if not event.is_set():
-            self.time += seconds
 
 
 def gate(**limits) -> Gate:

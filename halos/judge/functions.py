@@ -1,4 +1,7 @@
-"""Python functions as judges."""
+"""Python functions as judges, and the names pkg.module:attribute by which users give functions and classes.
+
+Change FunctionJudge to let functions return something else than 1, 2, 0 or a score.
+"""
 
 import asyncio
 import importlib
@@ -11,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from halos.errors import UserError
@@ -21,7 +25,8 @@ from halos.judge.samples import Pair, digest, slots
 class FunctionJudge(Judge):
     """A Python function: f(prompt, first, second) -> 1, 2 or 0 (a tie), or f(prompt, response) -> a score.
 
-    It may be async. Its keys depend on the text of its module: verdicts of another version of it are not reused.
+    The function may be async. Keys depend on the text of its module, so that another version of it judges anew.
+    scores: whether it scores single responses; the one with the higher score wins
     """
 
     def __init__(self, name: str, scores: bool):
@@ -38,6 +43,7 @@ class FunctionJudge(Judge):
         self.version = _version_of(self.function)
 
     def request(self, pair: Pair, order: int) -> tuple[str, str, str]:
+        """(prompt, first response, second response)"""
         return pair.prompt, *slots(pair, order)
 
     def key(self, request: tuple[str, str, str]) -> str:
@@ -50,7 +56,8 @@ class FunctionJudge(Judge):
         return (0.5, 1.0, 0.0)[int(reply.text)]
 
     async def ask(self, request: tuple[str, str, str], unread: Reply | None = None) -> Reply:
-        await asyncio.sleep(0)  # a function that never waits would keep the bar and Ctrl-C waiting
+        """Call the function. The text of the reply is its winner, or both scores as a JSON list."""
+        await asyncio.sleep(0)  # a function that never waits would keep the progress bar and Ctrl-C waiting
         prompt, first, second = request
         started = time.perf_counter()
         if self.scores:
@@ -88,19 +95,26 @@ class FunctionJudge(Judge):
 
 
 def _version_of(function: Callable) -> str:
-    """A hash of the text of the function's module, or nothing where there is none."""
+    """Hash the text of the function's module; empty if it has none."""
     try:
         path = inspect.getsourcefile(function)
     except TypeError:  # an instance of a class with __call__
         path = inspect.getsourcefile(type(function))
+    return _digest_of_file(path)
+
+
+def _digest_of_file(path: str | None) -> str:
     if path is None or not os.path.isfile(path):
         return ""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return digest(file.read()).hex()
 
 
+#### NAMES OF PYTHON OBJECTS
+
+
 def is_python(name: str) -> bool:
-    """Whether a name is pkg.module:function, and not a model's, such as llama3:8b or ft:gpt-4o:org::id."""
+    """Tell pkg.module:function from a model's name, such as llama3:8b or ft:gpt-4o:org::id."""
     module, colon, attribute = name.partition(":")
     if not colon or not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         return False
@@ -114,16 +128,20 @@ def _is_module(name: str) -> bool:
 
 
 def _see_working_directory() -> None:
+    """Let imports find modules in the working directory, those made a moment ago included."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
 
 
 def python_object(name: str, flag: str) -> Any:
-    """What pkg.module:name names; modules in the working directory are found as well."""
+    """Import the callable that pkg.module:attribute names; modules in the working directory are found as well.
+
+    flag: of the name, for the message of the UserError if there is no such callable
+    """
     module, _, attribute = name.partition(":")
-    _see_working_directory()
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(_imported(module), attribute)
     except ModuleNotFoundError as error:
         raise UserError(f"{flag} {name}: there is no module {error.name!r}; check the name") from error
     except AttributeError as error:
@@ -133,3 +151,20 @@ def python_object(name: str, flag: str) -> Any:
     if not callable(found):
         raise UserError(f"{flag} {name} is not a function; give pkg.module:function")
     return found
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module; reload it if its file has changed since the last time, as between two cells of a notebook.
+
+    Otherwise the keys would be those of the new text, and the verdicts those of the old function.
+    """
+    _see_working_directory()
+    module = importlib.import_module(name)
+    text = _digest_of_file(getattr(module, "__file__", None))
+    if _texts.setdefault(name, text) != text:
+        _texts[name] = text
+        module = importlib.reload(module)
+    return module
+
+
+_texts: dict[str, str] = {}  # module name -> digest of its file when it was last imported here
