@@ -23,7 +23,7 @@ def running():
 
 @pytest.fixture
 def start(running, monkeypatch):
-    """start(**settings): the one server of this file, with counts at 0 and these settings; no delay by default."""
+    """start(**settings): the server of this file with these settings, by default without delay, and counts of 0."""
     monkeypatch.setattr(run, "BACKOFF", (0.01, 0.1))
 
     def set_up(**settings):
@@ -109,7 +109,7 @@ def test_a_larger_sample_pays_for_the_difference_only(samples, start):
 
 
 def test_texts_of_all_kinds(tmp_path, start):
-    """Markup, templates, fences, emoji, half of one, and empty responses: all are judged, and the page is written."""
+    """Markup, templates, fences, emoji, half an emoji, and empty responses are all judged, and the page is written."""
     odd = ["</script>", "{{ 7 * 7 }}", "==== 0123abcd ====", "\U0001f600", "\ud83d", "\u2028", "", "\0"]
     rows = [{"prompt": f"{n} {text}", "chosen": text, "policy": f"{n}{text}"} for n, text in enumerate(odd)]
     (tmp_path / "samples.json").write_text(json.dumps(rows))
@@ -191,7 +191,7 @@ def test_picture_and_page_are_written_and_never_over_others(samples, start):
 
 
 def test_a_bad_day(samples, start):
-    """Faults of every kind: every unit gets its verdict, and everything that was answered is in the journal."""
+    """With faults of every kind, every unit gets its verdict, and every reply of the server is in the journal."""
     faults = {"rate_429": 0.1, "rate_500": 0.05, "rate_503": 0.03, "rate_hang": 0.02, "rate_malformed": 0.05}
     server = start(seed=1, delay=0.01, retry_after=0.05, **faults)
     done = compare(samples, *at(server, "--timeout", "0.5"))
@@ -226,7 +226,7 @@ def test_a_torn_last_line_is_repaired(samples, start):
 
 
 def test_a_journal_that_is_in_use_exits_with_5(samples, start):
-    """The lock belongs to the open file, so that holding it here is as good as another process. It does no harm."""
+    """The lock belongs to the open file, so this process can stand for another one. The journal is not harmed."""
     server = start()
     with Journal(str(samples / "judgments")):
         second = compare(samples, *at(server))
@@ -240,7 +240,7 @@ def test_a_journal_that_is_in_use_exits_with_5(samples, start):
 
 
 def test_what_was_given_up_says_why_and_is_asked_again(samples):
-    """Another run may mend it: the page shows the reason, and nothing is final."""
+    """A failure that another run may repair is not final; the page shows its reason."""
     (samples / "mine.py").write_text(
         "import os\n\ndef judge(prompt, first, second):\n"
         "    if 'Human: 3 ' in prompt and not os.path.exists('mended'):\n        raise RuntimeError('no light')\n"
@@ -291,7 +291,7 @@ def test_hopeless_errors_stop_at_once(samples, error, code, start):
 
 
 def test_failures_are_counted_and_bounded(samples, start):
-    """The content filter refuses one prompt: final, counted, and both bounds on the win rate are given."""
+    """The content filter refuses one prompt. The failure is final and counted, and the win rate has two bounds."""
     server = start(verdict="longer", filtered="Human: 7 ")
     done = compare(samples, *at(server))
     assert done.returncode == 4 and "2 of 80 verdicts failed" in last_line(done)
@@ -315,7 +315,7 @@ def test_parameters_are_negotiated_once(samples, start):
 
 @pytest.mark.parametrize("words", [["-st", "0.5"], ["--rpm", "120"]])
 def test_pace(samples, start, monkeypatch, words):
-    """12 calls, each half a second after the one before, are 5.5 s on the gate's clock, to the last bit."""
+    """12 calls, each half a second after the one before, take exactly 5.5 s on the gate's clock."""
     server, clock = start(), FakeClock()
     began = clock.time
     monkeypatch.setattr(gate, "Clock", lambda: clock)

@@ -30,7 +30,7 @@ def chat(mode: str = "json", model: str = "m") -> ChatJudge:
 
 
 def http_error(status: int, body: dict | str, **headers: str) -> SimpleNamespace:
-    """What the client raises: `body` is the inner object, `response` the whole."""
+    """Imitate an openai.APIStatusError: its `body` is the inner object, its `response` the whole."""
     inner = body.get("error", body) if isinstance(body, dict) else body
     text = json.dumps(body) if isinstance(body, dict) else body
     return SimpleNamespace(status_code=status, body=inner, response=SimpleNamespace(text=text, headers=headers))
@@ -55,7 +55,7 @@ def test_a_completion():
 
 
 def test_probabilities():
-    """P(1) = 0.6 over two spellings, P(2) = 0.2: the verdict is 0.75."""
+    """P(1) = 0.5 + 0.1 in two spellings, P(2) = 0.2: the verdict is 0.6 / 0.8 = 0.75."""
     likely = [{"token": "1", "logprob": math.log(0.5)}, {"token": " 1", "logprob": math.log(0.1)}]
     likely += [{"token": "2", "logprob": math.log(0.2)}, {"token": "The", "logprob": math.log(0.2)}]
     choice = {"message": {"content": "1"}, "logprobs": {"content": [{"top_logprobs": likely}]}}
@@ -64,7 +64,7 @@ def test_probabilities():
 
 
 def test_a_text_that_was_cut_off_is_no_verdict():
-    """It might have gone on with "or 2"."""
+    """It might have continued with "or 2"."""
     assert chat("text").verdict(Reply("Verdict: 1", finish="length")) is None
     assert chat("text").verdict(Reply("Verdict: 1", finish="stop")) == 1.0
     assert chat().verdict(Reply('{"verdict": "2", "explanation": "It', finish="length")) == 0.0
@@ -100,7 +100,7 @@ def test_replacements():
 
 
 def test_a_text_that_is_too_long_refuses_no_parameter():
-    """vLLM names max_tokens in it."""
+    """vLLM's error names max_tokens, which it supports."""
     body = {"message": "'max_tokens' is too large: 512. This model's maximum context length is 2048 tokens"}
     error = http_error(400, body)
     assert refused_parameter(error, chat().parameters) is None

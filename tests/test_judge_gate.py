@@ -32,7 +32,7 @@ def test_a_rate_limit_lowers_once_for_all_in_flight_and_answers_raise_it():
 
 
 def times_of(limited: Gate, n: int) -> list[float]:
-    """Seconds from the start at which each of n calls of 10 tokens, one after the other, passes the gate."""
+    """Send n calls of 10 tokens one after the other; return when each passes the gate, in seconds from the start."""
 
     async def calls() -> list[float]:
         started, times = limited.clock.now(), []
@@ -45,7 +45,7 @@ def times_of(limited: Gate, n: int) -> list[float]:
 
 
 def test_a_rate_limit_holds_all_calls():
-    """For as long as the server says, and calls after it no longer."""
+    """All calls wait as long as the server says, and no longer."""
     limited = gate(concurrency=4)
     limited.rate_limited(limited.clock.now(), 12.5)
     assert times_of(limited, 3) == [12.5, 12.5, 12.5]
@@ -53,12 +53,12 @@ def test_a_rate_limit_holds_all_calls():
 
 @pytest.mark.parametrize("limits", [{"rpm": 120}, {"tpm": 1200}, {"sleep_time": 0.5}, {"rpm": 120, "tpm": 9000}])
 def test_pace(limits):
-    """120 calls a minute, 1200 tokens a minute at 10 a call, 0.5 s between calls: all are half a second per call."""
+    """120 calls a minute, 1200 tokens a minute at 10 per call, 0.5 s between calls: all mean half a second per call."""
     assert times_of(gate(**limits), 5) == [0, 0.5, 1, 1.5, 2]
 
 
 def test_a_pause_ends_when_the_run_is_stopped():
-    """The real clock: an hour's wait is over at once."""
+    """On the real clock, a pause of an hour ends at once."""
 
     async def run() -> None:
         stopped = Gate(Settings("samples.json"), spent=0.0)
@@ -76,7 +76,7 @@ def test_a_pause_ends_when_the_run_is_stopped():
 
 
 def test_the_budget_counts_what_is_in_flight():
-    """$1 in all, $0.4 at most for a call: two at a time, and a third when the first turned out to be cheap."""
+    """Of $1, a call may take $0.4: two calls can be in flight, and a third one after the first took only $0.3."""
 
     async def run() -> list[str]:
         limited, said = gate(max_cost=1.0), []
