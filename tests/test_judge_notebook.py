@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import compare as program
 from comparing import journal, kept, numbers, results, rows_of, working_in, write_samples
 from halos import demo
 from halos.errors import UserError
@@ -183,6 +184,18 @@ def test_a_setting_that_cannot_be_used_is_one_line(fields, said):
     with pytest.raises(UserError) as error:
         Settings("samples.json", **fields)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_and_fields_are_the_same():
+    """And the default of a field is the one that the flag's help shows in brackets at its end."""
+    flags = {action.dest: action for action in program.parser()._actions if action.dest != "help"}
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    assert set(flags) == set(fields)
+    assert all(f"--{name}" in flags[name].option_strings for name in fields)
+    for name in ("candidate_key", "history_key", "judge_kind", "mode", "order", "results_file"):
+        assert flags[name].help.endswith(f"({fields[name].default})")
+    for name in ("seed", "concurrency", "sleep_time", "timeout", "max_fail"):
+        assert flags[name].help.endswith(f"({fields[name].default:g})")
 
 
 def test_paths_are_texts(tmp_path):
