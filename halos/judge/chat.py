@@ -82,7 +82,7 @@ class ChatJudge(Judge):
         self.calls = 0
 
     def request(self, pair: Pair, order: int) -> list[dict]:
-        """The chat messages."""
+        """Make the chat messages."""
         return self.template.messages(pair.prompt, *slots(pair, order), INSTRUCTIONS[self.mode])
 
     def key(self, request: list[dict]) -> str:

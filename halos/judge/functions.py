@@ -43,7 +43,7 @@ class FunctionJudge(Judge):
         self.version = _version_of(self.function)
 
     def request(self, pair: Pair, order: int) -> tuple[str, str, str]:
-        """(prompt, first response, second response)"""
+        """Make (prompt, first response, second response)."""
         return pair.prompt, *slots(pair, order)
 
     def key(self, request: tuple[str, str, str]) -> str:
