@@ -52,7 +52,7 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
             raise UserError(f"--{name} {getattr(args, name)} is not a positive number")
     config = OmegaConf.load(args.config)
     if not isinstance(config, DictConfig) or "model" not in config or "loss" not in config:
-        raise UserError(f"-c {args.config} is no config of a run; give the config.yaml that train.py wrote")
+        raise UserError(f"-c {args.config} is not a run's config; give the config.yaml that train.py wrote")
     locate_cache(config, args.config)
     config = overrides(config, args.overrides)
     config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size

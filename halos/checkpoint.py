@@ -138,6 +138,6 @@ def load_state(path: str) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(
-            f"{path} is damaged, or no policy.pt of this project ({type(error).__name__}: {reason}); "
+            f"{path} is damaged, or not a policy.pt of this project ({type(error).__name__}: {reason}); "
             "use another checkpoint, for example one of a step-N directory"
         ) from error

@@ -102,7 +102,7 @@ def component(module: ModuleType, name: str, base: type, key: str) -> type:
         return found
     usable = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base]
     where = module.__name__ if hasattr(module, "__path__") else f"{module.__name__}.py"
-    problem = f"is not defined in {where}" if found is None else f"is no subclass of {base.__name__} in {where}"
+    problem = f"is not defined in {where}" if found is None else f"is not a subclass of {base.__name__} in {where}"
     raise UserError(f"{key}={name} {problem}; {did_you_mean(name, usable)}")
 
 
@@ -264,7 +264,7 @@ def _check_value(key: str, value: Any) -> None:
     if key in RULES:
         _check_rule(key, value, RULES[key])
     if known and shown == "float16" and shown not in known:
-        raise UserError(f"{key}=float16 needs loss scaling, which there is not; use bfloat16 or float32")
+        raise UserError(f"{key}=float16 needs loss scaling, which is not supported; use bfloat16 or float32")
     if known and shown not in known:
         raise UserError(f"{key}={shown} is not known; {did_you_mean(shown, known)}")
 
@@ -301,7 +301,7 @@ def _check_run_directory(values: dict[str, Any]) -> None:
     """Check that the run directory is inside cache_dir and outside its caches, and that cache_dir is writable."""
     name, cache_dir = values.get("exp_name"), values["cache_dir"]
     if not rules.is_text(name):
-        raise UserError(f"exp_name={_shown(name)} is no name for a directory; use letters, such as exp_name=run_1")
+        raise UserError(f"exp_name={_shown(name)} is not a directory name; use letters, such as exp_name=run_1")
     problem = None
     if os.path.isabs(name) or ".." in name.split(os.sep):
         problem = "leaves cache_dir"
@@ -323,7 +323,7 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
     loader = component(dataloaders, values["loss.dataloader"], dataloaders.DataLoader, "loss.dataloader")
     for key in getattr(trainer, "needs", ()):
         if not values.get(f"loss.{key}"):
-            raise UserError(f"loss.{key}=false: loss.trainer={trainer.__name__} cannot do without; use loss.{key}=true")
+            raise UserError(f"loss.{key}=false: loss.trainer={trainer.__name__} needs it; use loss.{key}=true")
     for key, rule in getattr(trainer, "rules", {}).items():
         if f"loss.{key}" not in values:
             raise UserError(f"loss.{key} is missing, and loss.trainer={trainer.__name__} needs it; add it to the YAML")
@@ -397,7 +397,7 @@ def _check_architecture(fields: Any, max_length: int) -> None:
     for name, value in fields.items():
         if name not in known:
             nearest = did_you_mean(name, known, list_all=False)
-            raise UserError(f"model.architecture.{name}={_shown(value)} is no field of {cls.__name__}; {nearest}")
+            raise UserError(f"model.architecture.{name}={_shown(value)} is not a field of {cls.__name__}; {nearest}")
     positions = fields.get("max_position_embeddings", max_length)
     if rules.is_number(positions) and positions < max_length:
         raise UserError(
@@ -418,7 +418,7 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     for key, value in kwargs.items():
         if key not in known:
             nearest = did_you_mean(key, known)
-            raise UserError(f"optimizer_kwargs.{key}={_shown(value)} is no argument of {name}; {nearest}")
+            raise UserError(f"optimizer_kwargs.{key}={_shown(value)} is not an argument of {name}; {nearest}")
     if not kwargs and name in ("AdamW", "RMSprop"):
         return  # known to work; building the first optimizer of a process takes torch 2 s
     parameter = torch.nn.Parameter(torch.zeros(1))

@@ -123,7 +123,9 @@ def _check_environment() -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         text = os.environ.get(name, "")
         if not text.isdigit():
-            raise UserError(f"{name}={text or 'nothing'} in the environment is no number; start with torchrun or srun")
+            raise UserError(
+                f"{name}={text or 'nothing'} in the environment is not a number; start with torchrun or srun"
+            )
         numbers[name] = int(text)
     for mine, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
         if numbers[mine] >= numbers[of] + (mine == "LOCAL_WORLD_SIZE"):

@@ -278,7 +278,7 @@ def _report(ends: list[_End], n: int) -> NoReturn:
             _say(f"then process {rank} failed:\n{words.traceback}")
         sys.exit(1)
     for end in (end for end in ends if end.exit_code > 0 and not end.last_words):
-        _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}, and said no more than what is above")
+        _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}; its own output is above")
         sys.exit(end.exit_code)
     if spoken:
         _end_like(*spoken[0][1:], n)

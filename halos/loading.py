@@ -342,7 +342,7 @@ def _compare_state(meta: nn.Module, state: dict, path: str) -> None:
         if key not in state:
             problem = f"has no {key}"
         elif key not in expected:
-            problem = f"has {key}, which the model has not"
+            problem = f"has {key}, which the model does not have"
         elif state[key].shape != expected[key].shape:
             problem = f"has {key} of shape {tuple(state[key].shape)}, the model of {tuple(expected[key].shape)}"
         else:

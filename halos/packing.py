@@ -233,7 +233,9 @@ def packed_attention(
     if layout is None:
         raise RuntimeError(f"{type(module).__name__} does not hand the layout of a pack down to its attention")
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise RuntimeError(f"{type(module).__name__} adds attention sinks or a position bias, which a pack has not")
+        raise RuntimeError(
+            f"{type(module).__name__} adds attention sinks or a position bias, which packing does not support"
+        )
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and (softcap is None or _flash_attn_is_installed()):
         out_THD = _varlen(query, key, value, layout, scaling, sliding_window, softcap)

@@ -96,7 +96,7 @@ def find_blocks(lm: PreTrainedModel, block_name: str | None) -> list[torch.nn.Mo
         lists = (module for module in lm.modules() if isinstance(module, torch.nn.ModuleList))
         classes = {type(child).__name__ for children in lists for child in children}
         raise UserError(
-            f"model.block_name={block_name} is no module of {type(lm).__name__}; "
+            f"model.block_name={block_name} is not a module of {type(lm).__name__}; "
             f"{did_you_mean(str(block_name), classes)}"
         )
     return blocks
