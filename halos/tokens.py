@@ -51,8 +51,9 @@ class TokenizedExample(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens in a packed forward pass. The prompt counts once; the last token of a response is never an
-        input.
+        """Number of tokens in a packed forward pass.
+
+        The prompt counts once. The last token of a response is never an input.
         """
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
 
