@@ -82,8 +82,7 @@ def _read_hh(name: str, split: str, source: str, subset: str | None = None) -> D
 
 
 def _last_reply(conversation: str) -> tuple[str | None, str]:
-    """Split a conversation after its last `\\n\\nAssistant:`. Returns (prompt, reply); prompt is None if there is no
-    reply.
+    """Split a conversation into (prompt, reply) after its last `\\n\\nAssistant:`. The prompt is None without a reply.
 
     Repeated blanks inside a line become one, because the conversations of a pair may differ in those alone.
     """

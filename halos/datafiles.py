@@ -366,10 +366,10 @@ def prompt_hash(prompt: str | list[dict]) -> float:
 
 
 def _held_out_below(file: str) -> float:
-    """Return a limit: prompts with a smaller hash form the test split. They are TEST_SHARE of all prompts, at least
-    one.
+    """Return a limit: prompts with a smaller hash form the test split.
 
-    Reading stops once there is a prompt on both sides, after about 1 / TEST_SHARE rows.
+    They are TEST_SHARE of all prompts, at least one. Reading stops once there is a prompt on both sides, after about 1
+    / TEST_SHARE rows.
     """
     hashes = set()
     for where, row in read_rows(file):

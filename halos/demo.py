@@ -225,11 +225,11 @@ PATTERNS = [(task, template_pattern(template)) for task in TASKS.values() for te
 
 
 def check(prompt: str, response: str) -> float:
-    """Return how good a response really is: 1.0 right, 0.5 right but rambling, up to 0.4 similar to the answer, 0.0
-    worthless.
+    """Return how good a response really is, from 0.0 (worthless) to 1.0 (right).
 
-    A response is right if it is the answer alone, bare or in one of the usual forms ("The answer is 42."). Any text may
-    be a response. A prompt without one of our questions raises ValueError.
+    1.0 means right, 0.5 right but followed by rambling, and up to 0.4 similar to the right answer. A response is right
+    if it is the answer alone, bare or in one of the usual forms ("The answer is 42."). Any text may be a response. A
+    prompt without one of our questions raises ValueError.
     """
     return grade(solve(prompt), response)
 
@@ -307,8 +307,9 @@ def wrong_response(rng: Random, task: Task, fields: dict[str, str], question: st
 
 
 def slip(rng: Random, answer: str) -> str:
-    """Return the answer with a small error: a number slightly off, or a letter or digit lost, doubled, moved or
-    replaced.
+    """Return the answer with a small error.
+
+    A number is slightly off; in other answers a letter or digit is lost, doubled, moved or replaced.
     """
     if answer.isdigit():
         return str(max(0, int(answer) + rng.choice((-10, -2, -1, -1, 1, 1, 2, 10))))

@@ -1,9 +1,8 @@
-"""The process group: ranks, devices, sharded tensors, and collectives. No other file calls torch.distributed
-collectives.
+"""The process group: ranks, devices, sharded tensors, and collectives.
 
-A run is a group of processes, one per GPU, or any number on a CPU. `launch` starts them on this machine. Under torchrun
-or SLURM, on one node or several, each process is already started and joins the group that its environment describes.
-Every collective here returns the same result on all ranks.
+No other file calls collectives of torch.distributed. A run is a group of processes, one per GPU, or any number on a
+CPU. `launch` starts them on this machine. Under torchrun or SLURM, on one node or several, each process is already
+started and joins the group that its environment describes. Every collective here returns the same result on all ranks.
 """
 
 import datetime
@@ -66,8 +65,9 @@ def n_nodes() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that this process can still allocate on a device. Main memory is divided among the local
-    processes.
+    """Return the bytes that this process can still allocate on a device.
+
+    Main memory is divided equally among the processes of this machine.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -89,8 +89,7 @@ def describe() -> str:
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...), and leave it at the end of the
-    block.
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) for the duration of the block.
 
     Without RANK in the environment, or inside a group, this does nothing.
     """
@@ -160,9 +159,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a sharded tensor that this rank holds (it shares memory); return any other tensor
-    unchanged.
-    """
+    """Return this rank's part of a sharded tensor; it shares memory. Return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -175,8 +172,9 @@ def own_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 
 def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Return a tensor sharded like `tensor`, with `local` as this rank's part. If `tensor` is not sharded, return
-    `local`.
+    """Return a tensor sharded like `tensor`, with `local` as this rank's part.
+
+    If `tensor` is not sharded, this returns `local`.
     """
     if not isinstance(tensor, DTensor):
         return local
@@ -233,8 +231,9 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def first_on_each_node() -> Iterator[None]:
-    """Let one process of each machine run the block first, and then the others. They find what the first put into a
-    cache.
+    """Let one process of each machine run the block first, then the others.
+
+    The others find what the first one put into a cache.
     """
     if local_rank() != 0:
         barrier()

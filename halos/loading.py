@@ -37,8 +37,9 @@ if not sys.stderr.isatty():
 
 
 def compute_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products: `fsdp_policy_mp` if set, else bfloat16 on CUDA and policy_dtype
-    elsewhere.
+    """Return the dtype of matrix products.
+
+    It is `fsdp_policy_mp` if that is set. The default is bfloat16 on CUDA, and policy_dtype elsewhere.
     """
     if config.model.fsdp_policy_mp:
         return getattr(torch, config.model.fsdp_policy_mp)
@@ -265,8 +266,9 @@ def check_policy_pt(config: DictConfig, path: str, with_value_head: bool = False
 
 
 def check_whole_copy(config: DictConfig, device: torch.device) -> None:
-    """Raise UserError if the device has no room for the whole model in its compute dtype. Sampling needs it per
-    process.
+    """Raise UserError if the device has no room for the whole model in its compute dtype.
+
+    Sampling needs such a copy in each process.
     """
     dtype = compute_dtype(config, device)
     meta = _meta_lm(load_config(config), config.trust_remote_code)

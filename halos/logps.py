@@ -59,8 +59,9 @@ def fused(
 
 
 class _FusedLogps(torch.autograd.Function):
-    """log p_t = z_t - logsumexp(z). Its gradient with respect to the logits z is upstream * (onehot(t) -
-    softmax(z)).
+    """log p_t = z_t - logsumexp(z).
+
+    Its gradient with respect to the logits z is upstream * (onehot(t) - softmax(z)).
     """
 
     @staticmethod

@@ -33,7 +33,7 @@ class MetricsLog:
     """Writes one flat JSON object per update or evaluation, and shows progress on the terminal.
 
     total_examples: examples of the whole run, for the progress bar
-    interval: least seconds between two lines on the bar and in the sink; metrics.jsonl has every update
+    interval: least seconds between two refreshes of the bar, and between two lines in the sink
     sink: the result of `open_wandb`
     """
 
@@ -46,7 +46,7 @@ class MetricsLog:
         self.bar = tqdm(total=total_examples, unit="ex", desc="training", mininterval=interval, smoothing=0.1)
 
     def write(self, step: int, examples: int, mode: str, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl. This happens at every step, in both modes."""
+        """Append one line to metrics.jsonl, for an update or an evaluation. No line is skipped."""
         self.file.write(json.dumps({"step": step, "examples": examples, "mode": mode, **metrics}) + "\n")
 
     def training_step(self, step: int, examples: int, metrics: dict[str, float], tokens_per_second: float) -> None:

@@ -96,8 +96,9 @@ def probe_logps(policy, packs: bool) -> torch.Tensor:
 
 
 def probe_examples(vocab_size: int) -> list[TokenizedExample]:
-    """Return seeded random examples: a pair, a single response, and three responses to one prompt, one of a single
-    token.
+    """Return seeded random examples: a pair, a single response, and three responses to one prompt.
+
+    One of the three has a single token.
     """
     rng = np.random.default_rng(0)
     shapes = [(9, (7, 12)), (5, (6,)), (17, (1, 8, 30))]

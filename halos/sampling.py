@@ -21,8 +21,9 @@ from halos.tokens import Encoder
 
 
 class GumbelSampler(LogitsProcessor):
-    """Scores whose argmax is a sample from the model's distribution at `temperature`, restricted to its `top_p`
-    mass.
+    """Scores whose argmax is a sample from the model's distribution.
+
+    The distribution has the given `temperature` and is restricted to its `top_p` mass.
     """
 
     def __init__(self, seeds: Sequence[int], top_p: float, temperature: float):

@@ -88,8 +88,9 @@ class Encoder:
         return dict(zip(ANCHORS, self._encode(ANCHORS), strict=True)) if first.startswith("▁") else {}
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return [BOS] + ids for each text. If a text already begins with BOS, as chat templates write it, none is
-        added.
+        """Return [BOS] + ids for each text.
+
+        If a text already begins with BOS, as chat templates write it, none is added.
         """
         n = len(self.bos)
         return [ids if n and ids[:n] == self.bos else self.bos + ids for ids in self._encode(texts)]

@@ -1,5 +1,4 @@
-"""Fill a sharded model with weights. Each rank reads its part of one tensor after another, and never holds the whole
-model.
+"""Fill a sharded model with weights. Each rank reads its part of one tensor after another, never the whole model.
 
 `fill` gives values to a model whose parameters are on the meta device. Three classes provide them: two for files of
 which every rank can read a part, and one for weights that only rank 0 has. Change this file to add another source of
@@ -29,8 +28,9 @@ Part = tuple[slice, ...]
 
 class Weights(Protocol):
     def read(self, name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
-        """Return a part of the weight `name`, which has the shape of `tensor`. All ranks must call this in the same
-        order.
+        """Return a part of the weight `name`, which has the shape of `tensor`.
+
+        All ranks must call this in the same order.
         """
 
 

@@ -73,8 +73,9 @@ def run(*command: str) -> None:
 
 
 def table(samples: dict[str, list[dict]], win_rates: dict[str, dict]) -> str:
-    """Return a table: true accuracy, mean quality, and compare.py's win rate against the chosen response, with 95 %
-    intervals.
+    """Return a table of true accuracy, mean quality, and compare.py's win rate against the chosen response.
+
+    Accuracy and win rate come with their 95 % intervals.
     """
     chosen = next(iter(samples.values()))
     quality = {name: [check(row["prompt"], row["policy"]) for row in rows] for name, rows in samples.items()}
