@@ -338,7 +338,7 @@ def generate(split: str, seed: int = 0) -> list[dict]:
 
     Each item has: `prompt`; `responses`, all different, each beginning with a space; `pairs` of indices (better, worse)
     into the responses, by check(); `sft_index`, the response that SFT imitates. A question of the test split is never
-    in the training split, for any seeds.
+    in the training split, whatever their seeds.
     """
     rng = Random(f"demo/{split}/{seed}")
     items: list[dict] = []

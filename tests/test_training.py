@@ -663,7 +663,7 @@ def test_a_truncated_policy_pt(run, tmp_path, share):
 @pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, 7], ids=str)
 def test_another_file_that_torch_wrote(tmp_path, content):
     torch.save(content, tmp_path / "policy.pt")
-    with pytest.raises(UserError, match="no policy.pt of this project"):
+    with pytest.raises(UserError, match="not a policy.pt of this project"):
         load(tmp_path, "policy.pt")
 
 
