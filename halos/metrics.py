@@ -5,6 +5,7 @@ Change this file to add a panel to curves.png (PANELS) or another place to log t
 
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -117,7 +118,7 @@ def draw_curves(run_dir: str, title: str) -> None:
     panels = {
         title: [key for pattern in patterns for key in _in_both_modes(pattern) if key in series]
         for title, patterns in PANELS.items()
-    }
+    } | _panels_of_own_metrics(series)
     panels = {title: keys for title, keys in panels.items() if keys}
     if not panels:
         return
@@ -127,8 +128,9 @@ def draw_curves(run_dir: str, title: str) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
+        both = list(dict.fromkeys(_without_mode(key) for key in keys))  # a metric has one color in both modes
         for index, key in enumerate(keys):
-            _draw(axis, key, series[key], f"C{index // 2}" if len(keys) > 2 else f"C{index}")
+            _draw(axis, key, series[key], f"C{both.index(_without_mode(key)) if len(both) > 1 else index}")
         axis.set_title(name)
         axis.set_xlabel("examples")
         axis.locator_params(axis="x", nbins=6)
@@ -139,6 +141,26 @@ def draw_curves(run_dir: str, title: str) -> None:
     with finished(os.path.join(run_dir, "curves.png")) as unfinished:
         figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def _panels_of_own_metrics(names: Iterable[str]) -> dict[str, list[str]]:
+    """A panel for each group of metrics that a loss reports and PANELS does not know, such as all of `kl/...`."""
+    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {"counters", "returns"}
+    panels = defaultdict(list)
+    for name in names:
+        if "/" in name and _group(name) not in known:
+            panels[_group(name)].append(name)
+    return panels
+
+
+def _group(name: str) -> str:
+    """`kl` of `kl/chosen` and of `kl_eval/chosen`."""
+    return _without_mode(name).partition("/")[0]
+
+
+def _without_mode(name: str) -> str:
+    """`kl/chosen` of `kl_eval/chosen`, `loss` of `loss/train`."""
+    return re.sub(r"_(train|eval|\{mode\})(?=/)|/(train|eval|\{mode\})$", "", name)
 
 
 def _in_both_modes(pattern: str) -> list[str]:
