@@ -147,7 +147,7 @@ def _panels_of_own_metrics(names: Iterable[str]) -> dict[str, list[str]]:
     """A panel for each group of metrics that a loss reports and PANELS does not know, such as all of `kl/...`."""
     known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {"counters", "returns"}
     panels = defaultdict(list)
-    for name in names:
+    for name in sorted(names):
         if "/" in name and _group(name) not in known:
             panels[_group(name)].append(name)
     return panels

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread per process, and no network."""
+"""Settings for every test: one thread per process, and no network."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_distributed.py run; each function is called once in every process."""
+"""Functions that run in the processes of tests/test_distributed.py; each is called once in every process."""
 
 import os
 import time
@@ -15,9 +15,9 @@ from small_runs import CPU, SMALL, batches_for, data_format, make_trainer, state
 
 
 def ragged_batches(loss: str) -> list:
-    """Four batches of 8 and one of a single example, which leaves every process but one without any.
+    """Make four batches of 8 examples, and one of a single example, which leaves every rank but one without any.
 
-    In the second the desirable responses are the two longest examples, so that of 3 or 4 processes some have none.
+    In the second batch the two longest examples are desirable, so that some of 3 or 4 ranks have no desirable response.
     """
     batches = [*batches_for(loss, 4), *batches_for(loss, 1, n=1, seed=1)]
     if data_format(loss) == "unpaired":
@@ -27,8 +27,8 @@ def ragged_batches(loss: str) -> list:
 
 
 def train(folder: str, cases: dict[str, str]) -> None:
-    """A whole run per case, {name: words}, with evaluations; weights before and after go to folder/name.pt."""
-    metrics.draw_curves = lambda *args: None  # takes longer than all else
+    """Train once per case, {name: words}, with evaluations, and save the weights before and after in folder/name.pt."""
+    metrics.draw_curves = lambda *args: None  # drawing would take longer than everything else
     for name, words in cases.items():
         loss, *rest = words.split()
         batches = ragged_batches(loss)
@@ -42,7 +42,7 @@ def train(folder: str, cases: dict[str, str]) -> None:
 
 
 def load_architectures(folder: str, directories: dict[str, str]) -> None:
-    """Packed log-probs and whole weights of models that were filled from Hugging Face directories."""
+    """Fill sharded models from Hugging Face directories, and save their packed log-probs and gathered weights."""
     found = {}
     mesh = distributed.device_mesh("cpu")
     for name, directory in directories.items():
@@ -61,7 +61,7 @@ def load_architectures(folder: str, directories: dict[str, str]) -> None:
 
 
 def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> None:
-    """The whole weights of policy and reference from each `model.load_from`, and what each process held of them."""
+    """Load policy and reference from each `model.load_from`; save their gathered weights and each rank's share."""
     found = {}
     for name, words in sources.items():
         config = make_config(cache_dir, "loss=dpo", *SMALL, *words.split())
@@ -79,7 +79,7 @@ def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> No
 
 
 def sample_texts(folder: str) -> None:
-    """Responses to 11 ragged prompts, two of them equal, in batches of 3."""
+    """Sample responses to 11 prompts of ragged lengths, two of them equal, in batches of 3."""
     lm = loading.load_lm(make_config(folder, "loss=sft", *SMALL, "seed=5"), torch.float32)
     prompts = [example.prompt for example in random_examples(10)]
     settings = {"max_length": 24, "batch_size": 3, "top_p": 0.95, "temperature": 1.0, "seed": 1}
@@ -91,7 +91,7 @@ def sample_texts(folder: str) -> None:
 
 
 def diverge(folder: str) -> None:
-    """A run whose loss is infinite in its second batch, in every process, as all losses are global."""
+    """Train with a loss that is infinite on its second batch, on every rank, because losses are global."""
 
     class Overflowing(trainers.SFTTrainer):
         def loss(self, *logps):
@@ -105,7 +105,7 @@ def diverge(folder: str) -> None:
 
 
 def stop_early(folder: str) -> None:
-    """A run of three updates that the last rank alone wants to end after two."""
+    """Train on three batches, with a `should_stop` that is True on the last rank only, after the second update."""
     trainer = make_trainer(os.path.join(folder, "stopped"), "sft", "eval_every=800")
     is_last = distributed.rank() == distributed.world_size() - 1
     trainer.should_stop = lambda: is_last and trainer.state.updates == 2
@@ -113,7 +113,7 @@ def stop_early(folder: str) -> None:
 
 
 def everything(folder: str, cases: dict[str, str], directories: dict[str, str], cache_dir: str, sources: dict) -> None:
-    """All of the above in one start."""
+    """Call the functions above one after the other, so that the processes start only once."""
     torch.set_num_threads(1)
     train(folder, cases)
     sample_texts(folder)
@@ -124,11 +124,11 @@ def everything(folder: str, cases: dict[str, str], directories: dict[str, str], 
 
 
 def load_large(folder: str, words: str) -> None:
-    """Load a policy while the test watches the memory of all processes: idle, then loading, then loaded."""
+    """Load a policy while the test watches the memory of all processes: idle, loading, and loaded."""
     config = make_config(folder, *words.split())
     device = distributed.default_device()
     distributed.device_mesh("cpu")
-    loading.load_lm(make_config(folder, "model=tiny"), torch.float32)  # whatever a first model imports
+    loading.load_lm(make_config(folder, "model=tiny"), torch.float32)  # imports count as idle memory
     report(folder, "idle")
     policy, _ = loading.load_policy_and_reference(config, tokenizer(), device)
     report(folder, "loaded")
@@ -136,7 +136,7 @@ def load_large(folder: str, words: str) -> None:
 
 
 def report(folder: str, state: str) -> None:
-    """Leave this process's id in a file, and stay there until the test has seen all of them."""
+    """Write this process's id to a file, and wait until the test has seen the ids of all processes."""
     with open(os.path.join(folder, f"{state}-{distributed.rank()}"), "w") as file:
         file.write(str(os.getpid()))
     while not os.path.exists(os.path.join(folder, f"{state}-seen")):

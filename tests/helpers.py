@@ -1,4 +1,4 @@
-"""Small models, seeded examples, and configs that several test files share."""
+"""Small models, seeded examples, and configs, shared by several test files."""
 
 import functools
 import os
@@ -29,7 +29,7 @@ _LIKE_LLAMA = {
 _GROUPED = {**_LIKE_LLAMA, "num_key_value_heads": 2}  # two query heads read one key/value head
 _WINDOWED = {**_GROUPED, "sliding_window": 6}  # shorter than the sequences
 
-# The architectures that are promised to pack.
+# Architectures for which packing must work.
 ARCHITECTURES = {
     "llama": _GROUPED,
     "gpt_neox": _LIKE_LLAMA,
@@ -48,17 +48,17 @@ ARCHITECTURES = {
 
 
 def clone(folder: Path) -> Path:
-    """A copy of the project in `folder`, without what git ignores."""
+    """Copy the project to `folder`, without the files that git ignores."""
     ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "demo", "samples", "__pycache__", ".*_cache")
     shutil.copytree(PROJECT, folder, ignore=ignored, dirs_exist_ok=True)
     return folder
 
 
 def tiny_lm(model_type: str, seed: int = 0, **fields):
-    """A causal LM with random weights, dropout off, made by the project's own loading; in training mode.
+    """Make a causal LM with random weights, without dropout, in training mode, with the project's own loading.
 
-    Weights are large, and biases and norms are not at their neutral starting values, so that whatever a forward gets
-    wrong shows up in the log-probs.
+    Weights are large, and biases and norms are moved from their neutral starting values, so that any error in a forward
+    pass shows up in the log-probs.
     """
     architecture = {
         "model_type": model_type,
@@ -88,7 +88,7 @@ def tiny_policy(model_type: str, packs: bool = False, seed: int = 0, **fields) -
 
 
 def example(prompt: list[int], *responses: list[int], chosen: tuple[bool | None, ...] = ()) -> TokenizedExample:
-    """A TokenizedExample from lists; the first response is the chosen one unless `chosen` says otherwise.
+    """Make a TokenizedExample from lists. By default the first response is chosen, and the others are rejected.
 
     chosen: one per response; None for an unrelated one
     """
@@ -98,17 +98,20 @@ def example(prompt: list[int], *responses: list[int], chosen: tuple[bool | None,
 
 
 def roles(*chosen: bool | None) -> tuple[Role, ...]:
-    """Chosen, rejected, or unrelated (None)."""
+    """Translate flags into roles: True is chosen, False is rejected, None is unrelated."""
     return tuple({True: Role.CHOSEN, False: Role.REJECTED, None: Role.UNRELATED}[flag] for flag in chosen)
 
 
 def judged(one: TokenizedExample, chosen: bool) -> TokenizedExample:
-    """The example with another role for its first response."""
+    """Return the example with its first response chosen or rejected."""
     return one._replace(roles=(*roles(chosen), *one.roles[1:]))
 
 
 def random_examples(n: int, n_responses: tuple[int, ...] = (2,), seed: int = 0) -> list[TokenizedExample]:
-    """Examples of ragged lengths: prompts of 3 to 12 tokens, responses of 1 to 14; `n_responses` takes turns."""
+    """Make examples of ragged lengths: prompts of 3 to 12 tokens, responses of 1 to 14 tokens.
+
+    n_responses: numbers of responses, taken in turn: (2, 1) gives 2, 1, 2, 1, ... responses
+    """
     rng = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> list[int]:
@@ -124,7 +127,7 @@ def _composed(words: tuple[str, ...]) -> DictConfig:
 
 
 def make_config(cache_dir: Path | str, *words: str) -> DictConfig:
-    """What `python train.py cache_dir=... words` would have as its config; not validated."""
+    """Return the config of `python train.py cache_dir=... words`, without validating it."""
     config = _composed(words).copy()
     config.cache_dir = str(cache_dir)
     return config

@@ -1,6 +1,6 @@
-"""Small local copies of the hub's datasets, in its layout and with its columns; the content is made up.
+"""Small local copies of the hub's datasets, with the layout and columns of the hub; the content is made up.
 
-Each has the awkward rows that the real data has. What a reader makes of every one of them is in test_datasets.py.
+Each has the awkward rows that the real data has. test_datasets.py checks how the readers treat each of them.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import pyarrow.parquet
 
 
 def write_shp(folder: Path) -> Path:
-    """stanfordnlp/SHP: a folder per forum with train.json, validation.json, test.json of one object per line."""
+    """Write stanfordnlp/SHP: a folder per forum with train.json, validation.json, test.json, one object per line."""
     train = [
         shp_row("Why is the sky blue?", "Rayleigh scattering.", "It is a mirror.", 40, 10),
         shp_row("Why is the sky blue?", "Magic.", "Rayleigh scattering.", 4, 40),
@@ -57,7 +57,7 @@ HH_TURNS = "\n\nHuman: Hi.\n\nAssistant: Hello.  How are you?"
 
 
 def write_hh(folder: Path) -> Path:
-    """Anthropic/hh-rlhf: a folder per subset with {train,test}.jsonl.gz, and the red team's, which has no pairs."""
+    """Write Anthropic/hh-rlhf: a folder per subset with {train,test}.jsonl.gz, and the red team's, without pairs."""
     question = f"{HH_TURNS}\n\nHuman: Name a tree.\n\nAssistant:"
     helpful = [
         {"chosen": f"{question}  An oak.", "rejected": f"{question} A  whale. "},
@@ -81,9 +81,9 @@ def write_hh(folder: Path) -> Path:
 
 
 def write_oasst(folder: Path) -> Path:
-    """OpenAssistant/oasst1: data/{train,validation}-*.parquet, a message per row, and raw exports beside them."""
+    """Write OpenAssistant/oasst1: data/{train,validation}-*.parquet, one message per row, and a raw export beside."""
     train = [
-        # A ranking of three, given out of order, whose best reply is answered in turn.
+        # A ranking of three, out of order; its best reply has an answer.
         oasst_row("q1", None, "Name a river.", "prompter"),
         oasst_row("a2", "q1", "The sea.", "assistant", rank=2),
         oasst_row("a0", "q1", " The Rhine. ", "assistant", rank=0),
@@ -95,7 +95,7 @@ def write_oasst(folder: Path) -> Path:
         oasst_row("a7", "q1", "A creek.", "assistant", rank=1),  # equal ranks
         oasst_row("q2", "a0", "Where is it?", "prompter"),
         oasst_row("b0", "q2", "In Europe.", "assistant", rank=0),  # the only reply: no pair
-        oasst_row("q3", "a3", "Longer?", "prompter"),  # an unranked reply is still part of a prompt
+        oasst_row("q3", "a3", "Longer?", "prompter"),  # a reply without a rank is still part of a prompt
         oasst_row("c1", "q3", "No.", "assistant", rank=1),
         oasst_row("c0", "q3", "Yes.", "assistant", rank=0),
         oasst_row("q4", "a1", "Anything else?", "prompter"),  # without a reply

@@ -1,7 +1,7 @@
-"""What the processes of tests/test_launch.py do. It imports little: every process that a test starts pays for it.
+"""Functions that run in the processes of tests/test_launch.py. This file imports little, since every process does it.
 
-python launch_workers.py N FUNCTION FOLDER ... launches functions of this file one after the other in N processes, as a
-command of the project would; N is 0 where another launcher has started this.
+`python launch_workers.py N FUNCTION FOLDER ...` launches functions of this file one after the other, each in N
+processes, as a command of the project would. N is 0 if another launcher has started this process.
 """
 
 import json
@@ -21,15 +21,15 @@ FOREVER = 600  # seconds; longer than any test waits
 
 
 def leave(folder: str, name: str, **facts) -> None:
-    """A file of this process's in the folder, whole as soon as it is there."""
+    """Write facts about this process to a file in the folder. The file appears only when it is complete."""
     path = os.path.join(folder, f"{name}-{os.environ.get('RANK', 'none')}")
     with open(path + ".unfinished", "w") as file:
-        json.dump({"pid": os.getpid(), "time": time.time(), **facts}, file)
+        json.dump({"pid": os.getpid(), **facts}, file)
     os.rename(path + ".unfinished", path)
 
 
 def say_who(folder: str) -> None:
-    """Where this process stands, what it hears from the others, and whether a signal to the launcher comes through."""
+    """Report the rank of this process, what it gathers from the others, and the signals that the launcher passes on."""
     signals = []
     started_by_launch = multiprocessing.parent_process() is not None
     if started_by_launch:
@@ -41,7 +41,7 @@ def say_who(folder: str) -> None:
             os.kill(os.getppid(), signal.SIGUSR1)
         wait_until(lambda: signals)
     for stream, does in (sys.stdout, "writes"), (sys.stderr, "warns"):
-        stream.write(f"process {rank} {does}\n")  # in one piece, which print does not promise
+        stream.write(f"process {rank} {does}\n")  # in one call, because print may write in several
         stream.flush()
     leave(
         folder,
@@ -63,7 +63,7 @@ def wait_until(condition) -> None:
 
 
 def fail(folder: str, how: str, everyone: bool = False) -> None:
-    """Process 1 fails, or all of them do, while the others wait for it in a collective and wrap what they get."""
+    """Fail in process 1, or in all; the others wait in a collective, and raise a ValueError when it breaks."""
     distributed.barrier()
     if everyone or distributed.rank() == 1:
         leave(folder, "failed")
@@ -88,7 +88,7 @@ def be_killed() -> None:
 
 
 def crash() -> None:
-    """As a bug in native code would."""
+    """Crash as a bug in native code does."""
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
@@ -113,7 +113,7 @@ def come(folder: str) -> None:
 
 
 def wait(folder: str) -> None:
-    """Process 0 waits in a collective for the others, who wait for a signal."""
+    """Wait: process 0 in a collective for the others, and the others for a signal."""
     distributed.barrier()
     leave(folder, "waits")
     try:
@@ -126,7 +126,7 @@ def wait(folder: str) -> None:
 
 
 def wait_stubbornly(folder: str) -> None:
-    """In no way but one can these be ended."""
+    """Ignore SIGINT and SIGTERM, so that only SIGKILL ends this process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     leave(folder, "waits")
@@ -147,7 +147,7 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 else:
-    # For tests of what arrives while a process is still importing.
-    if os.environ.get("LAUNCH_WORKERS_IMPORT_SLOWLY") and "RANK" in os.environ:
-        leave(os.environ["LAUNCH_WORKERS_IMPORT_SLOWLY"], "imports")
-        time.sleep(5)
+    # For tests of signals that arrive while a process is still importing.
+    if os.environ.get("LAUNCH_WORKERS_IMPORT_UNTIL") and "RANK" in os.environ:
+        leave(os.path.dirname(os.environ["LAUNCH_WORKERS_IMPORT_UNTIL"]), "imports")
+        wait_until(lambda: os.path.exists(os.environ["LAUNCH_WORKERS_IMPORT_UNTIL"]))

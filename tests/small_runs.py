@@ -1,4 +1,4 @@
-"""Trainers as train.py builds them, on a model of two small layers and hand-made batches, and what they did."""
+"""Trainers as train.py builds them, on a model of two small layers and hand-made batches, and comparisons of runs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from helpers import CONFIG_DIR, PROJECT, make_config, random_examples
 
 CPU = torch.device("cpu")
 
-# Two small layers, and an optimizer whose step is the gradient itself.
+# Two small layers, and SGD, whose step is the gradient times lr.
 SMALL = (
     "model=tiny",
     "model.architecture.hidden_size=32",
@@ -38,7 +38,7 @@ SMALL = (
 
 
 class Batches:
-    """A loader of given batches."""
+    """A loader that yields given batches."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -63,17 +63,17 @@ def tokenizer():
 
 
 def losses() -> list[str]:
-    """The files of config/loss: whatever is tested for each of them is tested for a new loss, too."""
+    """Return the names of the files in config/loss. Tests of all of them test a new loss, too."""
     return sorted(os.path.splitext(name)[0] for name in os.listdir(os.path.join(CONFIG_DIR, "loss")))
 
 
 def data_format(loss: str) -> str:
-    """sft, unpaired or paired: what the trainer of a file of config/loss learns from."""
+    """Return the data format of a loss's trainer: sft, unpaired or paired."""
     return getattr(trainers, make_config("", f"loss={loss}").loss.trainer).data_format
 
 
 def loader_for(loss: str, n_examples: int, seed: int = 0, **settings) -> DataLoader:
-    """The loss's own loader over pairs of random tokens, each with the scores 1 and 0."""
+    """Make the loss's own loader over pairs of random tokens, each with the scores 1 and 0."""
     loader_class = getattr(dataloaders, make_config("", f"loss={loss}").loss.dataloader)
     drawn = random_examples(n_examples, (2,), seed)
     examples = [
@@ -85,12 +85,12 @@ def loader_for(loss: str, n_examples: int, seed: int = 0, **settings) -> DataLoa
 
 
 def batches_for(loss: str, n_batches: int = 3, n: int = 8, seed: int = 0) -> list:
-    """Batches that the loss's own loader makes of pairs of random tokens."""
+    """Return batches of the loss's own loader over pairs of random tokens."""
     return list(islice(loader_for(loss, n_batches * n, seed, batch_size=n), n_batches))
 
 
 class _OfTokens:
-    """In front of a DataLoader: the token ids of its examples are given, and not encoded."""
+    """A mixin for a DataLoader whose token ids are given instead of encoded."""
 
     drawn: list
 
@@ -101,7 +101,7 @@ class _OfTokens:
 
 
 def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None, train_loader=None):
-    """A trainer as train.py builds it, in the run directory folder/run."""
+    """Build a trainer as train.py does, with the run directory folder/run."""
     config = make_config(folder, f"loss={loss}", *SMALL, *words)
     directory = run_dir.create(config)
     policy, reference = loading.load_policy_and_reference(config, tokenizer(), CPU)
@@ -112,18 +112,18 @@ def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
-    """A copy of the policy's weights, whole."""
+    """Copy the policy's weights, gathered from all ranks."""
     state = checkpoint.full_state(trainer.policy.lm, torch.float32)
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def moved(before: dict, after: dict) -> torch.Tensor:
-    """The way from one set of weights to another, as one vector, in float64."""
+    """Return after - before, all weights as one vector, in float64."""
     return torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
 
 
 def trained(folder, loss: str, *words: str, batches=None) -> tuple[torch.Tensor, list[dict]]:
-    """How far the weights move over all batches, and the rows of metrics.jsonl."""
+    """Train on all batches; return how far the weights moved, and the training lines of metrics.jsonl."""
     trainer = make_trainer(folder, loss, *words, batches=batches)
     trainer.log_evaluation = trainer.save = lambda: None
     before = state_of(trainer)
@@ -137,7 +137,7 @@ def rows_of(trainer, mode: str = "train") -> list[dict]:
 
 
 def assert_same_training(one, other, tolerance=1e-5, losses=True) -> None:
-    """The same way through weight space, relative to its length, and the same numbers in the log."""
+    """Compare two results of `trained`: the weights' movement relative to its norm, and the logged numbers."""
     (way, rows), (other_way, other_rows) = one, other
     assert other_way.norm() > 1e-3
     assert (way - other_way).norm() <= tolerance * other_way.norm()

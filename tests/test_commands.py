@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user types them, in this process: what they write, and what they say of a mistake."""
+"""train.py and eval.py as a user types them, called in this process: the files they write, their error messages."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import train as train_program
 from halos import demo
 from halos.metrics import read_metrics
 
-# Two blocks of the tiny model, and as few examples as show something.
+# One block of the tiny model, and few examples.
 SMALL = [
     "model.architecture.num_hidden_layers=1",
     "model.architecture.hidden_size=32",
@@ -46,7 +46,7 @@ def little_data(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command("train.py", words...) -> (exit code, stdout, stderr)"""
+    """Run a command: command("train.py", words...) -> (exit code, stdout, stderr)."""
 
     def run(program: str, *words: str):
         main = {"train.py": train_program.main, "eval.py": eval_program.main}[program]
@@ -65,7 +65,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def run(command, cache_dir):
-    """A directory of a finished SFT run, trained once."""
+    """The directory of a finished SFT run, trained once for all tests."""
     directory = cache_dir / "base"
     if not directory.exists():
         code, _, err = command("train.py", "exp_name=base", f"cache_dir={cache_dir}", *SMALL)
@@ -74,7 +74,7 @@ def run(command, cache_dir):
 
 
 def mistake(result, *parts: str) -> None:
-    """Exit code 2 and one line on stderr that has all the parts."""
+    """Assert exit code 2 and one error line on stderr, which contains all the parts."""
     code, _, err = result
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
@@ -88,7 +88,7 @@ def mistake(result, *parts: str) -> None:
 def test_a_run_writes_what_it_promises(run):
     assert {"config.yaml", "data.json", "metrics.jsonl", "curves.png", "LATEST"} <= set(os.listdir(run))
     rows = read_metrics(run / "metrics.jsonl")
-    # 32 examples in batches of 8; an evaluation first, and at 16 and 32, before the step after it.
+    # 32 examples in batches of 8; evaluations before the first update, after 16 examples, and after 32.
     assert [(row["mode"], row["step"], row["examples"]) for row in rows] == [
         ("eval", 0, 0),
         ("train", 1, 8),
@@ -122,7 +122,10 @@ def test_the_checkpoint_opens_in_transformers(run):
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "slic", "kto", "ppo"])
 def test_every_loss_trains_from_a_checkpoint(command, run, cache_dir, loss):
-    """From the SFT weights, relative to cache_dir: log-ratio 0 at the start where there is a reference."""
+    """Training from the SFT weights (a path relative to cache_dir) starts at a log-ratio of 0.
+
+    So the loss starts at -log sigmoid(0) = ln 2 = 0.693147 for DPO and cDPO, and at 1 - sigmoid(0) = 0.5 for KTO.
+    """
     words = [f"loss={loss}", "model.load_from=base/LATEST/policy.pt", f"exp_name={loss}", f"cache_dir={cache_dir}"]
     code, _, err = command("train.py", *words, *SMALL, "n_examples=16")
     assert code == 0, err
@@ -165,7 +168,7 @@ def write_lines(path, *rows: dict) -> str:
 
 
 def test_local_pairs_and_feedback(command, run, cache_dir, tmp_path):
-    """Four prompts in one file, none with a split column: a part of them is held out, and all of them are used."""
+    """Eight prompts in one file without a split column: some are held out for testing, and all of them are used."""
     rows = [{"prompt": f"Say {n}.", "chosen": f" {n}", "rejected": " no"} for n in range(8)]
     path = write_lines(tmp_path / "pairs.jsonl", *rows)
     words = [f"datasets=[{path}]", f"cache_dir={cache_dir}", *SMALL]
@@ -214,7 +217,7 @@ def test_mistakes_are_one_line(command, cache_dir, words, parts):
 
 
 def test_damaged_checkpoints(command, run, cache_dir, tmp_path):
-    """Cut short; of another width (its first differing key is named)."""
+    """A checkpoint that is cut short, and one of another width, are refused; the first differing key is named."""
     whole = (run / "LATEST" / "policy.pt").read_bytes()
     cut = tmp_path / "cut.pt"
     cut.write_bytes(whole[: len(whole) // 2])
@@ -234,7 +237,11 @@ def test_a_file_error_names_the_line(command, cache_dir, tmp_path):
 
 
 def test_samples(command, run, tmp_path):
-    """`-n` prompts of the test split, the same text for another batch size; the earlier file is kept."""
+    """`-n` samples that many prompts of the test split; another batch size gives the same texts.
+
+    An earlier file of samples is kept as .bak-1. Another seed gives other texts, and `-u false` leaves the reference
+    empty.
+    """
     words = ["-c", run / "config.yaml", "-m", "sample", "-n", "6", f"samples_dir={tmp_path}"]
     code, out, err = command("eval.py", *words, "-b", "4")
     assert code == 0 and f"6 samples written to {tmp_path}/base.json" in out, err
@@ -252,7 +259,10 @@ def test_samples(command, run, tmp_path):
 
 
 def test_a_relative_cache_dir_is_where_the_run_is(tmp_path, monkeypatch):
-    """The other runs in it are found from every directory; a run that was moved says nothing about them."""
+    """A relative cache_dir is located by the path of the run's config, from any working directory.
+
+    An absolute one, and one that the path does not contain because the run was moved, stay as they are.
+    """
     monkeypatch.chdir(tmp_path)
     cases = {
         ("x/.cache/a/config.yaml", ".cache"): f"{tmp_path}/x/.cache",
@@ -268,7 +278,10 @@ def test_a_relative_cache_dir_is_where_the_run_is(tmp_path, monkeypatch):
 
 
 def test_reference_is_the_hubs_model_or_the_one_that_was_loaded(command, run, cache_dir, tmp_path):
-    """dpo from base: -s false samples base itself, -s true the random weights that base started from."""
+    """For a DPO run that started from `base`, `-s false` samples from `base` as the reference.
+
+    The default samples from the random weights that `base` itself started from.
+    """
     if not (cache_dir / "dpo").exists():
         pytest.skip("needs the dpo run of the test above")
     words = ["-n", "4", f"samples_dir={tmp_path}"]
@@ -290,7 +303,7 @@ def test_own_prompts(command, run, tmp_path):
 
 
 def test_closed_form_metrics(command, run):
-    """The numbers of the run's last evaluation, recomputed from LATEST, in eval.json beside the config."""
+    """`-m eval` recomputes the numbers of the run's last evaluation from LATEST, into eval.json beside the config."""
     code, out, err = command("eval.py", "-c", run / "config.yaml", "-m", "eval")
     assert code == 0, err
     saved = json.loads((run / "eval.json").read_text())
@@ -301,7 +314,7 @@ def test_closed_form_metrics(command, run):
 
 
 def test_a_run_with_a_critic(command, run, cache_dir, tmp_path):
-    """It is saved with the run, needed where the run is evaluated, and not where it is sampled from."""
+    """The critic is saved with the run. Evaluation needs it, and sampling does not."""
     words = ["loss=ppo", "model.load_from=base/LATEST/policy.pt", "exp_name=critic", f"cache_dir={cache_dir}", *SMALL]
     code, _, err = command("train.py", *words)
     assert code == 0, err

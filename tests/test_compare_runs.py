@@ -1,4 +1,4 @@
-"""The comparison of scripts/compare_runs.py, on records made by hand; nothing is trained."""
+"""scripts/compare_runs.py on records that are written by hand; nothing is trained."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ ROWS = [
 
 
 def write_record(folder, rows=ROWS, weights=WEIGHTS, config=None, case=CASE) -> str:
-    """A record of one case: log, config, and a checkpoint with its export."""
+    """Write a record of one case: metrics.jsonl, config.yaml, and a checkpoint with its export."""
     run_dir = folder / case
     latest = run_dir / "LATEST"
     latest.mkdir(parents=True)
@@ -39,7 +39,7 @@ def write_record(folder, rows=ROWS, weights=WEIGHTS, config=None, case=CASE) -> 
 
 
 def changed_row(index: int, **changes) -> list[dict]:
-    """ROWS with some values of one row replaced; None removes a key. A double underscore stands for a slash."""
+    """Return ROWS with some values of one row replaced; None removes a key. A double underscore stands for a slash."""
     rows = [dict(row) for row in ROWS]
     rows[index] |= {key.replace("__", "/"): value for key, value in changes.items()}
     rows[index] = {key: value for key, value in rows[index].items() if value is not None}
@@ -48,7 +48,7 @@ def changed_row(index: int, **changes) -> list[dict]:
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    """compare(*flags, **record) -> (exit code, output): a record as above against one with changes."""
+    """Compare a record with a changed one: compare(*flags, **changes) -> (exit code, output)."""
 
     def compare(*flags, **changes):
         before, after = write_record(tmp_path / "before"), write_record(tmp_path / "after", **changes)
@@ -59,9 +59,9 @@ def compare(tmp_path, capsys):
 
 
 def test_equal_records_are_identical_whenever_and_wherever_they_were_made(compare):
-    """Times and cache_dir differ, and NaN equals NaN.
+    """Times and cache_dir may differ, and NaN equals NaN.
 
-    Values: 5 and 6 in the two rows, loss.beta, and step and loss of policy.pt. Tensors: 2 in each of two files.
+    14 values: 5 and 6 in the two rows, loss.beta, and step and loss of policy.pt. 4 tensors: 2 in each of two files.
     """
     code, output = compare(rows=changed_row(1, examples_per_second=1.0))
     assert code == 0

@@ -1,8 +1,8 @@
-"""What a command means, and what is said about one that means nothing.
+"""The config that a command gives, and the error message if the command is wrong.
 
-`run("lr=abc")` is `python train.py lr=abc` up to the point where validate() has agreed; `check("lr=abc")` is a shorter
-way there, since Hydra takes half a second. Trainers and dataloaders are stubs, so that the configuration alone is under
-test; two tests at the end use the real ones.
+`run("lr=abc")` does what `python train.py lr=abc` does until validate() has accepted the config. `check("lr=abc")` is
+faster, because it leaves out Hydra's command line (half a second). Trainers and dataloaders are stubs, so that only the
+configuration is tested; two tests at the end use the real ones.
 """
 
 import functools
@@ -29,7 +29,7 @@ from halos.errors import UserError
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(PROJECT, "config")
-LOSSES = ("cdpo", "dpo", "kto", "ppo", "sft", "slic")  # the project's own; NAMES has what is there
+LOSSES = ("cdpo", "dpo", "kto", "ppo", "sft", "slic")  # the project's own; NAMES has all files of config/loss
 NAMES = sorted(name[:-5] for name in os.listdir(f"{CONFIG}/loss"))
 YAMLS = sorted(glob.glob(f"{CONFIG}/**/*.yaml", recursive=True))
 
@@ -70,15 +70,15 @@ for dataset in ["demo", "shp", "hh", "hh_helpful", "hh_harmless", "oasst", "loca
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path):
-    """Every command is typed in an empty directory."""
+    """Type every command in an empty directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """The whole way of a command: its exit code, stdout, stderr, and the config of each job that was agreed to."""
-    # It looks for `hydra.mode=`, for a third of the time; Hydra has no public way to leave that out.
+    """Run a command through Hydra: returns code, out, err, and the configs of the jobs that were accepted."""
+    # get_mode looks for `hydra.mode=`, which takes a third of the time; Hydra has no public way to skip it.
     monkeypatch.setattr(Hydra, "get_mode", lambda *args, **kwargs: None)
 
     def run(*words, task=lambda config: validate(config, TRAINERS, DATALOADERS)):
@@ -104,14 +104,14 @@ def run(monkeypatch, capsys):
 
 @functools.cache
 def written(*groups):
-    """What the YAML files say. Hydra needs 0.15 s for it, hence the cache."""
+    """Return the config of the YAML files. Cached, because Hydra needs 0.15 s for it."""
     with initialize_config_dir(CONFIG, version_base="1.3"):
         return compose("config", list(groups))
 
 
 @pytest.fixture
 def check(monkeypatch):
-    """The short way of a command: Hydra reads its words, and validate() agrees to the config or raises."""
+    """Check a command without Hydra's command line: returns the config that validate() accepts, or raises."""
 
     def check(*words):
         groups = [word for word in words if re.match("(loss|model)=", word)]
@@ -127,7 +127,7 @@ def check(monkeypatch):
 
 @pytest.fixture
 def refusal(check):
-    """The message about a command that is refused."""
+    """Return the error message for a command that is refused."""
 
     def refusal(*words):
         with pytest.raises(UserError) as error:
@@ -141,7 +141,7 @@ def refusal(check):
 
 
 def test_defaults_of_a_real_model_are_those_of_the_original(check):
-    """The numbers are facts of the suite that was trained with them; a new key needs a line here."""
+    """The numbers are those that the published models were trained with. A new key needs a line here."""
     config = OmegaConf.to_container(check("model=llama7b"), resolve=True)
     assert config == {
         "seed": 1,
@@ -223,7 +223,7 @@ def test_losses(check, loss, trainer, loader, reference, hyperparameters):
 
 
 def test_ppo(check):
-    """The original's values, and the estimator that cannot be negative in the place of the original's."""
+    """PPO has the original's values, except for its KL estimator: k3 cannot be negative, the original's k1 can."""
     assert check("loss=ppo").loss == {
         "name": "ppo",
         "trainer": "PPOTrainer",
@@ -241,7 +241,7 @@ def test_ppo(check):
 
 
 def test_models_differ_in_names_only(check):
-    """Every published model has the defaults of base_model.yaml; tiny alone has its own."""
+    """Every published model has the defaults of base_model.yaml. Only tiny has its own."""
     repositories = {
         "pythia1-4b": ("EleutherAI/pythia-1.4b", "GPTNeoXLayer"),
         "pythia2-8b": ("EleutherAI/pythia-2.8b", "GPTNeoXLayer"),
@@ -276,8 +276,8 @@ OURS = [path for path in YAMLS if not path.startswith(f"{CONFIG}/loss/") or os.p
 
 @pytest.mark.parametrize("path", OURS, ids=[os.path.relpath(path, CONFIG) for path in OURS])
 def test_every_key_has_a_comment(path):
-    """In the project's own files: how a researcher writes a YAML of their own is up to them."""
-    text_indent = None  # of the key whose value is a block of text, while we are in the block
+    """Every key in the project's own YAML files has a comment. A researcher's own YAML need not have any."""
+    text_indent = None  # indent of the key whose value is a block of text, while inside the block
     for number, line in enumerate(open(path).read().splitlines(), start=1):
         indent = len(line) - len(line.lstrip())
         if text_indent is not None and (not line.strip() or indent > text_indent):
@@ -290,7 +290,10 @@ def test_every_key_has_a_comment(path):
 
 
 def test_a_new_loss_brings_its_own_keys(run, tmp_path):
-    """One YAML file: its hyperparameters are known, a number there takes any number, and nothing else is known."""
+    """The keys of a new loss's YAML are known, and no others. A key with a number accepts any number.
+
+    The rules of other losses do not apply: gamma=3 is accepted, although PPO's gamma is at most 1.
+    """
     os.makedirs(tmp_path / "mine/loss")
     (tmp_path / "mine/loss/ipo.yaml").write_text(
         "name: ipo\ntrainer: AnyTrainer\ndataloader: PairedPreferenceDataLoader\nuse_reference_model: true\ntau: 1\n"
@@ -304,7 +307,7 @@ def test_a_new_loss_brings_its_own_keys(run, tmp_path):
     assert unknown.err == "error: loss.tua=0.5: there is no key loss.tua; did you mean loss.tau?\n"
 
 
-#### WHAT THE FOUNDING DOCUMENT TYPES
+#### COMMANDS OF SEED.md
 
 
 def test_the_walk_through(run):
@@ -318,7 +321,7 @@ def test_the_walk_through(run):
 
 
 def test_load_from(check, tmp_path):
-    """An existing policy.pt by its full path, or by its path in cache_dir from any directory; a hub name as it is."""
+    """`model.load_from` takes an existing policy.pt, by its full path or its path in cache_dir, and any hub name."""
     os.makedirs(tmp_path / "models/sft_llama7b/LATEST")
     policy = tmp_path / "models/sft_llama7b/LATEST/policy.pt"
     policy.touch()
@@ -328,7 +331,7 @@ def test_load_from(check, tmp_path):
 
 
 def test_the_node_config_is_the_root(run, refusal):
-    """The FAQ's spelling, behind one plus and two, and for keys of a group."""
+    """`config.KEY` is KEY, as the FAQ has it: with one plus sign or two, and for keys of a group."""
     (config,) = run("++config.intermediate_checkpoints=true", "+config.model.batch_size=128").configs
     assert config.intermediate_checkpoints is True and config.model.batch_size == 128 and "config" not in config
     assert refusal("++config.overwrit=true") == "overwrit=true: there is no key overwrit; did you mean overwrite?"
@@ -355,9 +358,9 @@ def test_accepted(check, words):
     check(*words.split())
 
 
-#### WHAT IS REFUSED, AND HOW
+#### REFUSED COMMANDS
 
-# The words, and what is said about them.
+# (the words of a command, the error message).
 REFUSED_BY_HYDRA = [
     (
         "loss.bta=0.2 loss=kto",
@@ -801,7 +804,10 @@ def test_refused_by_hydra(run, words, expected):
 
 @pytest.mark.parametrize(("words", "expected"), REFUSED, ids=[words for words, _ in REFUSED])
 def test_refused(refusal, words, expected):
-    """An expectation that ends in `...` is about a message whose end is torch's or a list of torch's."""
+    """A refused command has its message. An expected message that ends in `...` gives only the beginning.
+
+    The rest of such a message comes from torch, or lists names of torch.
+    """
     message = refusal(*words.split())
     assert message.startswith(expected[:-3]) if expected.endswith("...") else message == expected
 
@@ -829,11 +835,11 @@ def test_local_files_are_datasets(check, tmp_path, file):
     assert check(f"datasets=[{file},demo]").datasets == [file, "demo"]
 
 
-#### PROGRAMS
+#### HYDRA'S FLAGS AND EXIT CODES
 
 
 def test_nothing_is_left_behind(run, tmp_path):
-    """No outputs/, multirun/ or .hydra/: a single run leaves nothing, a sweep its record inside cache_dir."""
+    """Hydra leaves no outputs/, multirun/ or .hydra/: nothing for a single run, a record in cache_dir for a sweep."""
     run("loss=kto")
     assert os.listdir(tmp_path) == []
     sweep = run("-m", "loss=kto,dpo", "exp_name='x_${loss.name}'")
@@ -862,7 +868,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_says_which_it_was(run):
 
 
 def by_seed(config):
-    """A task that ends in the way that the seed says."""
+    """A task whose seed decides how it ends."""
     if config.seed == 1:
         print("environment:", os.environ.get("HYDRA_FULL_ERROR"))
     if config.seed == 2:
@@ -876,7 +882,10 @@ def by_seed(config):
 
 
 def test_the_ways_that_a_task_ends(run):
-    """Processes that a task starts must not inherit what makes Hydra raise its errors."""
+    """A task can end normally, by a UserError, a bug, sys.exit, or an interrupt; each has its exit code and stderr.
+
+    HYDRA_FULL_ERROR, which makes Hydra raise its errors, must not reach processes that the task starts.
+    """
     assert run("seed=1", task=by_seed).out == "environment: None\n"
     mistake, bug, leave, stop = (run(f"seed={seed}", task=by_seed) for seed in [2, 3, 4, 5])
     assert (mistake.code, mistake.err) == (2, "error: two lines\n")
@@ -920,7 +929,7 @@ def test_component_returns_the_class():
 
 
 def test_a_saved_config_is_validated_without_hydra():
-    """eval.py reads config.yaml: values are checked as ever; keys were, when the run began."""
+    """eval.py reads config.yaml. Values are checked as always; keys were checked when the run began."""
     saved = OmegaConf.create(OmegaConf.to_yaml(written("loss=kto"), resolve=True))
     validate(saved, TRAINERS, DATALOADERS)
     saved.top_p = 2
@@ -941,7 +950,7 @@ def test_every_loss_is_valid_with_the_real_classes(monkeypatch, path):
 
 
 def test_help_and_mistakes_are_fast(tmp_path):
-    """Neither needs torch or transformers, which take seconds to import."""
+    """`--help` and an error message need neither torch nor transformers, which take seconds to import."""
     program = (
         "import runpy, sys\n"
         f"sys.path.insert(0, {PROJECT!r})\n"

@@ -1,4 +1,4 @@
-"""The readers: which examples, pairs and counts come out of rows that are known, and what a bad source is told."""
+"""The dataset readers: examples, pairs and counts from known rows, and the error messages for bad sources."""
 
 import json
 from dataclasses import asdict
@@ -63,11 +63,11 @@ def message(error) -> str:
     return str(error.value)
 
 
-# ---- SHP
+#### SHP
 
 
 def test_shp_training_pairs(shp):
-    """17 rows: 14 in askscience's train.json with 8 + 1 about tea, 1 in asksports'."""
+    """17 rows: 16 in askscience's train.json (7 + 8 + 1 about tea), 1 in asksports's."""
     dataset = get_shp("train", shp)
     assert dataset.rows == 17
     assert dataset.dropped == {
@@ -103,7 +103,7 @@ def test_shp_test_split_keeps_every_score_ratio(shp):
 
 
 def test_shp_does_not_depend_on_the_order_of_rows(shp, tmp_path):
-    """Which five of the tea's eight pairs stay is a function of the prompt and the pairs alone."""
+    """The choice of five of the eight pairs about tea depends on the prompt and the pairs only."""
     rows = [json.loads(line) for line in (tmp_path / "SHP/askscience/train.json").read_text().splitlines()]
     hub_copies.write_lines(tmp_path / "reversed/train.json", rows[::-1])
     forward, backward = by_prompt(get_shp("train", shp)), by_prompt(get_shp("train", str(tmp_path / "reversed")))
@@ -112,7 +112,7 @@ def test_shp_does_not_depend_on_the_order_of_rows(shp, tmp_path):
         assert asdict(example) == asdict(forward[prompt])
 
 
-# ---- HH
+#### HH
 
 
 def test_hh_helpful(hh):
@@ -137,7 +137,7 @@ def test_hh_helpful(hh):
 
 
 def test_hh_subsets(hh):
-    """hh reads both subsets of two rows and skips the red team's file; a copy may be one subset itself."""
+    """hh reads both subsets, one test row each, and skips the red team's file. A local copy may be a single subset."""
     assert get_hh("test", hh).rows == 2
     harmless = get_hh_harmless("test", hh)
     assert harmless.rows == 1 and list(harmless.examples) == ["\n\nHuman: Bad?\n\nAssistant:"]
@@ -158,11 +158,11 @@ def test_last_reply(conversation, expected):
     assert _last_reply(conversation) == expected
 
 
-# ---- OASST
+#### OASST
 
 
 def test_oasst(oasst):
-    """21 messages: 3 are prompts, 6 replies; each of the other 12 is dropped for one reason."""
+    """3 of the 21 messages are prompts, and 6 are replies. Each of the other 12 is dropped for one reason."""
     dataset = get_oasst("train", oasst)
     assert dataset.rows == 21
     assert dataset.dropped == {
@@ -198,11 +198,11 @@ def test_oasst_validation_is_our_test(oasst):
     assert dataset.rows == 3 and list(dataset.examples) == ["\n\nHuman: Two?\n\nAssistant:"]
 
 
-# ---- Other forms of a local copy, and sources that cannot be read
+#### OTHER LOCAL COPIES, AND SOURCES THAT CANNOT BE READ
 
 
 def test_copies_made_by_save_to_disk(hh, tmp_path):
-    """Both a whole DatasetDict and one split of it."""
+    """A local copy may be a saved DatasetDict, or a single saved split."""
     saved = datasets.load_dataset(hh, data_dir="helpful-base")
     saved.save_to_disk(tmp_path / "all")
     saved["train"].save_to_disk(tmp_path / "one")
@@ -227,7 +227,7 @@ def test_a_directory_that_is_not_there():
 
 
 def test_no_network(monkeypatch):
-    """The probe fails at once on a closed port, and nothing is retried afterwards."""
+    """If the hub cannot be reached (here: a closed port), reading fails at once and nothing is retried."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError) as error:
@@ -268,7 +268,7 @@ def test_nothing_usable(tmp_path):
     )
 
 
-# ---- The embedded dataset
+#### THE EMBEDDED DATASET
 
 
 def test_demo(monkeypatch):
@@ -281,7 +281,7 @@ def test_demo(monkeypatch):
     ]
 
 
-# ---- Merging
+#### MERGING
 
 
 def example_of(name: str, *args, **kwargs) -> Dataset:
@@ -291,7 +291,7 @@ def example_of(name: str, *args, **kwargs) -> Dataset:
 
 
 def test_merge_loses_nothing():
-    """b's ' y', ' z' become 1, 2, so its pairs (0, 1), (1, 0) become (1, 2), (2, 1)."""
+    """The generations ' y', ' z' of b get the indices 1, 2, so its pairs (0, 1), (1, 0) become (1, 2), (2, 1)."""
     a = example_of("a", [" x", " y"], scores=[3, 1], pairs=[(0, 1)], sft_index=0, truncation_mode="keep_start")
     b = example_of(
         "b", [" y", " z"], scores=[9, 5], pairs=[(0, 1), (1, 0)], feedback=[(0, True), (1, False)], sft_index=1
@@ -309,7 +309,7 @@ def test_merge_loses_nothing():
         dataset_name="a",
     )
     assert alone.prompt == "q"
-    assert a.examples["p"].generations == [" x", " y"]  # its source is left as it was
+    assert a.examples["p"].generations == [" x", " y"]  # the source is unchanged
 
 
 def test_merge_drops_scores_that_only_one_has_and_takes_the_only_sft_index():
@@ -323,7 +323,7 @@ def test_a_subset_named_beside_its_whole_adds_nothing(hh):
     assert both == merge([get_hh("train", hh)])
 
 
-# ---- A user's own files
+#### LOCAL FILES
 
 PAIRS = [
     {"prompt": "p", "chosen": " a", "rejected": " b"},
@@ -381,7 +381,7 @@ def test_local_feedback(tmp_path, suffix, response, label, yes, no):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_local_chat_messages(tmp_path, suffix):
-    """A prompt of messages stays a list, without other keys; a response of one message becomes its text."""
+    """A prompt of messages stays a list, with role and content only. A response of one message becomes its text."""
     prompt = [{"role": "user", "content": "Hi", "name": None}]
     chosen, rejected = [{"role": "assistant", "content": "Hello"}], [{"role": "assistant", "content": "No"}]
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": "train"}
@@ -401,7 +401,7 @@ def test_local_split_column(tmp_path):
 
 
 def test_local_file_without_splits_holds_prompts_out(tmp_path):
-    """About 5 % of 2000 prompts, each with both of its rows, and the same ones wherever they stand in the file."""
+    """About 5 % of 2000 prompts are held out, each with both of its rows, whatever the order of the file."""
     rows = [{"prompt": f"p{i}", "chosen": f" {j}", "rejected": " b"} for i in range(2000) for j in (1, 2)]
     path = write(tmp_path / "data.jsonl", rows)
     train, test = get_local(path, "train"), get_local(path, "test")
@@ -414,14 +414,20 @@ def test_local_file_without_splits_holds_prompts_out(tmp_path):
 
 @pytest.mark.parametrize("offset", range(0, 60, 2))
 def test_two_prompts_are_one_for_each_split(tmp_path, offset):
-    """Whatever their hashes: of 60 prompts about 3 are below the limit, and pairs on one side are divided too."""
+    """A file of two prompts gives one to each split, whatever their hashes.
+
+    Of 60 prompts about 3 have a hash below the limit, so most files here have both prompts on one side of it.
+    """
     rows = [{"prompt": f"p{offset + i}", "chosen": " a", "rejected": " b"} for i in (0, 1)]
     path = write(tmp_path / "data.jsonl", rows)
     assert [len(get_local(path, split).examples) for split in ("train", "test")] == [1, 1]
 
 
 def test_local_text_that_is_not_unicode_is_dropped(tmp_path):
-    """JSON can write half an emoji, as a text cut at a fixed length has it; tokenizers refuse it."""
+    """Half an emoji, which a text cut at a fixed length can end in, is dropped and counted.
+
+    JSON can write it, and tokenizers refuse it.
+    """
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "p", "chosen": " \\ud83d", "rejected": " b"}\n' + json.dumps(PAIRS[0]) + "\n")
     assert get_local(str(tmp_path), "train").dropped == {"invalid Unicode": 1}

@@ -1,4 +1,4 @@
-"""`make demo`, shortened: the same script and commands with a fraction of the examples."""
+"""`make demo` with a fraction of the examples: the same script and commands."""
 
 import re
 import subprocess
@@ -16,7 +16,10 @@ ROW = r"^{name} +([\d.]+) % ± [\d.]+ +([\d.]+) +(?:([\d.]+) % \[([\d.]+), ([\d.
 
 
 def test_the_shortened_demo(tmp_path):
-    """A tenth of the training and 32 samples: the table has its rows, and the data's chosen responses their quality."""
+    """With a tenth of the training and 32 samples, the table has its rows.
+
+    The chosen responses are right in more than 60 % of the samples, more often than SFT's, and SFT wins at most 60 %.
+    """
     words = ["--cache_dir", str(tmp_path), "--n_samples", "32", "n_examples=1280", "n_eval_examples=64"]
     done = subprocess.run(
         [sys.executable, "scripts/demo.py", *words], cwd=PROJECT, capture_output=True, text=True, timeout=600
@@ -36,7 +39,7 @@ def test_the_shortened_demo(tmp_path):
 
 
 def gain_over_sft(tmp_path, loss: str) -> float:
-    """Points of true accuracy that the whole demo at the default seed wins over SFT."""
+    """Run the full demo at the default seed; return the gain in true accuracy over SFT, in percentage points."""
     command = [sys.executable, "scripts/demo.py", "--cache_dir", str(tmp_path), "--loss", loss]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,7 +57,7 @@ def test_kto_improves_on_sft(tmp_path):
 
 @pytest.mark.slow
 def test_ppo_improves_on_sft_and_its_critic_separates_good_from_bad(tmp_path, capsys):
-    """The value of the last state of 256 held-out responses, against their label of +1 or -1."""
+    """The values of the last states of 256 held-out responses correlate with their labels (+1 or -1)."""
     assert gain_over_sft(tmp_path, "ppo") >= 5
     directory = tmp_path / "sft_ppo_seed1"
     config = OmegaConf.load(directory / "config.yaml")

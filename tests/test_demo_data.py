@@ -1,4 +1,4 @@
-"""The embedded dataset: check() at hand-written cases, the shares that generate() promises, the tokenizer."""
+"""The embedded dataset: check() on hand-written cases, the proportions in generate()'s data, and the tokenizer."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ items = cache(demo.generate)  # generating the training split takes a second or 
 
 
 def ask(*turns: str) -> str:
-    """A prompt of Human and Assistant turns in alternation: "" between two Human turns is nothing said."""
+    """Write a prompt of Human and Assistant turns in alternation; "" is an empty turn."""
     speakers = ("Human: ", "Assistant: ")
     return "".join(f"\n\n{speakers[i % 2]}{turn}" for i, turn in enumerate(turns)) + "\n\nAssistant:"
 
@@ -25,7 +25,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny_tokenizer")
 
 
-# ---- check()
+#### CHECKING ANSWERS
 
 QUESTIONS = [  # (turns, right answer, a plausible wrong answer)
     (("Write backwards: KAMI",), "IMAK", "KAMI"),
@@ -58,7 +58,7 @@ def test_check_knows_the_answer_to_every_question(turns, right, wrong):
 
 
 def test_every_template_has_a_hand_written_case():
-    """The list above asks each template of each task, so that no answer is right only by its own code."""
+    """QUESTIONS covers each template of each task, so every answer is also checked against one written by hand."""
     questions = [ask(*turns) for turns, *_ in QUESTIONS]
     for task, pattern in demo.PATTERNS:
         asked = [prompt for prompt in questions if pattern.search(prompt)]
@@ -69,7 +69,7 @@ def test_every_template_has_a_hand_written_case():
     ("response", "quality"),
     [
         (" 9, 10, 11", 1.0),
-        ("9, 10, 11", 1.0),  # the space in front says nothing
+        ("9, 10, 11", 1.0),  # without the leading space
         (" 9, 10, 11.\n", 1.0),
         (" Sure: 9, 10, 11", 1.0),
         (" 9, 10, 11. I hope that this helps!", 0.5),
@@ -100,7 +100,7 @@ def test_a_prompt_of_another_dataset_is_refused():
         demo.check(ask("How do I bake bread?"), " With flour.")
 
 
-# ---- generate()
+#### GENERATED DATA
 
 
 def test_generation_is_a_function_of_split_and_seed():
@@ -109,7 +109,7 @@ def test_generation_is_a_function_of_split_and_seed():
 
 
 def test_the_same_data_in_every_process():
-    """No hash(), set order or global generator gets into it."""
+    """The data does not depend on hash(), set order or a global random generator, which differ between processes."""
     program = "from halos import demo; print(repr(demo.generate('test')[-1]))"
     printed = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
@@ -126,7 +126,7 @@ def test_sizes():
 
 
 def test_splits_share_no_prompt_and_no_question():
-    """Not even with two seeds, and not with other turns before the question."""
+    """Training and test share no prompt, also for another seed, and no question after other turns."""
 
     def prompts(split, seed=0):
         return [item["prompt"] for item in items(split, seed)]
@@ -153,7 +153,7 @@ def test_every_item_keeps_the_form(split):
 
 
 def test_the_annotators_are_imperfect_by_a_known_amount():
-    """An SFT target is right with 0.95 * 0.70 = 0.665, and some right answers come from `wrong_response` by chance."""
+    """An SFT target is right with probability 0.95 * 0.70 = 0.665, plus right answers of `wrong_response` by chance."""
     train = items("train")
     imitated = [demo.check(item["prompt"], item["responses"][item["sft_index"]]) for item in train]
     assert 0.65 < sum(q == 1.0 for q in imitated) / len(train) < 0.70
@@ -163,8 +163,10 @@ def test_the_annotators_are_imperfect_by_a_known_amount():
 
 
 def test_the_mistakes_are_various():
-    """At least half of the rejected responses share less than a third of their characters, place by place, with the
-    right answer; and at least one in seven is close to it."""
+    """More than half of the rejected responses are far from the right answer, and more than one in seven is close.
+
+    Quality is 0.4 times the share of characters that match in place: far is below a third, close above a half.
+    """
     rejected = [
         demo.check(item["prompt"], item["responses"][worse]) for item in items("train") for _, worse in item["pairs"]
     ]
@@ -173,7 +175,7 @@ def test_the_mistakes_are_various():
     assert far > 0.5 and close > 1 / 7
 
 
-# ---- The tokenizer
+#### THE TOKENIZER
 
 
 def test_every_text_comes_back():
@@ -183,7 +185,10 @@ def test_every_text_comes_back():
 
 
 def test_prompt_and_response_tokenize_apart_as_together():
-    """So a model sees in sampling what it saw in training."""
+    """The ids of prompt and response, encoded separately, are those of the whole text.
+
+    So a model reads the same ids in sampling as in training.
+    """
     for item in items("test")[:200]:
         for response in item["responses"]:
             apart = tokenizer()(item["prompt"])["input_ids"] + tokenizer()(response)["input_ids"]
@@ -202,14 +207,14 @@ def test_special_tokens_and_lengths():
     tok = tokenizer()
     assert tok.is_fast and len(tok) <= 1024
     assert tok.eos_token_id is not None and tok.pad_token_id is not None and tok.eos_token_id != tok.pad_token_id
-    assert tok.bos_token is None and tok("")["input_ids"] == []  # nothing is added to a text
+    assert tok.bos_token is None and tok("")["input_ids"] == []  # no special tokens are added to a text
     lengths = sorted(map(len, tok([item["prompt"] for item in items("test")])["input_ids"]))
     assert lengths[len(lengths) // 2] < 16 and lengths[-1] > 100  # a realistic spread, and inside max_prompt_length
     assert lengths[-1] <= 192
 
 
 def test_the_tokenizer_can_be_rebuilt(tmp_path):
-    """The committed files are what scripts/make_tiny_tokenizer.py makes of the dataset as it is now."""
+    """scripts/make_tiny_tokenizer.py, run on today's dataset, gives the committed files."""
     script = ROOT / "scripts" / "make_tiny_tokenizer.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
     assert (tmp_path / "tokenizer.json").read_text() == (ROOT / "assets/tiny_tokenizer/tokenizer.json").read_text()

@@ -1,6 +1,6 @@
-"""Several processes are one: the same losses, metrics, gradients, weights, and checkpoints, on a CPU with gloo.
+"""Several processes give what one process gives: losses, metrics, weights, and checkpoints, on a CPU with gloo.
 
-Each number of processes is started once, in a fixture; the tests look at what it left in its folder.
+Each number of processes is started once, in a fixture. The tests compare the files that it wrote to its folder.
 """
 
 import glob
@@ -30,7 +30,7 @@ LOSSES = sorted(os.path.basename(path)[:-5] for path in glob.glob(f"{CONFIG_DIR}
 # The default optimizer, at a learning rate that moves the weights, and evaluations in between.
 COMMON = "optimizer=RMSprop lr=1e-4 do_first_eval=true eval_every=16"
 CASES = {loss: f"{loss} {COMMON}" for loss in LOSSES} | {
-    # Forwards of few tokens: several per process, not equally many examples in each, and dummies at the end.
+    # Forward passes of few tokens: several per rank, with different numbers of examples, and dummies at the end.
     "forwards": f"kto {COMMON} model.max_tokens_per_forward=30",
     "accumulation": f"ppo {COMMON} loss.ppo_epochs=2 model.gradient_accumulation_steps=2 model.batch_size=4",
     "padded": f"dpo {COMMON} model.packing=false model.logps=plain",
@@ -45,7 +45,7 @@ MORE = {"hsdp": f"ppo {COMMON} hsdp_replicas=2"}  # on 4 processes
 
 @pytest.fixture(scope="session")
 def one(tmp_path_factory):
-    """All cases on one process, right here: the folder."""
+    """The folder of all cases on one process, which is this one."""
     folder = tmp_path_factory.mktemp("one")
     draw = metrics.draw_curves
     workers.train(str(folder), CASES | IN_BFLOAT16 | {"hsdp": MORE["hsdp"].replace("hsdp_replicas=2", "")})
@@ -56,7 +56,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory):
-    """Models of every architecture as Hugging Face directories: {name: path}."""
+    """A Hugging Face directory of each architecture: {name: path}."""
     folder = tmp_path_factory.mktemp("architectures")
     for name in ARCHITECTURES:
         tiny_lm(name).save_pretrained(folder / name)
@@ -65,8 +65,11 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sources(one, tmp_path_factory):
-    """`model.load_from` in its forms: a policy.pt, a directory, one whose weights have the names of a bare body, one
-    without safetensors, which the main process reads for all; and no such thing, but random weights."""
+    """The words that select each kind of weights, {name: words}.
+
+    A policy.pt, a Hugging Face directory, one whose weights are named as those of a bare body, one without safetensors
+    (which the main process reads for all), and random weights.
+    """
     latest = one / "dpo" / "run" / "LATEST"
     state = load_file(latest / "model.safetensors")
     renamed = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -117,10 +120,10 @@ PRECISE = ("logps_", "grad_norm", "v_head_grad_norm", "val", "returns", "lr", "s
 
 
 def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) -> None:
-    """Every number of every row to 1e-5; rewards and what is made of them to 1e-5 of the log-probs they are made from.
+    """Compare every number of every row to 1e-5; rewards and metrics made from them to 1e-5 of the log-probs.
 
-    A reward is beta times a difference of log-probs of some -40 nats, which float32 holds to 4e-6: near 0 it has no
-    relative precision. The same holds for losses and ratios that are built on it, and for what a loss logs itself.
+    A reward is beta times a difference of log-probs of about -40 nats, which float32 holds to 4e-6. Near 0 it has no
+    relative precision, and neither have losses, ratios and other metrics that are computed from it.
     """
     assert len(rows) == len(expected) > 5
     for row, wanted in zip(rows, expected, strict=True):
@@ -133,17 +136,17 @@ def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) 
 
 
 def ways(folder, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far the policy's weights moved, and its critic's at the end."""
+    """Return how far the policy's weights moved, and the critic's weights at the end."""
     saved = torch.load(folder / f"{name}.pt")
     critic = [tensor.double().flatten() for tensor in saved["critic"].values()]
     return moved(saved["before"], saved["after"]), torch.cat(critic) if critic else torch.zeros(0)
 
 
 def assert_same_run(folder, one, name: str) -> None:
-    """At lr 1e-4 the weights move; they agree to 1e-5 of their norm, and to 1e-4 of the norm of that way.
+    """Compare a run with the same run on one process.
 
-    A single one may be off by more, since RMSprop divides by the gradient's size: where that is next to nothing, its
-    rounding is not.
+    The weights agree to 1e-5 of their norm, and to 1e-4 of the norm of their movement. A single weight may differ by
+    more (1e-4): RMSprop divides by the size of the gradient, so where the gradient is close to 0, rounding counts.
     """
     (way, critic), (expected, expected_critic) = ways(folder, name), ways(one, name)
     start = torch.cat([tensor.flatten() for tensor in torch.load(one / f"{name}.pt")["before"].values()])
@@ -159,19 +162,24 @@ def assert_same_run(folder, one, name: str) -> None:
 @several
 @pytest.mark.parametrize("name", CASES)
 def test_several_processes_train_as_one(request, one, folder, name):
-    """Five updates, the last of a single example, with evaluations: for every file of config/loss, and every way to
-    spread and compute it."""
+    """Several processes train as one, for every loss and every way to compute it.
+
+    Each run has five updates, the last of a single example, and evaluations.
+    """
     assert_same_run(request.getfixturevalue(folder), one, name)
 
 
 @pytest.mark.slow
 def test_hsdp_trains_as_one(four, one):
-    """Four processes as two groups that each hold all shards."""
+    """HSDP on four processes, as two groups that each hold all shards, trains as one process."""
     assert_same_run(four, one, "hsdp")
 
 
 def test_bfloat16_trains_as_one_does(two, one):
-    """A pack of other sequences rounds differently in bfloat16: by a few percent of the way."""
+    """In bfloat16, two processes move the weights in the direction that one does (cosine above 0.9).
+
+    Each rank packs other sequences, which round differently: by a few percent of the movement.
+    """
     way, expected = ways(two, "bfloat16")[0], ways(one, "bfloat16")[0]
     assert torch.cosine_similarity(way, expected, dim=0) > 0.9
 
@@ -181,7 +189,10 @@ def test_bfloat16_trains_as_one_does(two, one):
 
 @several
 def test_sharded_models_are_the_models(request, folder, directories):
-    """Of every architecture: weights bit by bit, and log-probs to 1e-5, which need the buffers that no file has."""
+    """Sharded models of every architecture equal the whole models: weights bit by bit, log-probs to 1e-5.
+
+    Log-probs also need the buffers that no file contains.
+    """
     if folder == "three":
         pytest.skip("two and four processes load them")
     found = torch.load(request.getfixturevalue(folder) / "architectures.pt")
@@ -199,7 +210,7 @@ def test_sharded_models_are_the_models(request, folder, directories):
 
 @several
 def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sources):
-    """Policy and reference are what one process loads, bit by bit, and each process holds its part of it."""
+    """Policy and reference equal those that one process loads, bit by bit, and each rank holds only its share."""
     if folder == "three":
         pytest.skip("two and four processes load them")
     found = torch.load(request.getfixturevalue(folder) / "checkpoints.pt")
@@ -219,7 +230,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
 
 @several
 def test_a_checkpoint_of_several_processes_is_one(request, one, folder):
-    """LATEST has the same files, weights under the same names, an export that transformers opens, and a critic."""
+    """LATEST of several processes has the files and names of one process's, an export that opens, and the critic."""
     folder = request.getfixturevalue(folder)
     for name in ("dpo", "ppo", "tied"):
         theirs, ours = (place / name / "run" / "LATEST" for place in (one, folder))
@@ -233,7 +244,7 @@ def test_a_checkpoint_of_several_processes_is_one(request, one, folder):
 
 
 def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
-    """Policy and critic, from two processes to one."""
+    """A checkpoint of two processes loads in one process: policy and critic, bit by bit."""
     words = (f"model.load_from={two}/ppo/run/LATEST/policy.pt",)
     trainer = make_trainer(tmp_path, "ppo", *words)
     saved = torch.load(two / "ppo.pt")
@@ -247,7 +258,7 @@ def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
 
 @several
 def test_one_rank_can_stop_all(request, folder):
-    """Every rank ends after the second update, and all take part in the evaluation and the checkpoint at the end."""
+    """If the last rank alone wants to stop after the second update, all ranks stop, evaluate, and save."""
     folder = request.getfixturevalue(folder) / "stopped" / "run"
     rows = metrics.read_metrics(folder / "metrics.jsonl")
     assert [(row["mode"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("eval", 2)]
@@ -256,7 +267,10 @@ def test_one_rank_can_stop_all(request, folder):
 
 @several
 def test_samples_do_not_depend_on_the_number_of_processes(request, one, folder):
-    """In the prompts' order, and two to the same prompt differ."""
+    """Samples are the same on any number of processes, in the order of the prompts. Equal prompts get different texts.
+
+    The last of the 11 prompts equals the first.
+    """
     texts = torch.load(request.getfixturevalue(folder) / "texts.pt")
     assert texts == torch.load(one / "texts.pt") and len(texts) == 11
     assert texts[0] != texts[10]
@@ -264,7 +278,10 @@ def test_samples_do_not_depend_on_the_number_of_processes(request, one, folder):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_processes(tmp_path):
-    """With one line, the weights of before in LATEST, and the examples in a file."""
+    """A loss that is not finite ends all processes with one error.
+
+    LATEST has the weights from before, and not_finite.json the 8 examples.
+    """
     with pytest.raises(UserError, match="the loss is not finite after 1 updates"):
         launch(workers.diverge, str(tmp_path), nproc_per_node=2)
     assert torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["step_idx"] == 1
@@ -279,7 +296,7 @@ def python(*words) -> str:
 
 @pytest.mark.slow
 def test_the_commands_on_two_processes(tmp_path):
-    """train.py, and eval.py in both modes, with nproc_per_node=2: what they write is what one process writes."""
+    """train.py, and eval.py in both modes, with nproc_per_node=2 give the results of one process."""
     words = "loss=dpo n_examples=128 n_eval_examples=64 eval_every=64".split()
     python("train.py", *words, f"cache_dir={tmp_path}", "exp_name=run", "nproc_per_node=2")
     config = tmp_path / "run" / "config.yaml"
@@ -299,7 +316,7 @@ def test_the_commands_on_two_processes(tmp_path):
 
 
 def torchrun(*words: str, nodes: int = 1, processes: int = 2) -> list[str]:
-    """The output of a script under torchrun, one agent per node, all on this machine."""
+    """Run a script under torchrun, one agent per node, all on this machine; return the output of each agent."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -316,8 +333,10 @@ def torchrun(*words: str, nodes: int = 1, processes: int = 2) -> list[str]:
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_process(tmp_path):
-    """train.py itself, under two torchrun agents that meet on loopback, two processes each: HSDP over two nodes. The
-    numbers are those of one process, and each line is said once."""
+    """train.py under two torchrun agents of two processes each (HSDP over two nodes) gives the numbers of one process.
+
+    Each line is printed once.
+    """
     words = "loss=kto n_examples=256 n_eval_examples=64 lr=1e-4 warmup_steps=0 optimizer=RMSprop".split()
     outputs = torchrun("train.py", *words, f"cache_dir={tmp_path}", "exp_name=nodes", nodes=2)
     assert sum(output.count("4 processes on CPU, 2 nodes") for output in outputs) == 1
@@ -335,14 +354,14 @@ LARGE = (
 
 
 def anonymous_pss(pid: int) -> int:
-    """Bytes of a process that are in no file, pages shared with others counted by share."""
+    """Return the bytes of a process that are not pages of files; pages shared with other processes count in part."""
     with open(f"/proc/{pid}/smaps_rollup") as file:
         kilobytes = {name: value.split()[0] for name, _, value in (line.partition(":") for line in file)}
     return 1024 * (int(kilobytes["Pss_Anon"]) + int(kilobytes["Pss_Shmem"]))
 
 
 class Watch(threading.Thread):
-    """The summed memory of `load_large`'s processes: while they are idle, at its peak, and at the end."""
+    """The memory of all processes of `load_large` together: idle, at its peak, and loaded."""
 
     def __init__(self, folder, n: int):
         super().__init__(daemon=True)
@@ -371,8 +390,10 @@ class Watch(threading.Thread):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["policy.pt", "directory"])
 def test_loading_holds_the_model_once(tmp_path, form, capsys):
-    """336 MB of float32 weights on 4 processes: beyond what the processes are without them, all together never hold
-    more than 1.5 times that, pages of files excluded."""
+    """While 4 processes load 336 MB of float32 weights, together they hold at most 1.5 times that.
+
+    The memory of idle processes and pages of files are not counted.
+    """
     config = make_config(tmp_path, *LARGE.split())
     lm = loading.load_lm(config, torch.float32)
     weight = 4 * lm.num_parameters()

@@ -1,4 +1,4 @@
-"""A global batch: what a loss sees of it, how its forward and backward passes treat roles, and what a run keeps."""
+"""A global batch as a loss sees it, its forward and backward passes by role, and the state of training."""
 
 import math
 
@@ -27,7 +27,7 @@ def close(actual, expected, **kwargs) -> None:
 
 
 def test_a_batch_by_hand():
-    """A pair of 2 and 1 tokens with scores, and a chosen response of 1 token beside an unrelated one of 3."""
+    """The batch: a pair of 2 and 1 tokens with scores, and a chosen response of 1 token with an unrelated one of 3."""
     pair = example([1, 2], [3, 4], [5])._replace(scores=(4.0, 1.5), ids=("a/1/0", "a/1/1"), dataset="a")
     single = example([6], [7], [8, 9, 10], chosen=(True, None))._replace(ids=("b/2/0", "a/1/1"), dataset="b")
     logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0])
@@ -42,14 +42,17 @@ def test_a_batch_by_hand():
 
 
 def test_margins_of_pairs():
-    """4 - 1.5 and 0 - 3; NaN for the pair without scores."""
+    """Margins are score of chosen minus score of rejected: 4 - 1.5 and 0 - 3; NaN for the pair without scores."""
     examples = [example([1], [2], [3])._replace(scores=scores) for scores in ((4.0, 1.5), (0.0, 3.0), ())]
     batch = Batch(examples, PerToken(torch.zeros(6), None, None), None)
     close(batch.margins, [2.5, -3.0, math.nan], equal_nan=True)
 
 
 def test_outcomes_are_concatenated_with_their_metrics():
-    """Means are over all elements of all batches, and a variance is that of all values together: of (1, 2, 6), 14/3."""
+    """Means and statistics are taken over all elements of all batches.
+
+    The losses 1, 2 and 6 have the mean 3 and the variance (4 + 1 + 9) / 3 = 14/3.
+    """
 
     def outcome(losses, **metrics):
         vector = torch.tensor(losses)
@@ -81,7 +84,10 @@ def gradient_of(policy) -> torch.Tensor:
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("max_tokens", [1, 12, 1000])
 def test_unrelated_responses_are_scored_and_not_trained_on(packs, max_tokens):
-    """Their log-probs are those of a plain forward pass; a loss of all tokens has the gradient of the trained ones."""
+    """Unrelated responses get the log-probs of a plain forward pass, and contribute no gradient.
+
+    A loss of all tokens has the gradient of the same loss of the trained tokens.
+    """
     policy = tiny_policy("llama", packs)
     expected = policy(policy.inputs(MIXED)).logps
     forward = Forward(policy, MIXED, max_tokens)
@@ -98,7 +104,10 @@ def test_unrelated_responses_are_scored_and_not_trained_on(packs, max_tokens):
 
 
 def test_what_runs_with_a_graph_holds_no_unrelated_response():
-    """They run apart, and the same without gradient: policy and reference compute bit by bit the same."""
+    """The forward pass with a graph contains no unrelated response. Without gradient, the same forward passes run.
+
+    So policy and reference model compute the same, bit by bit.
+    """
     policy = tiny_policy("llama", packs=True)
     forward = Forward(policy, MIXED, 1000)
     (piece,) = forward.pieces
@@ -110,7 +119,7 @@ def test_what_runs_with_a_graph_holds_no_unrelated_response():
 
 
 def test_pieces_partition_the_tokens_of_the_batch():
-    """Trained and unrelated together: every token once, in examples of whole responses."""
+    """Forward passes of trained and of unrelated responses together contain every token of the batch once."""
     device = torch.device("cpu")
     trained, untrained = frozenset({Role.CHOSEN, Role.REJECTED}), frozenset({Role.UNRELATED})
     found = [pieces(MIXED, roles, 8, device) for roles in (trained, untrained)]
@@ -120,19 +129,22 @@ def test_pieces_partition_the_tokens_of_the_batch():
 
 
 def test_the_scores_and_ids_of_a_batch_come_from_its_loader():
-    """The drawn examples have scores 1 and 0, so every margin is 1; ids tell the pairs apart."""
+    """Every margin is 1, because the examples have the scores 1 and 0. The 8 responses of 4 pairs have 8 ids."""
     (batch,) = loader_for("dpo", 4, batch_size=4)
     seen = Batch(batch, PerToken(torch.zeros(sum(len(r) for one in batch for r in one.responses)), None, None), None)
     assert seen.margins.tolist() == [1.0] * 4
     assert len(set(seen.ids)) == 8 and set(seen.datasets) == {"drawn"}
 
 
-#### THE STATE OF A RUN
+#### THE STATE OF TRAINING
 
 
 @pytest.mark.parametrize("loss", losses())
 def test_a_state_that_was_loaded_goes_on_as_the_one_that_was_saved(tmp_path, loss):
-    """Two epochs at once, and one, then another by a new trainer that was given weights and state: bit by bit."""
+    """Training that continues from saved weights and state equals training without a break, bit by bit.
+
+    One trainer trains for two epochs. Another stops after one, and a third loads its weights and state and continues.
+    """
     words = ("optimizer=AdamW", "warmup_steps=3", "lr_scheduler=cosine", "n_epochs=2", "lr=0.01", "eval_every=16")
 
     def trainer_of(name):
@@ -160,7 +172,7 @@ def test_a_state_that_was_loaded_goes_on_as_the_one_that_was_saved(tmp_path, los
 
 
 def test_should_stop_is_asked_after_every_update(tmp_path):
-    """It ends the run after the second of three updates, with an evaluation and a checkpoint of that state."""
+    """Training ends after the second of three updates, with an evaluation and a checkpoint at 16 examples."""
     trainer, asked = make_trainer(tmp_path, "sft", "eval_every=800"), []
 
     def should_stop():
@@ -175,7 +187,7 @@ def test_should_stop_is_asked_after_every_update(tmp_path):
 
 
 def test_should_stop_between_the_epochs_of_ppo(tmp_path):
-    """PPO asks after each of its updates, too: three epochs on a batch, stopped after the second."""
+    """PPO asks after each update, too: of three epochs on a batch of 8, it takes two."""
     trainer = make_trainer(tmp_path, "ppo", "loss.ppo_epochs=3")
     trainer.should_stop = lambda: trainer.state.updates == 2
     trainer.train()
@@ -183,7 +195,10 @@ def test_should_stop_between_the_epochs_of_ppo(tmp_path):
 
 
 def test_a_loss_may_call_another(tmp_path):
-    """DPO with a likelihood term on top: `super().loss` in the loss, in a step of training."""
+    """A loss may use `super().loss`: DPO plus a likelihood term, in one step of training.
+
+    At the start DPO's loss is ln 2, so the sum is ln 2 - 0.5 * log p(chosen).
+    """
 
     class RPOTrainer(trainers.DPOTrainer):
         def loss(self, policy_chosen_logps, *others):
@@ -197,7 +212,10 @@ def test_a_loss_may_call_another(tmp_path):
 
 
 def test_a_loss_can_log_the_names_of_its_examples(tmp_path):
-    """Ids, datasets and scores reach `batch_loss` in training as in evaluation: here as a metric per dataset."""
+    """The dataset names of a batch reach `batch_loss`, in training and in evaluation: here as a metric per dataset.
+
+    The loss is ln 2 for both datasets at the start. Both have 4 of 8 pairs, so the total is the mean of the two.
+    """
 
     class PerDataset(trainers.DPOTrainer):
         def batch_loss(self, batch):

@@ -1,4 +1,4 @@
-"""No token is computed twice, and none for nothing: the matrix products of a step, counted."""
+"""The FLOPs of a step, counted over its matrix products: no token is computed twice, and no padding."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from halos import logps
 
 
 def product_flops(a, b, *args, **kwargs) -> int:
-    """2 n m k for shapes (n, k) and (k, m)."""
+    """Return 2 n m k, for shapes (n, k) and (k, m)."""
     return 2 * a[0] * a[1] * b[1]
 
 
-# The counter does not know the products that write into a given tensor. (SDPA's flash kernel on a CPU is not counted
-# either, and is not to be: the floor is that of the dense layers.)
+# The counter does not know products that write into a given tensor. It does not count SDPA's flash kernel on a CPU
+# either, which is right: the floor is that of the dense layers.
 IN_PLACE = {
     torch.ops.aten.mm.out: product_flops,
     torch.ops.aten.addmm_: lambda out, a, b, *args, **kwargs: product_flops(a, b),
@@ -22,7 +22,10 @@ IN_PLACE = {
 
 
 def executed_over_floor(policy, examples) -> float:
-    """Executed dense FLOPs over 6 N_body T_unique + 6 V d T_response: forward 2, backward 4 per weight and token."""
+    """Return the executed dense FLOPs over the floor, 6 N_body T_unique + 6 V d T_response.
+
+    Per weight and token, a forward pass takes 2 FLOPs and a backward pass 4.
+    """
     t_unique = sum(example.n_tokens for example in examples)
     t_response = sum(len(response) for example in examples for response in example.responses)
     head = policy.lm.get_output_embeddings().weight.numel()
@@ -44,10 +47,11 @@ def examples(policy):
 
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 def test_packed_step_executes_the_floor_and_the_heads_recomputation(policy, examples, chunks, monkeypatch):
-    """Body: exactly the floor. Head: with k chunks the logits of all but the last are made again in the backward.
+    """A packed step executes the floor, plus the logits of all chunks but the last a second time.
 
-    That is 2 of the 6 FLOPs per weight and token for (k - 1) / k of the tokens; with h the head's share of the floor
-    the ratio is 1 + h / 3 (k - 1) / k. Equal chunks differ by a token or two, hence the tolerance.
+    A second computation takes 2 of the 6 FLOPs per weight and token, for (k - 1) / k of the tokens with k chunks. If
+    the head's share of the floor is h, the ratio is 1 + h / 3 (k - 1) / k. Chunks differ by a token or two, hence the
+    tolerance.
     """
     policy.use_packing(True)
     t_unique = sum(example.n_tokens for example in examples)
@@ -61,7 +65,10 @@ def test_packed_step_executes_the_floor_and_the_heads_recomputation(policy, exam
 
 
 def test_padded_step_executes_what_packing_saves(policy, examples):
-    """The plain path runs the body and the head on rows x longest row, padding and prompt copies included."""
+    """A padded step runs body and head on (number of responses) x (longest sequence) positions.
+
+    These include padding, and a copy of the prompt for each response.
+    """
     policy.use_packing(False)
     width = max(len(example.prompt) + len(response) for example in examples for response in example.responses)
     positions = width * sum(len(example.responses) for example in examples)

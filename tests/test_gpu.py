@@ -1,6 +1,6 @@
-"""What only a GPU can show: its kernels against the plain forward, and the mixed precision that runs train in.
+"""Tests that need a GPU: its kernels against the plain forward pass, and training in mixed precision.
 
-Run with `pytest -m gpu`; skipped where there is none.
+Run them with `pytest -m gpu`. They are skipped without a GPU.
 """
 
 import pytest
@@ -27,8 +27,8 @@ def no_curves(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "qwen2"])
 def test_the_kernel_for_packs_agrees_with_the_padded_forward(name):
-    """In bfloat16, by the rule of the start of a run: at most twice the error of padded bfloat16."""
-    wide = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}  # heads of 64, as kernels want them
+    """In bfloat16, packed log-probs pass the check of a run's start: at most twice the error of padded bfloat16."""
+    wide = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}  # heads of 64, for the kernels
     policy = PolicyModel(tiny_lm(name, **wide, initializer_range=0.05)).to(CUDA)
     float32 = packing_check.in_float32(policy)
     sharding.prepare_policy(policy, torch.bfloat16)
@@ -37,7 +37,7 @@ def test_the_kernel_for_packs_agrees_with_the_padded_forward(name):
 
 
 def test_packed_gradients_agree_with_padded_ones():
-    """bfloat16 kernels: gradients of packed and padded within a few percent, on shared prompts."""
+    """Gradients of packed and padded bfloat16 forward passes agree to 5 %, on shared prompts."""
     examples, grads = random_examples(8, (2, 1, 3)), []
     for packs in (True, False):
         lm = tiny_lm("llama", hidden_size=256, num_attention_heads=4, intermediate_size=512, initializer_range=0.05)
@@ -50,7 +50,7 @@ def test_packed_gradients_agree_with_padded_ones():
 
 
 def test_the_head_in_bfloat16():
-    """Log-probs, entropy, and gradients against float64 of the same numbers."""
+    """Log-probs, entropies, and gradients of bfloat16 inputs agree with float64 on the same inputs."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 64, device=CUDA).bfloat16(), torch.randn(5000, 64, device=CUDA).bfloat16() / 4
     targets, entropy = torch.randint(5000, (300,), device=CUDA), torch.empty(300, device=CUDA)
@@ -64,7 +64,7 @@ def test_the_head_in_bfloat16():
 
 
 def train(folder: str, loss: str, *words: str) -> None:
-    """A run of three updates on the GPUs of the processes that there are."""
+    """Train for three updates, on the GPU of each process."""
     import trainers
     from halos import distributed
     from helpers import make_config
@@ -78,8 +78,10 @@ def train(folder: str, loss: str, *words: str) -> None:
 
 @pytest.mark.parametrize("loss", ["sft", "dpo", "kto", "ppo"])
 def test_a_run_in_mixed_precision(tmp_path, loss):
-    """Float32 weights under bfloat16 compute, packed, checkpointed: it trains, starts at a log-ratio of 0, and is
-    exported."""
+    """Training float32 weights in bfloat16, packed and with checkpointing, starts at a log-ratio of 0.
+
+    The export opens in transformers, and policy.pt is float32.
+    """
     train(str(tmp_path), loss, "model.activation_checkpointing=true")
     rows = metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")
     if loss != "sft":
@@ -91,7 +93,7 @@ def test_a_run_in_mixed_precision(tmp_path, loss):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_train_as_one(tmp_path):
-    """In float32, over NCCL."""
+    """Two GPUs give the weights of one, in float32, over NCCL."""
     words = ("model.fsdp_policy_mp=float32", "lr=0.05")
     for n in (1, 2):
         launch(train, str(tmp_path / str(n)), "kto", *words, nproc_per_node=n)

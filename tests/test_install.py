@@ -1,4 +1,4 @@
-"""The package as pip installs it: what a wheel contains, which project a command runs, and the commands themselves."""
+"""The package as pip installs it: the files of a wheel, the project that a command runs, and the commands."""
 
 import importlib.util
 import json
@@ -18,9 +18,9 @@ from halos.errors import UserError
 from halos.metrics import read_metrics
 from halos.project_dir import PROJECT, is_project
 
-# What an environment must not get from a wheel.
+# Modules that a wheel must not install at the top level.
 TOP_LEVEL = ("train", "eval", "compare", "trainers", "dataloaders", "utils", "config", "assets", "tests", "scripts")
-# What a clone has and a wheel leaves out.
+# Folders of a clone that a wheel leaves out.
 LEFT_OUT = ("tests/", "benchmarks/", "docs/", "scripts/", ".ci/")
 
 SMALL = [
@@ -54,16 +54,16 @@ def tracked_files() -> list[str]:
 
 
 def expected_in_wheel() -> set[str]:
-    """Paths in the wheel of all tracked files that a run may need: modules, and every folder that is not left out."""
+    """Return the paths in a wheel of all tracked files that a run may need: modules, and folders not in LEFT_OUT."""
     files = [path for path in tracked_files() if not path.startswith(LEFT_OUT) and ("/" in path or path[-3:] == ".py")]
     return {path if path.startswith("halos/") else f"halos/project/{path}" for path in files}
 
 
-#### WHAT A WHEEL CONTAINS
+#### THE FILES OF A WHEEL
 
 
 def test_the_build_hook_takes_every_module_and_folder(monkeypatch):
-    """A new top-level module, config file or folder that the wheel would lack fails here, without a build."""
+    """The build hook includes every top-level module and folder. A new one that a wheel would lack fails this test."""
     plugin = SimpleNamespace(BuildHookInterface=object)  # the build backend is not installed where tests run
     monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin.interface", plugin)
     inclusions = load(os.path.join(PROJECT, "scripts", "build_hook.py"), "build_hook").inclusions(PROJECT)
@@ -86,7 +86,7 @@ def test_the_hook_and_the_commands_that_pyproject_names_exist():
 
 
 def test_the_project_directory(tmp_path):
-    """The parent of halos/ in a clone, halos/project/ in a wheel."""
+    """The project directory is the parent of halos/ in a clone, and halos/project/ in a wheel."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     assert root == PROJECT and is_project(PROJECT) and not is_project(str(tmp_path))
     (tmp_path / "halos").mkdir()
@@ -97,7 +97,10 @@ def test_the_project_directory(tmp_path):
 
 
 def test_a_command_runs_the_project_in_the_current_directory(tmp_path):
-    """trainers.py, config/config.yaml and config/loss make a project. One that lacks the script is refused."""
+    """A directory with trainers.py, config/config.yaml and config/loss is a project; without the script it is refused.
+
+    In any other directory, a command runs the installed project.
+    """
     directory, installed = str(tmp_path), os.path.join(PROJECT, "train.py")
     assert console.script_path("train.py", directory) == installed
     (tmp_path / "trainers.py").touch()
@@ -111,11 +114,11 @@ def test_a_command_runs_the_project_in_the_current_directory(tmp_path):
     assert console.script_path("train.py", directory) == str(tmp_path / "train.py")
 
 
-#### INSTALLED (the build backend comes from the package index)
+#### INSTALLED COMMANDS (pip gets the build backend from the package index)
 
 
 class Environment:
-    """A virtual environment that sees the packages of the running one, and in which pip installs the project."""
+    """A virtual environment with the packages of the running one, into which pip installs the project."""
 
     def __init__(self, directory, *what: str):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
@@ -142,7 +145,7 @@ def pip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> str:
-    """The path of a wheel, built by pip in isolation as for a user."""
+    """The path of a wheel that pip builds in isolation, as for a user."""
     directory = tmp_path_factory.mktemp("wheel")
     with open(os.path.join(PROJECT, "pyproject.toml"), "rb") as file:
         requires = tomllib.load(file)["build-system"]["requires"]
@@ -165,7 +168,7 @@ def test_a_wheel_contains_what_a_clone_has(wheel):
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
 def test_installed_commands(wheel, tmp_path, editable):
-    """Train in one directory, with the losses of the clone, on two processes; sample and compare in another one."""
+    """Installed commands train in one directory as the clone's train.py does, and sample and compare in another."""
     environment = Environment(tmp_path / "venv", *(["-e", PROJECT] if editable else [wheel]))
     installed = {name for name in os.listdir(environment.packages) if name.endswith((".py", ".pth")) or "." not in name}
     wanted = {"_halos.pth"} if editable else {"halos"}
@@ -198,7 +201,7 @@ def test_installed_commands(wheel, tmp_path, editable):
 
 @pytest.mark.slow
 def test_a_project_of_ones_own(wheel, tmp_path):
-    """Add a loss to a copy of the installed project: commands in that directory use it, in every process."""
+    """A loss that is added to a copy of the installed project is used by commands in that copy, in every process."""
     environment = Environment(tmp_path / "venv", wheel)
     mine = tmp_path / "mine"
     shutil.copytree(os.path.join(environment.packages, "halos", "project"), mine)

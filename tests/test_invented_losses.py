@@ -1,6 +1,6 @@
-"""docs/losses.md, word for word: its five losses are added to a copy of the project, and held to the generic tests.
+"""The five losses of docs/losses.md, added to a copy of the project word for word, pass the project's generic tests.
 
-Nothing in the tests that run there knows of these losses: they find them in config/loss/.
+The tests that run there are unchanged: they find the losses in config/loss/.
 """
 
 import os
@@ -18,7 +18,7 @@ NAMES = ("ipo", "simpo", "rdpo", "clipped_dpo", "kto_pairs")
 
 
 def blocks() -> list[tuple[str, str, str]]:
-    """(file, loss, text) of each block of the page that belongs into a file."""
+    """Return (file, loss, text) of each code block of the page that names a file."""
     text = (Path(PROJECT) / "docs" / "losses.md").read_text(encoding="utf-8")
     return [(file, loss or Path(file).stem, content) for file, loss, content in BLOCK.findall(text)]
 
@@ -34,7 +34,7 @@ def extended(tmp_path_factory):
 
 
 def pytest_in(copy, *words: str) -> str:
-    """What pytest says at its end in the copy, on the invented losses alone."""
+    """Run pytest in the copy, on tests of the five losses only, and return its last line."""
     selected = " or ".join(NAMES)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *words]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
@@ -47,7 +47,7 @@ def passed(summary: str) -> int:
 
 
 def test_each_is_one_yaml_and_one_short_class():
-    """At most 15 lines of code in a trainer, and 12 in a loader; the engine is not touched."""
+    """Each loss is one YAML file and a class of at most 15 lines; a loader has at most 12. No other file changes."""
     found = {}
     for file, loss, content in blocks():
         found.setdefault(file.split("/")[0], {})[loss] = len(content.splitlines())
@@ -57,19 +57,19 @@ def test_each_is_one_yaml_and_one_short_class():
 
 
 def test_the_generic_tests_pick_them_up(extended):
-    """As plain functions, of vectors and of batches; packed as padded, in one forward pass and in several; resumed."""
+    """The generic tests pass for each: as plain functions, packed = padded, one forward pass = several, resuming."""
     files = ("tests/test_losses.py", "tests/test_training.py", "tests/test_engine.py")
     assert passed(pytest_in(extended, *files)) >= 45
 
 
 @pytest.mark.slow
 def test_they_train_alike_on_any_number_of_processes(extended):
-    """2 processes by default, 3 and 4 by -m slow."""
+    """Each loss trains on 2, 3 and 4 processes as on one."""
     assert passed(pytest_in(extended, "-m", "slow or not slow", "tests/test_distributed.py")) >= 3 * len(NAMES)
 
 
 def test_their_runs_by_command(extended, tmp_path):
-    """`python train.py loss=kto_pairs` on the demo data, and a hyperparameter that makes no sense."""
+    """`python train.py loss=kto_pairs` trains on the demo data; a value outside a loss's rules is one error line."""
     words = ["loss=kto_pairs", "n_examples=64", "n_eval_examples=32", f"cache_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "train.py", *words], cwd=extended, capture_output=True, text=True)
     assert done.returncode == 0 and "kl_eval/raw" in done.stderr + done.stdout, done.stderr

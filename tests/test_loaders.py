@@ -1,4 +1,4 @@
-"""From examples to batches: tokens, the store on disk, truncation, collation, epochs, and the position in them.
+"""From examples to batches: token ids, the store on disk, truncation, collation, epochs, and the loader's position.
 
 Most tests use a tokenizer of single characters, so that ids can be read: <s> is 0, </s> 1, a space 2, a to z 3 to 28,
 a colon 29, and everything else 30.
@@ -46,7 +46,7 @@ def ids(text: str) -> list[int]:
 
 
 def shown(batch) -> list[tuple]:
-    """A batch as text: (prompt, responses, chosen), EOS as a bar and BOS as a hat."""
+    """Return a batch as text: (prompt, responses, chosen) per example, EOS as | and BOS as ^."""
     names = ["^", "|", *ALPHABET[2:]]
 
     def text(array):
@@ -56,13 +56,13 @@ def shown(batch) -> list[tuple]:
 
 
 def flags(row) -> tuple[bool, ...]:
-    """Of each response whether it is chosen."""
+    """Return for each response if it is chosen."""
     return tuple(role == "chosen" for role in row.roles)
 
 
 @pytest.fixture
 def loader(tmp_path):
-    """loader(cls, examples, **settings) over the character tokenizer."""
+    """Make a loader with the character tokenizer: loader(cls, examples, **settings)."""
 
     def loader(cls, examples, with_bos=False, **settings) -> DataLoader:
         settings = {"batch_size": 4, "max_length": 100, "max_prompt_length": 50, "cache_dir": str(tmp_path)} | settings
@@ -76,7 +76,10 @@ def pair(prompt: str, chosen: str, rejected: str) -> Example:
 
 
 def numbered(n: int, kind: str = "pairs") -> list[Example]:
-    """n examples with prompts aa, ab, ...: each one pair, or one judged response, of which every third is desirable."""
+    """Make n examples with the prompts aa, ab, ...
+
+    kind: pairs, one per example; or feedback, one labelled response per example, of which every third is desirable
+    """
     letters = string.ascii_lowercase
     prompts = [letters[i // 26] + letters[i % 26] for i in range(n)]
     if kind == "pairs":
@@ -88,7 +91,7 @@ def numbered(n: int, kind: str = "pairs") -> list[Example]:
 
 
 def test_sft_batch(loader):
-    """The response of sft_index, alone; an example without one is no row."""
+    """An SFT row has the response of sft_index only. An example without sft_index gives no row."""
     examples = [Example("ab", [" c", " de"], sft_index=1), Example("b", [" c"])]
     data = loader(SFTDataLoader, examples)
     (batch,) = data
@@ -99,7 +102,7 @@ def test_sft_batch(loader):
 
 
 def test_paired_batch(loader):
-    """Every pair is a row, its chosen response first: a ranking c > a > b has two rows with one prompt."""
+    """Every pair is a row, the chosen response first: the ranking cc > a > b gives two rows with the same prompt."""
     data = loader(PairedPreferenceDataLoader, [Example("q:", [" a", " b", " cc"], pairs=[(2, 0), (0, 1)])])
     (batch,) = data
     assert sorted(shown(batch)) == [
@@ -109,7 +112,7 @@ def test_paired_batch(loader):
 
 
 def test_unpaired_batch(loader):
-    """The halves of a pair are rows of their own; feedback is taken as it is."""
+    """Each half of a pair is a row of its own; labelled responses are rows as they are."""
     examples = [pair("p", " y", " n"), Example("q", [" z", " w"], feedback=[(0, False), (1, True)])]
     (batch,) = loader(UnpairedPreferenceDataLoader, examples)
     assert sorted(shown(batch)) == [
@@ -146,7 +149,7 @@ every_loader = pytest.mark.parametrize("cls", LOADERS, ids=lambda cls: cls.__nam
 
 @every_loader
 def test_batches_are_a_function_of_seed_and_epoch(loader, cls):
-    """Two loaders agree on all of three epochs; epochs differ, seeds differ, and each epoch has the same rows."""
+    """Two loaders with the same seed agree over three epochs. Other epochs and seeds give the same rows reordered."""
     examples = numbered(30)
     one, same = (list(map(shown, loader(cls, examples, seed=7, n_epochs=3, batch_size=5))) for _ in range(2))
     assert one == same
@@ -160,7 +163,7 @@ def test_batches_are_a_function_of_seed_and_epoch(loader, cls):
 
 @every_loader
 def test_the_batch_size_does_not_change_the_order(loader, cls):
-    """Rows in training order are the same however they are cut into batches; and global `random` is not touched."""
+    """The order of rows does not depend on the batch size, and the state of the global `random` does not change."""
     examples = numbered(20)
     random.seed(0)
     before = random.getstate()
@@ -172,16 +175,18 @@ def test_the_batch_size_does_not_change_the_order(loader, cls):
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 31])
 @pytest.mark.parametrize("batch_size", [2, 4, 8])
 def test_unpaired_batches_are_half_and_half(loader, n, batch_size):
-    """n chosen and n rejected alternate, so every batch of even size, the last one too, has as many of one as of the
-    other."""
+    """n chosen and n rejected responses alternate, so every batch of even size is half chosen, also the last one."""
     for batch in loader(UnpairedPreferenceDataLoader, numbered(n), batch_size=batch_size):
         assert sum(flags(one)[0] for one in batch) * 2 == len(batch)
 
 
 @pytest.mark.parametrize("n", [4, 5, 9, 16, 31])
 def test_the_halves_of_a_pair_are_not_in_one_batch(loader, n):
-    """A batch of B has B/2 of n chosen halves and B/2 rejected. Half an epoch apart, they are of different pairs as
-    long as B/2 <= n // 2: with more there is no way to keep them apart."""
+    """The two halves of a pair are not in one batch of size B if B/2 <= n // 2.
+
+    A batch has B/2 of the n chosen halves and B/2 of the rejected ones, which are half an epoch behind. In larger
+    batches the halves cannot be kept apart.
+    """
     for batch_size in range(2, 2 * (n // 2) + 1, 2):
         for batch in loader(UnpairedPreferenceDataLoader, numbered(n), batch_size=batch_size, n_epochs=3):
             prompts = [tuple(one.prompt) for one in batch]
@@ -197,15 +202,20 @@ def test_every_half_of_a_pair_is_seen_once_an_epoch(loader):
 
 
 def test_binary_feedback_keeps_its_proportions(loader):
-    """300 judged responses of which a third is desirable: 100 over the epoch, and 50 in its first half give or take
-    five standard deviations of a draw without replacement, sqrt(150 * 1/3 * 2/3 / 2) = 4.1 each."""
+    """A third of 300 labelled responses is desirable: 100 in the epoch, and 50 +- 20 in its first half.
+
+    The standard deviation of such a draw without replacement is sqrt(150 * 1/3 * 2/3 / 2) = 4.1; 20 is about five.
+    """
     rows = [flags(row)[0] for row in loader(UnpairedPreferenceDataLoader, numbered(300, "feedback")).order(0)]
     assert sum(rows) == 100
     assert abs(sum(rows[:150]) - 50) <= 20
 
 
 def test_pairs_and_feedback_are_mixed(loader):
-    """100 pairs and 300 judged responses: 200 + 300 rows, both kinds in each fifth of the epoch, halves alternating."""
+    """100 pairs and 300 labelled responses give 200 + 300 rows, mixed: each fifth of the epoch has 20 to 60 halves.
+
+    The halves of pairs still alternate between chosen and rejected.
+    """
     examples = [*numbered(100), *numbered(300, "feedback")]
     data = loader(UnpairedPreferenceDataLoader, examples)
     rows = data.order(0)
@@ -241,12 +251,12 @@ def test_pairs_and_feedback_are_mixed(loader):
     ids=str,
 )
 def test_length(loader, settings, sizes):
-    """Ten rows in batches of 4: the last, partial batch of an epoch is there, and len() is what iteration gives."""
+    """Ten rows, in batches of 4 by default. The last, smaller batch of an epoch is kept; len() counts the batches."""
     data = loader(PairedPreferenceDataLoader, numbered(10), **settings)
     assert [len(batch) for batch in data] == sizes
     assert len(data) == len(sizes)
     assert data.total_examples == data.examples_seen == sum(sizes)
-    assert list(data) == []  # it is over, until
+    assert list(data) == []  # the end, until restart()
     data.restart()
     assert [len(batch) for batch in data] == sizes
 
@@ -254,7 +264,7 @@ def test_length(loader, settings, sizes):
 @every_loader
 @pytest.mark.parametrize("settings", [{"n_epochs": 2}, {"n_epochs": None, "n_examples": 51}], ids=str)
 def test_resume_gives_exactly_the_rest(loader, cls, settings):
-    """From the state after every batch, the ends of epochs among them; the state goes through JSON."""
+    """From the state after any batch, also at the end of an epoch, iteration gives the rest; also through JSON."""
     examples = numbered(9)
     data = loader(cls, examples, **settings)
     batches, states = [], [json.dumps(data.state_dict())]
@@ -269,7 +279,10 @@ def test_resume_gives_exactly_the_rest(loader, cls, settings):
 
 
 def test_evaluation_loader_is_the_same_every_time(tmp_path):
-    """The first n_eval_examples of one seeded shuffle, whatever n_epochs is, in batches of eval_batch_size."""
+    """Every evaluation reads the first n_eval_examples of one seeded shuffle, once, even if n_epochs is 3.
+
+    They come in batches of eval_batch_size: 20 examples as 8, 8, 4.
+    """
     config = make_config(tmp_path, "loss=dpo", "n_eval_examples=20", "model.eval_batch_size=8", "n_epochs=3")
     data = dataloaders.make_loader(config, tiny_tokenizer(), "test")
     assert isinstance(data, PairedPreferenceDataLoader)
@@ -287,7 +300,7 @@ def test_evaluation_loader_is_the_same_every_time(tmp_path):
 
 
 def cut(prompt: str, responses: list[str], max_length: int, max_prompt_length: int, keep="keep_end", n_bos=0):
-    """truncate() on strings: a character is a token."""
+    """Call truncate() on strings, with characters as tokens."""
     arrays = [np.array([ord(character) for character in text], np.int32) for text in (prompt, *responses)]
     prompt_ids, response_ids = truncate(
         arrays[0], tuple(arrays[1:]), (Role.CHOSEN,) * len(responses), max_length, max_prompt_length, keep, n_bos
@@ -296,7 +309,7 @@ def cut(prompt: str, responses: list[str], max_length: int, max_prompt_length: i
 
 
 def test_what_fits_is_not_cut():
-    """6 + 4 = 10 tokens fit, although the prompt is longer than max_prompt_length: that is for prompts to be cut."""
+    """6 + 4 = 10 tokens fit, so nothing is cut, although the prompt is longer than max_prompt_length."""
     assert cut("abcdef", ["wxy|"], 10, 3) == ("abcdef", ["wxy|"])
 
 
@@ -305,7 +318,7 @@ def test_what_fits_is_not_cut():
     [("keep_start", 0, "^abc"), ("keep_end", 0, "cdef"), ("keep_start", 1, "^abc"), ("keep_end", 1, "^def")],
 )
 def test_prompts_are_cut_to_max_prompt_length(keep, n_bos, expected):
-    """7 + 4 tokens do not fit into 10: the prompt has 4 of its 7 left, and BOS stays if there is one."""
+    """7 + 4 tokens do not fit into 10: the prompt keeps 4 of its 7 tokens, among them BOS if there is one."""
     assert cut("^abcdef", ["wxy|"], 10, 4, keep, n_bos) == (expected, ["wxy|"])
 
 
@@ -315,21 +328,27 @@ def test_a_prompt_may_have_room_for_bos_alone():
 
 
 def test_then_the_response_loses_its_end():
-    """A prompt of 3 stays, 10 - 3 = 7 tokens are left of a response of 9: its EOS goes."""
+    """If a cut prompt is not enough, the response loses its end, and its EOS.
+
+    A prompt of 3 stays: 10 - 3 = 7 of the 9 tokens of the response are left. A prompt of 6 is cut to 4: 10 - 4 = 6.
+    """
     assert cut("abc", ["12345678|"], 10, 4) == ("abc", ["1234567"])
     assert cut("abcdef", ["12345678|"], 10, 4) == ("cdef", ["123456"])
 
 
 def test_a_pair_cuts_its_prompt_once_by_its_longer_response():
-    """The short response would fit beside the whole prompt (6 + 2), the long one does not: both lose the same."""
+    """The short response would fit with the whole prompt (6 + 2 <= 10), the long one does not: one prompt for both.
+
+    With 6 tokens, the long one fits after the cut (4 + 6). With 9, it loses its end.
+    """
     assert cut("abcdef", ["1|", "12345|"], 10, 4) == ("cdef", ["1|", "12345|"])
     assert cut("abcdef", ["1|", "12345678|"], 10, 4) == ("cdef", ["1|", "123456"])
 
 
 def test_truncation_in_a_batch(loader):
-    """max_length 8, max_prompt_length 4, with BOS. ^abcdef and ' y|': 7 + 3 > 8, so ^def (keep_end) or ^abc.
+    """With max_length 8, max_prompt_length 4 and BOS, ^abcdef and ' y|' have 7 + 3 > 8 tokens: ^def is left, or ^abc.
 
-    ' nnnnn|' then has 4 of its 7 tokens left.
+    ' nnnnn|' then keeps 8 - 4 = 4 of its 7 tokens.
     """
     start = Example("abcdef", [" y", " nnnnn"], pairs=[(0, 1)], truncation_mode="keep_start")
     end = Example("abcdef", [" y", " nnnnn"], pairs=[(0, 1)], truncation_mode="keep_end")
@@ -345,7 +364,7 @@ def test_truncation_in_a_batch(loader):
 @every_loader
 @pytest.mark.parametrize("with_bos", [False, True])
 def test_counts_are_what_happens(loader, cls, with_bos):
-    """On 60 random examples, cut hard: counts() against a look at every row."""
+    """counts() equals a count over all rows, on 60 random examples of which many are cut."""
     rng = random.Random(0)
 
     def text(most: int) -> str:
@@ -390,7 +409,7 @@ CORPUS = [
 
 
 def llama_tokenizer(scheme: str, corpus: list[str]) -> LlamaTokenizer:
-    """A small BPE with Llama's own rules: spaces as ▁, one put before a text, unknown characters as bytes.
+    """Train a small BPE with Llama's rules: spaces as ▁, one before each text, unknown characters as bytes.
 
     scheme: where a space is put before: 'first' is Llama's legacy=False, 'always' its legacy=True
     """
@@ -411,7 +430,7 @@ def llama_tokenizer(scheme: str, corpus: list[str]) -> LlamaTokenizer:
 
 
 def sentencepiece_tokenizer(folder, kind: str):
-    """A model that the sentencepiece package itself has trained, with Llama's settings, read by transformers."""
+    """Train a model with the sentencepiece package and Llama's settings, and read it with transformers."""
     sentencepiece = pytest.importorskip("sentencepiece")
     (folder / "corpus.txt").write_text("\n".join(CORPUS))
     sentencepiece.SentencePieceTrainer.train(
@@ -449,7 +468,7 @@ RESPONSES = [
 
 
 def test_the_ids_of_a_response_are_those_it_has_after_other_text(encoder):
-    """A response that begins with a space continues a text as if both had been encoded at once."""
+    """A response that begins with a space has the ids that it has when prompt and response are encoded together."""
     prompt = "\n\nHuman: how are you today?\n\nAssistant:"
     for response in (" Paris", " I am well, and you are kind.", " how 漢字 🙂"):
         together = encoder._encode([prompt + response])[0]
@@ -458,7 +477,7 @@ def test_the_ids_of_a_response_are_those_it_has_after_other_text(encoder):
 
 @pytest.mark.parametrize("response", RESPONSES, ids=ascii)
 def test_concatenated_ids_decode_to_concatenated_texts(encoder, response):
-    """And decode_response inverts: whatever a response begins with."""
+    """The ids of prompt and response decode to both texts together, and decode_response gives back the response."""
     prompt = "\n\nHuman: how are you today?\n\nAssistant:"
     ids = encoder.responses([response])[0]
     assert ids[-1] == encoder.eos_token_id
@@ -467,19 +486,19 @@ def test_concatenated_ids_decode_to_concatenated_texts(encoder, response):
         prompt + response
     )
     assert encoder.decode_response(ids) == response
-    assert encoder.decode_response(ids[:-1]) == response  # one that was cut
-    assert encoder.decode_response([*ids, *ids]) == response  # and one that went on after its end
+    assert encoder.decode_response(ids[:-1]) == response  # without EOS, as after truncation
+    assert encoder.decode_response([*ids, *ids]) == response  # with tokens after EOS
 
 
 def test_a_response_has_one_space_not_two(encoder):
-    """' Paris' begins with the id of '▁...' or 'Ġ...' and never with a lone space before it."""
+    """' Paris' begins with a token '▁...' or 'Ġ...', without a separate space before it."""
     first = encoder.tokenizer.convert_ids_to_tokens(encoder.responses([" Paris is"])[0])[:2]
     assert first[0] not in ("▁▁",) and not (first[0] == "▁" and first[1].startswith("▁"))
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
 def test_line_breaks_of_a_response_survive_where_they_merge(scheme):
-    """A vocabulary with a token for two line breaks: the response's own must not disappear with the one before it."""
+    """In a vocabulary with a token for two line breaks, a line break that begins a response is kept."""
     encoder = Encoder(llama_tokenizer(scheme, [line.replace(" Assistant", "\n\nAssistant") for line in CORPUS]))
     assert encoder.tokenizer.convert_tokens_to_ids("\n\n") > 2  # not unknown
     for response in ("\n\nHuman: more", "\n", "\n Paris"):
@@ -487,7 +506,7 @@ def test_line_breaks_of_a_response_survive_where_they_merge(scheme):
 
 
 def test_bos_is_there_only_if_the_tokenizer_starts_texts_with_it():
-    """Having a BOS token is not enough: GPT-2's is its EOS, and no text starts with it."""
+    """BOS is added only if the tokenizer starts texts with it. Having a BOS token is not enough: GPT-2's is its EOS."""
     without, with_bos = Encoder(character_tokenizer()), Encoder(character_tokenizer(with_bos=True))
     assert without.tokenizer.bos_token_id == BOS
     assert without.prompts(["ab"]) == [ids("ab")]
@@ -497,7 +516,7 @@ def test_bos_is_there_only_if_the_tokenizer_starts_texts_with_it():
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one():
-    """As chat templates write it."""
+    """A text that begins with BOS, as chat templates write it, gets no second BOS."""
     assert Encoder(character_tokenizer(with_bos=True)).prompts(["<s>ab"]) == [[BOS, *ids("ab")]]
 
 
@@ -506,7 +525,7 @@ def test_responses_get_no_bos_and_end_with_eos():
 
 
 def test_settings_of_the_tokenizer_do_not_cut_or_pad():
-    """A tokenizer that was told to truncate or pad, by its files or by an earlier call, still gives whole texts."""
+    """Texts stay whole if the tokenizer was set to truncate or pad, by its files or by an earlier call."""
     tokenizer = character_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=5)
@@ -519,7 +538,7 @@ def test_settings_of_the_tokenizer_do_not_cut_or_pad():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The texts that were really encoded."""
+    """The texts that were encoded, and not read from the store."""
     texts = []
     encode = Encoder._encode
 
@@ -536,7 +555,7 @@ def stored(store) -> list[list[int]]:
 
 
 def test_the_store_holds_the_ids(tmp_path):
-    """Three texts of 2, 0, and 3 characters, each with EOS: lengths 3, 1, 4."""
+    """Three texts of 2, 0, and 3 characters have, with EOS, the lengths 3, 1, 4."""
     store = tokenize(["ab", "", "c d"], Encoder(character_tokenizer()), "responses", str(tmp_path))
     assert stored(store) == [[3, 4, EOS], [EOS], [5, 2, 6, EOS]]
     assert store.lengths.tolist() == [3, 1, 4] and len(store) == 3
@@ -554,7 +573,7 @@ def test_a_second_start_tokenizes_nothing(tmp_path, counted):
 
 
 def test_a_second_loader_tokenizes_nothing(loader, counted):
-    """Whatever its seed, batch size, or lengths are; a change of one text makes it encode again."""
+    """A second loader reads the store, whatever its seed, batch size, and lengths, unless a text has changed."""
     examples = numbered(10)
     loader(PairedPreferenceDataLoader, examples)
     counted.clear()
@@ -565,7 +584,7 @@ def test_a_second_loader_tokenizes_nothing(loader, counted):
 
 
 def test_different_contents_do_not_collide(tmp_path):
-    """Texts that concatenate alike, another order, the same texts as prompts and as responses, with BOS and without."""
+    """Each of these has a store of its own: texts that concatenate alike, another order, prompts and responses, BOS."""
     plain, with_bos = Encoder(character_tokenizer()), Encoder(character_tokenizer(with_bos=True))
     cases = [
         (["ab", "c"], plain, "prompts", [ids("ab"), ids("c")]),
@@ -576,14 +595,14 @@ def test_different_contents_do_not_collide(tmp_path):
         (["ab", "c"], plain, "responses", [[*ids("ab"), EOS], [*ids("c"), EOS]]),
         (["ab", "c"], with_bos, "prompts", [[BOS, *ids("ab")], [BOS, *ids("c")]]),
     ]
-    for _ in range(2):  # made, then read
+    for _ in range(2):  # written, then read
         for texts, encoder, kind, expected in cases:
             assert stored(tokenize(texts, encoder, kind, str(tmp_path))) == expected
     assert len(os.listdir(tmp_path / ".tokens")) == len(cases)
 
 
 def test_another_tokenizer_or_end_of_text_does_not_collide(tmp_path):
-    """One more word in the vocabulary; another token as EOS."""
+    """A tokenizer with one more word, or with another EOS, has a store of its own."""
     more = character_tokenizer()
     more.add_tokens(["ab"])
     other_end = character_tokenizer()
@@ -611,7 +630,7 @@ def test_emoji_and_astral_characters(tmp_path):
 
 
 def test_half_a_surrogate_pair_fails_and_leaves_nothing_half_made(tmp_path):
-    """No tokenizer takes it (readers drop such rows and count them); what was stored before and after is whole."""
+    """Half a surrogate pair raises an error and leaves no store. Readers drop such rows, as no tokenizer takes them."""
     encoder = Encoder(tiny_tokenizer())
     with pytest.raises((UnicodeError, TypeError, ValueError)):
         tokenize([" fine", " \ud83d"], encoder, "responses", str(tmp_path))
@@ -621,7 +640,7 @@ def test_half_a_surrogate_pair_fails_and_leaves_nothing_half_made(tmp_path):
 
 
 def test_more_texts_than_a_block(tmp_path, monkeypatch):
-    """Blocks of 4 of 10 texts: 4, 4, 2."""
+    """10 texts are encoded in blocks of 4, 4 and 2."""
     monkeypatch.setattr(tokens, "BLOCK", 4)
     texts = ["abcdefghijkl"[: i + 1] for i in range(10)]
     store = tokenize(texts, Encoder(character_tokenizer()), "prompts", str(tmp_path))
@@ -629,7 +648,7 @@ def test_more_texts_than_a_block(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_write_is_not_read(tmp_path, monkeypatch):
-    """Killed in its middle, tokenization starts again, and no half of it is taken for the whole."""
+    """Tokenization that was killed halfway starts again; a half-written store is not read."""
     texts = [string.ascii_lowercase[i] for i in range(10)]
     monkeypatch.setattr(tokens, "BLOCK", 4)
     encoder = Encoder(character_tokenizer())
@@ -656,7 +675,7 @@ def _write_together(cache_dir, barrier, results):
 
 
 def test_concurrent_writers_are_safe(tmp_path):
-    """Three processes, released at once, encode the same texts: each reads the whole, and one store is left."""
+    """Three processes encode the same texts at the same time. Each reads all of them, and one store is left."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(3), context.Queue()
     writers = [context.Process(target=_write_together, args=(str(tmp_path), barrier, results)) for _ in range(3)]
@@ -669,7 +688,7 @@ def test_concurrent_writers_are_safe(tmp_path):
 
 
 def test_the_writer_that_comes_second_drops_its_own(tmp_path):
-    """Another process finishes while we encode: its store is taken, and ours leaves no trace."""
+    """If another process finishes its store while this one encodes, that store is used, and this one is deleted."""
     encoder = Encoder(character_tokenizer())
     other = Encoder(character_tokenizer())
     prompts = encoder.prompts

@@ -1,4 +1,4 @@
-"""Log-probs of targets: the plain function against the definition, the fused one against the plain one."""
+"""Log-probs of targets: the plain function against the definition, and the fused function against the plain one."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ N, D, V = 37, 16, 211  # targets, hidden size, vocabulary
 
 @pytest.fixture
 def chunk(monkeypatch):
-    """Set how many logits a chunk may have."""
+    """Set the largest number of logits in a chunk."""
 
     def chunk(elements: int) -> None:
         monkeypatch.setattr(logps, "CHUNK_ELEMENTS", {"cpu": elements})
@@ -24,7 +24,7 @@ def chunk(monkeypatch):
 
 
 def case(n: int = N, d: int = D, v: int = V, with_bias: bool = False, dtype=torch.float32, seed: int = 0):
-    """(hidden, weight, targets, bias) with logits of standard deviation 2, and an upstream gradient."""
+    """Return (hidden, weight, targets, bias, upstream gradient); the logits have a standard deviation of 2."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -36,7 +36,7 @@ def case(n: int = N, d: int = D, v: int = V, with_bias: bool = False, dtype=torc
 
 
 def values_and_gradients(function, hidden, weight, targets, bias, upstream, softcap=None) -> list[torch.Tensor]:
-    """[values, gradient in hidden, in weight, in bias if there is one]."""
+    """Return [values, gradient of hidden, gradient of weight, gradient of bias if there is one]."""
     leaves = [part.clone().requires_grad_() for part in (hidden, weight, bias) if part is not None]
     values = function(*leaves[:2], targets, *leaves[2:], softcap=softcap)
     values.backward(upstream.to(values.dtype))
@@ -48,7 +48,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def exact(hidden, weight, targets, bias=None, softcap=None) -> torch.Tensor:
-    """The definition in float64, written out: z_t - ln sum exp z."""
+    """Compute the definition in float64: z_t - ln sum exp z."""
     logits = hidden.double() @ weight.double().T
     if bias is not None:
         logits = logits + bias.double()
@@ -59,9 +59,9 @@ def exact(hidden, weight, targets, bias=None, softcap=None) -> torch.Tensor:
 
 @pytest.mark.parametrize("function", [logps.plain, logps.fused])
 def test_by_hand(function):
-    """hidden (1, 1) with weights (0, 0), (ln 2, 0), (0, ln 5) has the logits 0, ln 2, ln 5: odds 1 : 2 : 5.
+    """The hidden state (1, 1) with weights (0, 0), (ln 2, 0), (0, ln 5) has the logits 0, ln 2, ln 5: odds 1 : 2 : 5.
 
-    So the targets 0, 1, 2 have ln 1/8, ln 2/8, ln 5/8. A bias of ln 3 on the first makes the odds 3 : 2 : 5.
+    So the targets 0, 1, 2 have the log-probs ln 1/8, ln 2/8, ln 5/8. A bias of ln 3 on the first gives 3 : 2 : 5.
     """
     hidden = torch.ones(3, 2)
     weight = torch.tensor([[0, 0], [math.log(2), 0], [0, math.log(5)]])
@@ -73,7 +73,10 @@ def test_by_hand(function):
 
 @pytest.mark.parametrize("function", [logps.plain, logps.fused])
 def test_softcap_by_hand(function):
-    """Logits 0 and ln 3, capped at 2: 2 tanh(ln 3 / 2) = 2 (3 - 1) / (3 + 1) = 1, so log p = 0 - and 1 - ln(1 + e)."""
+    """Logits 0 and ln 3, capped at 2, become 0 and 2 tanh(ln 3 / 2) = 2 (3 - 1) / (3 + 1) = 1.
+
+    So the log-probs are 0 - ln(1 + e) and 1 - ln(1 + e).
+    """
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]])
     expected = torch.tensor([0.0, 1.0]) - math.log(1 + math.e)
     torch.testing.assert_close(function(hidden, weight, torch.tensor([0, 1]), softcap=2.0), expected)
@@ -81,8 +84,10 @@ def test_softcap_by_hand(function):
 
 @pytest.mark.parametrize("function", [logps.plain, logps.fused])
 def test_entropy_by_hand(function):
-    """Odds 1 : 2 : 5 have the entropy sum p ln(1 / p) = (ln 8 + 2 ln 4 + 5 ln(8 / 5)) / 8. Equal odds have ln 3; one
-    logit that towers over the others has 0."""
+    """Odds 1 : 2 : 5 have the entropy sum p ln(1 / p) = (ln 8 + 2 ln 4 + 5 ln(8 / 5)) / 8.
+
+    Equal odds of three have the entropy ln 3. If one logit is 1000 and the others 0, the entropy is 0.
+    """
     weight = torch.tensor([[0.0, 0, 0], [math.log(2), 0, 0], [math.log(5), 0, 1000]])
     entropy = torch.empty(3)
     values = function(torch.eye(3), weight, torch.tensor([0, 1, 2]), entropy=entropy)
@@ -94,7 +99,10 @@ def test_entropy_by_hand(function):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 1000])
 def test_entropy_in_chunks(chunk, rows_per_chunk, softcap):
-    """The same however the rows are cut; values and gradients are those without it; bfloat16 inputs do."""
+    """Entropies do not depend on the chunks, and computing them does not change values and gradients.
+
+    They agree with the definition in float64 to 1e-6, from bfloat16 inputs to 2 %.
+    """
     chunk(rows_per_chunk * V)
     hidden, weight, targets, bias, upstream = case(with_bias=True)
     plain, fused, half = (torch.empty(N) for _ in range(3))
@@ -113,7 +121,11 @@ def test_entropy_in_chunks(chunk, rows_per_chunk, softcap):
 
 @pytest.mark.parametrize("function", [logps.plain, logps.fused])
 def test_extreme_logits_stay_finite(function):
-    """Logits 0 and 1000: log p = -1000 and 0. The gradient in the logits is onehot - softmax: (1, -1), then (0, 0)."""
+    """Logits 0 and 1000 have the log-probs -1000 and 0.
+
+    The gradient of the logits is onehot - softmax: (1, -1) for the first target, (0, 0) for the second. The gradient of
+    the hidden state is that times the weights (0, 1000): -1000 and 0.
+    """
     hidden, weight = torch.ones(2, 1, requires_grad=True), torch.tensor([[0.0], [1000.0]])
     values = function(hidden, weight, torch.tensor([0, 1]))
     torch.testing.assert_close(values, torch.tensor([-1000.0, 0.0]))
@@ -125,7 +137,7 @@ def test_extreme_logits_stay_finite(function):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 36, 1000])
 def test_fused_is_plain(chunk, rows_per_chunk, with_bias, softcap):
-    """Values and gradients to 1e-6, whether the 37 rows come in 37 chunks, 8, 2 or 1."""
+    """Fused and plain agree to 1e-6 in values and gradients, whether the 37 targets come in 37, 8, 2 or 1 chunks."""
     chunk(rows_per_chunk * V + V // 2)
     inputs = case(with_bias=with_bias)
     plain = values_and_gradients(logps.plain, *inputs, softcap=softcap)
@@ -138,7 +150,7 @@ def test_fused_is_plain(chunk, rows_per_chunk, with_bias, softcap):
 
 
 def test_one_row_and_none():
-    """A single target; and a batch without any, which has log-probs of shape (0,) and gradients of 0."""
+    """A single target works, and so do no targets: log-probs of shape (0,), and gradients of 0."""
     one = case(n=1)
     for fused, plain in zip(
         values_and_gradients(logps.fused, *one), values_and_gradients(logps.plain, *one), strict=True
@@ -150,19 +162,22 @@ def test_one_row_and_none():
 
 
 def test_chunks_cover_each_row_once(chunk):
-    """At most 4 rows of 211 logits in 1000 elements; 37 rows need 10 chunks, made equal: 9 of 4 and 1 of 1."""
+    """Chunks cover each target once.
+
+    1000 elements hold the 211 logits of at most 4 targets, so 37 targets need 10 chunks: 9 of 4, and 1 of 1.
+    """
     chunk(1000)
     hidden, weight, *_ = case()
     slices = logps._chunks(hidden, weight)
     assert [row for rows in slices for row in range(N)[rows]] == list(range(N))
     assert [rows.stop - rows.start for rows in slices] == [4] * 9 + [1]
-    chunk(V - 1)  # not even one row fits: one at a time
+    chunk(V - 1)  # less than one target: one at a time
     assert len(logps._chunks(hidden, weight)) == N
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["hidden", "weight"])
 def test_only_the_gradients_that_are_wanted(wanted):
-    """A frozen head, or a frozen body, changes nothing about the gradient of the other."""
+    """With a frozen head, or a frozen body, the gradient of the other is unchanged."""
     hidden, weight, targets, _, upstream = case()
     plain = values_and_gradients(logps.plain, hidden, weight, targets, None, upstream)
     hidden, weight = hidden.clone().requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
@@ -174,13 +189,14 @@ def test_only_the_gradients_that_are_wanted(wanted):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_bfloat16_inputs_against_the_truth(chunk, softcap):
-    """The truth: the same bfloat16 numbers in float64.
+    """Log-probs of bfloat16 inputs are compared with the same inputs in float64, and gradients too.
 
-    bfloat16 has 8 bits of mantissa: a logit z is off by at most 2^-9 |z| (and its cap by no more). The target's logit
-    and the log-sum-exp are each off by at most 2^-9 max|z|, so a log-prob by 2^-8 max|z|, and no float32 step adds to
-    it. Gradients, rounded a few times at 2^-9, agree to 1 % of their norm; 512 chunks change nothing, since what is
-    summed over chunks is float32 (a bfloat16 sum would be off by 2^-9 sqrt(512) = 4 %). The sum of N errors of random
-    sign stays far below N times one.
+    bfloat16 has 8 bits of mantissa, so a logit z is off by at most 2^-9 |z|, capped or not. The target's logit and the
+    log-sum-exp are each off by at most 2^-9 max|z|, so a log-prob is off by at most 2^-8 max|z|; float32 steps add
+    nothing. The sum of N errors of random sign is at most sqrt(N) times that, far below N times.
+
+    Gradients are rounded a few times at 2^-9, so they agree to 1 % of their norm. The 512 chunks are summed in float32
+    and add nothing; a bfloat16 sum would be off by 2^-9 sqrt(512) = 4 %.
     """
     n = 512
     chunk(V)
@@ -199,10 +215,10 @@ def test_bfloat16_inputs_against_the_truth(chunk, softcap):
 
 
 def test_bfloat16_sum_over_a_long_response():
-    """512 tokens of about -8 nats: the summed log-prob, near -4000, is off by less than 0.005 nat for the same inputs.
+    """For 512 tokens of about -8 nats, the summed log-prob (about -4000) is off by less than 0.005 nat.
 
-    The plain function rounds its logits, of size 2, to bfloat16 (2^-9 of them, 0.003): sqrt(512) of those are 0.07 nat.
-    A bfloat16 sum would move in steps of 16 nats.
+    Logits of size 2, rounded to bfloat16, would be off by 2^-9 of that, 0.003, and sqrt(512) such errors are 0.07 nat;
+    the plain function may be off by 0.25. A bfloat16 sum would move in steps of 16 nats.
     """
     hidden, weight, targets, *_ = case(n=512, d=32, v=1000, dtype=torch.bfloat16)
     truth = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None]).sum()
@@ -212,7 +228,7 @@ def test_bfloat16_sum_over_a_long_response():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation makes."""
+    """Record the number of elements of the largest tensor that an operation makes."""
 
     def __init__(self):
         super().__init__()
@@ -226,8 +242,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_tokens_times_vocabulary_never_exists(chunk):
-    """128 targets x 512 tokens would be 65,536 elements. With chunks of 8 rows nothing is larger than 8 x 512 = 4096
-    logits, or the 512 x 8 weights, entropy included; the plain function shows that the recorder sees what it should."""
+    """No tensor has targets x vocabulary = 128 x 512 = 65,536 elements, also with entropies.
+
+    With chunks of 8 targets, the largest tensors are 8 x 512 = 4096 logits and the 512 x 8 weights. The plain function
+    makes the large tensor, which shows that the recorder would see it.
+    """
     inputs = case(n=128, d=8, v=512, with_bias=True)
     chunk(8 * 512)
     with Largest() as fused:

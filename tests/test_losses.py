@@ -73,7 +73,7 @@ def settings_of(name: str):
 def arguments(
     data_format: str, with_reference: bool, n_chosen: int, n_rejected: int, scale: float = 5.0, seed: int = 0
 ):
-    """Four vectors of the lengths that a batch of this format has: as many rejected as chosen in pairs, none in SFT."""
+    """Make the four vectors of a batch. Pairs have as many rejected as chosen responses, and SFT has none."""
     n_rejected = {"paired": n_chosen, "sft": 0}.get(data_format, n_rejected)
     generator = torch.Generator().manual_seed(seed)
     drawn = [scale * torch.randn(n, generator=generator) - 20 for n in (n_chosen, n_rejected) * 2]
@@ -88,7 +88,7 @@ def test_the_losses_are_found():
 @every_loss
 @pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (4, 0), (0, 4)], ids=str)
 def test_lengths_dtypes_and_detached_rewards(name, sizes):
-    """(losses, chosen_rewards, rejected_rewards): one reward per response, one loss per pair or per response."""
+    """A loss returns one reward per response and one loss per pair or per response: float32, rewards detached."""
     loss, data_format, with_reference = settings_of(name)
     args = arguments(data_format, with_reference, *sizes)
     n_chosen, n_rejected = len(args[0]), len(args[1])
@@ -104,7 +104,7 @@ def test_lengths_dtypes_and_detached_rewards(name, sizes):
 @pytest.mark.parametrize("scale", [1e-3, 5.0, 1e4])
 @pytest.mark.parametrize("sizes", [(5, 3), (4, 0), (0, 4)], ids=str)
 def test_finite_values_and_gradients(name, scale, sizes):
-    """Also with an empty half, where a mean would be NaN, and with log-ratios of 10,000 nats, where exp overflows."""
+    """Values and gradients are finite, also with an empty half, whose mean is NaN, and where exp overflows."""
     loss, data_format, with_reference = settings_of(name)
     args = arguments(data_format, with_reference, *sizes, scale=scale)
     results = loss(*args)
@@ -116,7 +116,7 @@ def test_finite_values_and_gradients(name, scale, sizes):
 
 @every_loss
 def test_pure_function_of_its_arguments(name):
-    """The same arguments give the same result, and are left as they were."""
+    """The same arguments give the same result, and the loss does not change them."""
     loss, data_format, with_reference = settings_of(name)
     args = arguments(data_format, with_reference, 6, 4)
     before = [None if part is None else part.detach().clone() for part in args]
@@ -129,7 +129,7 @@ def test_pure_function_of_its_arguments(name):
 
 @every_loss
 def test_order_of_the_batch_does_not_matter(name):
-    """A permuted batch has the permuted rewards, and the same mean loss."""
+    """A permuted batch gives the permuted rewards and the same mean loss."""
     loss, data_format, with_reference = settings_of(name)
     args = arguments(data_format, with_reference, 6, 6)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -225,7 +225,7 @@ def test_a_yaml_keeps_the_rules_of_its_trainer(name):
 
 
 def test_sft_is_the_negative_log_likelihood():
-    """-pc, so that each log-prob has the gradient -1; the rewards are the policy's log-probs."""
+    """SFT's losses are -log p, so each log-prob has the gradient -1. The rewards are the policy's log-probs."""
     logps = vector(-3, -5, grad=True)
     losses, chosen_rewards, rejected_rewards = loss_of(SFTTrainer)(logps, vector(), None, None)
     close(losses, (3, 5))
@@ -242,7 +242,7 @@ H2 = (-1.0, -6.0, -3.0, -4.0)
 
 
 def of_one_pair(loss, policy_chosen, policy_rejected, reference_chosen=None, reference_rejected=None):
-    """The loss of one pair, and its gradients in the policy's two log-probs."""
+    """Return a pair's loss, its gradients of the chosen and rejected log-prob, and the two rewards."""
     policy = [vector(policy_chosen, grad=True), vector(policy_rejected, grad=True)]
     reference = [None if logp is None else vector(logp) for logp in (reference_chosen, reference_rejected)]
     losses, chosen_rewards, rejected_rewards = loss(*policy, *reference)
@@ -276,8 +276,8 @@ def test_dpo_far_on_the_wrong_side_is_linear():
 def test_cdpo_by_hand():
     """h = 2, epsilon 0.2: 0.8 * 0.126928 + 0.2 * 2.126928 = 0.526928.
 
-    dL/dh = -0.8 sigmoid(-2) + 0.2 sigmoid(2) = -0.8 * 0.119203 + 0.2 * 0.880797 = +0.080797: surer than the labels
-    are, so it is pulled back. dL/dpc = beta * dL/dh.
+    dL/dh = -0.8 sigmoid(-2) + 0.2 sigmoid(2) = -0.8 * 0.119203 + 0.2 * 0.880797 = +0.080797. The policy is more certain
+    than the labels, so the gradient is positive and lowers h. dL/dpc = beta * dL/dh = 0.5 * 0.080797.
     """
     loss, chosen_grad, rejected_grad, *rewards = of_one_pair(loss_of(CDPOTrainer, beta=0.5, epsilon=0.2), *H2)
     assert loss == pytest.approx(0.526928, abs=1e-6)
@@ -287,7 +287,7 @@ def test_cdpo_by_hand():
 
 
 def test_cdpo_is_least_where_the_margin_says_how_sure_the_labels_are():
-    """dL/dh = 0 where sigmoid(h) = 1 - epsilon: h = ln(0.8 / 0.2) = ln 4."""
+    """The loss has its minimum where sigmoid(h) = 1 - epsilon: h = ln(0.8 / 0.2) = ln 4, where dL/dh = 0."""
     _, chosen_grad, rejected_grad, *_ = of_one_pair(loss_of(CDPOTrainer, beta=1.0, epsilon=0.2), math.log(4), 0, 0, 0)
     assert chosen_grad == pytest.approx(0, abs=1e-7) and rejected_grad == pytest.approx(0, abs=1e-7)
 
@@ -301,7 +301,7 @@ def test_cdpo_with_epsilon_0_is_dpo():
 
 
 def test_cdpo_is_ln2_when_policy_equals_reference():
-    """h = 0: (1 - epsilon) ln 2 + epsilon ln 2."""
+    """h = 0, so the loss is (1 - epsilon) ln 2 + epsilon ln 2 = ln 2 for every epsilon."""
     logps = torch.randn(4)
     losses, *_ = loss_of(CDPOTrainer, beta=0.1, epsilon=0.3)(logps, logps - 1, logps, logps - 1)
     close(losses, torch.full((4,), math.log(2)))
@@ -311,14 +311,14 @@ def test_cdpo_is_ln2_when_policy_equals_reference():
 
 
 def test_slic_by_hand_inside_the_margin():
-    """pc = -4, pr = -3, beta 1: hinge 1 + 4 - 3 = 2, and 0.1 * 4: 2.4. Gradients -1 - 0.1 and +1."""
+    """pc = -4, pr = -3, beta 1: the hinge is 1 + 4 - 3 = 2, plus 0.1 * 4 makes 2.4. Gradients -1 - 0.1 and +1."""
     loss, *grads_and_rewards = of_one_pair(loss_of(SLiCTrainer, beta=1.0, lambda_coef=0.1), -4, -3)
     assert loss == pytest.approx(2.4)
     assert grads_and_rewards == pytest.approx([-1.1, 1.0, -4, -3])
 
 
 def test_slic_by_hand_beyond_the_margin():
-    """pc = -2, pr = -4, beta 1: the hinge max(0, 1 + 2 - 4) is 0, 0.1 * 2 remains. Gradients -0.1 and 0."""
+    """pc = -2, pr = -4, beta 1: the hinge max(0, 1 + 2 - 4) is 0, and 0.1 * 2 = 0.2 is left. Gradients -0.1 and 0."""
     loss, *grads_and_rewards = of_one_pair(loss_of(SLiCTrainer, beta=1.0, lambda_coef=0.1), -2, -4)
     assert loss == pytest.approx(0.2)
     assert grads_and_rewards == pytest.approx([-0.1, 0.0, -2, -4])
@@ -331,7 +331,10 @@ kto = loss_of(KTOTrainer, beta=math.log(3))
 
 
 def kto_of_logratios(chosen, rejected, loss=kto):
-    """KTO where the reference's log-probs are -7: (losses, rewards, rewards, gradient in chosen, in rejected)."""
+    """Compute KTO for given log-ratios, with reference log-probs of -7.
+
+    Returns (losses, chosen rewards, rejected rewards, gradient of chosen log-probs, gradient of rejected ones).
+    """
     policy = [(vector(*ratios) - 7).requires_grad_() for ratios in (chosen, rejected)]
     results = loss(*policy, *(torch.full_like(part, -7) for part in policy))
     results[0].sum().backward()
@@ -351,10 +354,11 @@ def test_kto_by_hand():
 
 
 def test_kto_gradient_flows_through_the_kl():
-    """As above. With s' = s (1 - s): s' = 1/4 where the loss is 0.5, 9/100 where it is 0.9; sum s' = 0.34 a half.
+    """A ratio's gradient has a term from its own loss, and one through the KL. Log-ratios as in test_kto_by_hand.
 
-    Own term: d(chosen loss i)/d(ratio i) = -beta s'_i. Through KL_chosen, half of each ratio:
-    d(sum of rejected losses)/d(chosen ratio) = -beta * 0.34 / 2 = -0.17 beta. The rejected half has the same, positive.
+    s' = s (1 - s) is 1/4 where the loss is 0.5, and 9/100 where it is 0.9. The sum of s' is 0.34 in each half.
+    Own loss: d(chosen loss i)/d(ratio i) = -beta s'_i. KL_chosen is the mean of two ratios, so through it
+    d(sum of rejected losses)/d(chosen ratio) = -beta * 0.34 / 2 = -0.17 beta. For rejected ratios both are positive.
     """
     *_, chosen_grad, rejected_grad = kto_of_logratios((2, 0), (1, 3))
     expected = math.log(3) * vector(0.25 + 0.17, 0.09 + 0.17)
@@ -367,7 +371,7 @@ def test_kto_kl_is_clamped_at_0():
 
     chosen:   1 - sigmoid(-ln 3) = 1 - 1/4 = 3/4    1 - sigmoid(-3 ln 3) = 1 - 1/28 = 27/28
     rejected: 1 - sigmoid(4 ln 3) = 1 - 81/82       1 - sigmoid(0) = 1/2
-    No gradient flows through a clamped KL: each response has its own term -beta s' (or +beta s') alone.
+    No gradient flows through a clamped KL: each ratio has only the term of its own loss, -beta s' or +beta s'.
     """
     losses, _, _, chosen_grad, rejected_grad = kto_of_logratios((-1, -3), (-4, 0))
     close(losses, (3 / 4, 27 / 28, 1 / 82, 1 / 2))
@@ -376,15 +380,16 @@ def test_kto_kl_is_clamped_at_0():
 
 
 def test_kto_is_one_half_when_policy_equals_reference():
-    """All log-ratios and both KLs are 0: 1 - sigmoid(0)."""
+    """All log-ratios and both KLs are 0, so every loss is 1 - sigmoid(0) = 0.5."""
     losses, *_ = kto_of_logratios((0, 0, 0), (0,))
     close(losses, (0.5, 0.5, 0.5, 0.5))
 
 
 def test_kto_with_an_empty_half():
-    """The KL of an empty half is 0. Chosen ratio 1 alone: 1 - 3/4; rejected ratio 1 alone: 1 - sigmoid(-ln 3) = 3/4.
+    """The KL of an empty half is 0.
 
-    sigmoid' = 3/16 in both, times beta.
+    A chosen ratio of 1 alone costs 1 - 3/4, and a rejected ratio of 1 alone costs 1 - sigmoid(-ln 3) = 3/4. The
+    gradients are -beta and +beta times sigmoid' = 3/4 * 1/4 = 3/16.
     """
     losses, _, rejected_rewards, chosen_grad, _ = kto_of_logratios((1,), ())
     close(losses, (0.25,))
@@ -397,9 +402,9 @@ def test_kto_with_an_empty_half():
 
 
 def test_kto_kl_is_that_of_the_whole_batch():
-    """Not of a slice of it: chosen ratios 4 and 0 together have KL 2, apart 4 and 0.
+    """KL_chosen is the mean over the whole batch: for the chosen ratios 4 and 0 it is 2.
 
-    The rejected response (ratio 2) costs 1 - sigmoid(ln 3 * (2 - 2)) = 0.5; against 0 alone it would cost 0.9.
+    So a rejected ratio of 2 costs 1 - sigmoid(ln 3 * (2 - 2)) = 0.5. In a batch with the ratio 0 only, it costs 0.9.
     """
     losses, *_ = kto_of_logratios((4, 0), (2,))
     close(losses[2:], (0.5,))
@@ -421,9 +426,9 @@ def test_kto_logs_its_kl_before_the_clamp():
 
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "kto", "slic"])
 def test_a_step_prefers_the_chosen_response(name):
-    """At the policy that equals its reference the loss falls with every chosen log-prob, and rises with every rejected.
+    """A gradient step raises every chosen log-prob and lowers every rejected one, where policy equals reference.
 
-    SLiC's hinge is active there, since the drawn margins are far below its beta of 1 nat.
+    SLiC's hinge is active there, because the margins are far below its beta of 1 nat.
     """
     loss, _, with_reference = settings_of(name)
     policy = [torch.linspace(-9.2, -9.0, 5).requires_grad_(), torch.linspace(-9.1, -9.0, 5).requires_grad_()]

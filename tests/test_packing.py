@@ -1,6 +1,6 @@
-"""Packing: the literal layouts, and that a packed forward is the padded one, on every architecture that is promised.
+"""Packing: literal layouts, and packed against padded forward passes on each architecture that must pack.
 
-`pad` is the plain way: its layouts are held to literals here, and its forward is the model's own.
+`pad` is the reference: its layouts are compared with literals here, and its forward pass is the model's own.
 """
 
 import logging
@@ -22,7 +22,7 @@ every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def shown(inputs) -> dict:
-    """Inputs as lists."""
+    """Return Inputs as lists."""
     values = {
         name: getattr(inputs, name) for name in ("input_ids", "position_ids", "targets", "target_positions", "rows")
     }
@@ -34,10 +34,10 @@ SINGLE = example([7, 8], [5, 9])
 
 
 def test_pack_a_pair_and_a_single_response():
-    """[1 2 3 | 4 5 | 6] and [7 8 | 5]: the last token of a response, 9, is a target and no input.
+    """The pack is [1 2 3 | 4 5 | 6] and [7 8 | 5]. The last token of a response, 9, is a target but not an input.
 
-    The pair's second response goes on at position 3, where its prompt ends, and sees tokens 0 to 3 before itself. The
-    first token of each response is predicted at its prompt's last token, index 2 for both of the pair.
+    The pair's second response continues at position 3, after its prompt, and attends to tokens 0 to 2 and to itself.
+    The first token of each response is predicted at the last token of its prompt: index 2 for both of the pair.
     """
     inputs = pack([PAIR, SINGLE])
     assert shown(inputs) == {
@@ -53,7 +53,7 @@ def test_pack_a_pair_and_a_single_response():
 
 
 def test_pad_a_pair_and_a_single_response():
-    """Three rows of 6: [1 2 3 4 5 9], [1 2 3 6 9 .], [7 8 5 9 . .]; row i starts at 6 i in the flattened batch."""
+    """Three sequences of width 6: [1 2 3 4 5 9], [1 2 3 6 9 .], [7 8 5 9 . .]; sequence i starts at index 6 i."""
     inputs = pad([PAIR, SINGLE], pad_token_id=0)
     assert shown(inputs) == {
         "input_ids": [[1, 2, 3, 4, 5, 9], [1, 2, 3, 6, 9, 0], [7, 8, 5, 9, 0, 0]],
@@ -68,7 +68,7 @@ def test_pad_a_pair_and_a_single_response():
 
 
 def test_one_token_responses():
-    """They are no input at all: only the prompt is run, and its last token predicts all of them."""
+    """Responses of one token are not in the input: the last token of the prompt predicts them."""
     inputs = pack([example([1, 2], [9], [5], [3, 9])])
     assert shown(inputs) == {
         "input_ids": [[1, 2, 3]],
@@ -82,7 +82,7 @@ def test_one_token_responses():
 
 
 def test_equal_prompts_apart_in_the_batch_are_laid_out_once():
-    """[1 2 | 3 | 5 6] and [4]: examples 0 and 2 share their prompt; targets stay in the order of the batch."""
+    """Examples 0 and 2 share their prompt: the pack is [1 2 | 3 | 5 6] and [4]. Targets stay in the batch's order."""
     inputs = pack([example([1, 2], [3, 9]), example([4], [9]), example([1, 2], [5, 6, 9])])
     assert shown(inputs) == {
         "input_ids": [[1, 2, 3, 5, 6, 4]],
@@ -102,13 +102,13 @@ def test_a_prompt_that_begins_like_another_is_another():
 
 
 def test_n_tokens_is_what_a_pack_holds():
-    """The prompt once, each response but for its last token; equal prompts in different examples save more."""
+    """n_tokens counts the prompt once, and each response without its last token, as a pack of the example does."""
     for one in random_examples(20, (1, 2, 3)):
         assert one.n_tokens == pack([one]).input_ids.numel()
 
 
 def test_layout_for_a_variable_length_kernel():
-    """Segments of 5, 1, 3 queries; the second has its prompt's 3 keys before its own: 5, 4, 3 keys."""
+    """Segments have 5, 1, 3 queries and 5, 4, 3 keys: the second has the 3 keys of its prompt before its own."""
     layout = pack([PAIR, SINGLE]).layout
     assert layout.cu_seq_q.tolist() == [0, 5, 6, 9] and layout.cu_seq_q.dtype == torch.int32
     assert layout.cu_seq_k.tolist() == [0, 5, 9, 12] and layout.cu_seq_k.dtype == torch.int32
@@ -116,7 +116,7 @@ def test_layout_for_a_variable_length_kernel():
 
 
 def test_sums_by_row():
-    """Rows 0 0 0 1 1 2 2 of 1 to 7: 6, 9, 13."""
+    """The values 1 to 7, with rows 0 0 0 1 1 2 2, have the sums 1 + 2 + 3 = 6, 4 + 5 = 9, 6 + 7 = 13."""
     assert pack([PAIR, SINGLE]).sum_by_row(torch.arange(1.0, 8.0)).tolist() == [6, 9, 13]
 
 
@@ -124,22 +124,25 @@ def test_sums_by_row():
     ("max_tokens", "runs"),
     [
         (100, [[0, 1, 2, 3, 4]]),
-        (12, [[0, 1, 2], [3], [4]]),  # 4 + 4 + 4; 20 alone is more than fits; 4
+        (12, [[0, 1, 2], [3], [4]]),  # 4 + 4 + 4; 20 alone, although it exceeds the limit; 4
         (11, [[0, 1], [2], [3], [4]]),
         (24, [[0, 1, 2], [3, 4]]),
         (1, [[0], [1], [2], [3], [4]]),
     ],
 )
 def test_split_by_tokens(max_tokens, runs):
-    """Examples of 4, 4, 4, 20, 4 tokens."""
+    """Examples of 4, 4, 4, 20, 4 tokens are split in order, into forward passes of at most max_tokens."""
     examples = [example(list(range(n)), [9]) for n in (4, 4, 4, 20, 4)]
     assert [one.n_tokens for one in examples] == [4, 4, 4, 20, 4]
     assert split_by_tokens(examples, max_tokens) == runs
 
 
 def test_balanced_shares():
-    """Tokens 2, 9, 4, 6, 3 for two: 9, 6, 4, 3, 2, always to the lighter one: 9 + 3 = 12 and 6 + 4 + 2 = 12. Shares are
-    in the order of the batch, and one share of all is the batch as it is."""
+    """Examples are assigned from the longest to the shortest, each to the rank that has the fewest tokens.
+
+    2, 9, 4, 6, 3 tokens for two ranks: 9 + 3 = 12 and 6 + 4 + 2 = 12. Each share is in the order of the batch; a single
+    share is the batch itself.
+    """
     examples = [example(list(range(n)), [9]) for n in (2, 9, 4, 6, 3)]
     assert balanced_shares(examples, 2) == [[1, 4], [0, 2, 3]]
     assert balanced_shares(examples, 1) == [[0, 1, 2, 3, 4]]
@@ -147,7 +150,7 @@ def test_balanced_shares():
 
 
 def test_shares_are_balanced_on_ragged_lengths():
-    """64 examples of 3 to 26 tokens for 2 to 8 processes: the largest share is within 3 % of the mean."""
+    """For 64 examples of 3 to 26 tokens and 2, 3 or 8 ranks, the largest share is within 3 % of the mean."""
     examples = random_examples(64)
     for n in (2, 3, 8):
         tokens = [sum(examples[i].n_tokens for i in share) for share in balanced_shares(examples, n)]
@@ -155,7 +158,10 @@ def test_shares_are_balanced_on_ragged_lengths():
 
 
 def test_a_schedule_has_as_many_forwards_everywhere():
-    """Every example once; a process with fewer runs has empty ones at its end; a forward keeps to its limit."""
+    """Every rank has equally many forward passes. Each example is in one of them, and each keeps to the limit.
+
+    A rank with fewer examples has empty forward passes at its end.
+    """
     examples = [example(list(range(n)), [9]) for n in (20, 3, 3, 3, 3, 3, 3)]
     for n in (1, 2, 3, 5, 9):
         per_process = schedule(examples, n, max_tokens=6)
@@ -165,7 +171,7 @@ def test_a_schedule_has_as_many_forwards_everywhere():
         for runs in per_process:
             assert runs == sorted(runs, key=lambda run: not run)  # the empty ones last
             assert all(sum(examples[i].n_tokens for i in run) <= 6 or run == [0] for run in runs)
-    # Two processes: one has the long example, 20 tokens in one forward; the other six of 3 tokens, two by two.
+    # Two ranks: one has the long example, 20 tokens in one forward pass; the other has six of 3 tokens, in pairs.
     assert schedule(examples, 2, max_tokens=6) == [[[0], [], []], [[1, 2], [3, 4], [5, 6]]]
 
 
@@ -180,12 +186,12 @@ def test_split_by_tokens_of_nothing():
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_packed_attention_is_attention_under_a_dense_mask(sliding_window, softcap, groups):
-    """Token i sees j if both belong to one prompt-and-response, j is not later, and is within the window.
+    """Packed attention equals plain attention with a dense mask, which is built from the definition, pair by pair.
 
-    The mask is written down from the definition, by looking at every pair of tokens.
+    Token i attends to token j if both belong to the same prompt and response, j is not later, and within the window.
     """
     inputs = pack([PAIR, SINGLE, example([1, 2, 3], [5, 5, 5, 9])])
-    owners = [{0, 1, 3}] * 3 + [{0}] * 2 + [{1}] + [{3}] * 3 + [{2}] * 3  # the rows that a token is part of
+    owners = [{0, 1, 3}] * 3 + [{0}] * 2 + [{1}] + [{3}] * 3 + [{2}] * 3  # the responses that a token belongs to
     positions = inputs.position_ids[0].tolist()
     n = len(positions)
     assert n == len(owners)
@@ -213,7 +219,10 @@ def test_packed_attention_is_attention_under_a_dense_mask(sliding_window, softca
 
 
 def values_and_gradients(policy: PolicyModel, examples, upstream=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Per-token log-probs in the order of the batch, and the gradient of every parameter for a random upstream."""
+    """Return per-token log-probs in the order of the batch, and the gradient of each parameter.
+
+    upstream: gradient of the log-probs; random by default
+    """
     policy.zero_grad(set_to_none=True)
     logps = policy(policy.inputs(examples)).logps
     generator = torch.Generator().manual_seed(0)
@@ -224,10 +233,10 @@ def values_and_gradients(policy: PolicyModel, examples, upstream=None) -> tuple[
 
 
 def assert_same(one, other, tolerance: float = 1e-5) -> None:
-    """Values and every parameter's gradient: norm of the difference over the norm.
+    """Compare values and each parameter's gradient: norm of the difference over the norm.
 
-    Some gradients are 0 in exact arithmetic (a key's bias shifts all scores alike), and rounding noise here: a
-    parameter's norm counts as at least a hundredth of the norm of all.
+    Some gradients are 0 in exact arithmetic (the bias of a key shifts all scores alike) and only rounding noise here.
+    So a parameter's norm counts as at least a hundredth of the norm of all gradients.
     """
     values, gradients = one
     other_values, other_gradients = other
@@ -246,10 +255,14 @@ EXAMPLES = random_examples(7, (2, 1, 3))
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # its new name is not in older transformers
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_packed_is_padded(name, checkpointing):
-    """float32, 1e-5, values and gradients; the model's own attention on one side, ours on the other."""
+    """Packed and padded forward passes agree to 1e-5 in values and gradients, in float32.
+
+    Padded batches run with the model's own attention, packs with ours. With checkpointing, each layer runs once forward
+    and once again in the backward pass.
+    """
     policy = tiny_policy(name)
     padded = values_and_gradients(policy, EXAMPLES)
-    assert padded[0].std() > 0.3  # a model that says the same of every token would agree with anything
+    assert padded[0].std() > 0.3  # if all log-probs were equal, the test would show nothing
     policy.use_packing(True)
     if checkpointing:
         sharding.prepare_policy(policy, torch.float32, activation_checkpointing=True, block_name=None)
@@ -260,12 +273,12 @@ def test_packed_is_padded(name, checkpointing):
                 list(layer.children())[0].register_forward_pre_hook(lambda module, args: runs.update(["inside"]))
     assert_same(values_and_gradients(policy, EXAMPLES), padded)
     if checkpointing:
-        assert runs["inside"] == 2 * 2  # both layers, once forward and once again in the backward
+        assert runs["inside"] == 2 * 2  # both layers, twice each
 
 
 @every_architecture
 def test_responses_do_not_see_each_other(name):
-    """Changing one response of a pack leaves every other log-prob as it was, bit by bit."""
+    """If one response of a pack changes, all other log-probs stay equal, bit by bit."""
     policy = tiny_policy(name, packs=True)
     one = example([5, 6, 7, 8], [11, 12, 13, 14, 15], [21, 22, 23, 24])
     other = example([5, 6, 7, 8], [31, 32, 33, 34, 35], [21, 22, 23, 24])
@@ -278,7 +291,7 @@ def test_responses_do_not_see_each_other(name):
 
 @every_architecture
 def test_shared_prompt_is_repeated_prompt(name):
-    """A prompt laid out once for its responses, against each response in a pack of its own."""
+    """A prompt that is laid out once for its responses gives the same as each response in a pack of its own."""
     policy = tiny_policy(name, packs=True)
     pairs = random_examples(3, (2, 3), seed=1)
     shared = values_and_gradients(policy, pairs)
@@ -297,7 +310,7 @@ def test_shared_prompt_is_repeated_prompt(name):
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_order_of_the_batch_does_not_matter(name, packs):
-    """A permuted batch has the permuted sums, and the same gradient of their weighted sum."""
+    """A permuted batch gives the permuted sums, and the same gradient of their weighted sum."""
     policy = tiny_policy(name, packs)
     examples = random_examples(6, (1,)) + [example([5, 6, 7], [8, 9]), example([5, 6, 7], [10, 11, 12])]
     order = [6, 3, 0, 7, 5, 1, 4, 2]
@@ -317,7 +330,7 @@ def test_order_of_the_batch_does_not_matter(name, packs):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_fused_head_is_the_plain_head(name):
-    """`model.logps: plain | fused` on a packed forward."""
+    """`model.logps: fused` gives the same as `plain` in a packed forward pass."""
     policy = tiny_policy(name, packs=True)
     fused = values_and_gradients(policy, EXAMPLES)
     policy.token_logps = models.logps.plain
@@ -337,7 +350,7 @@ def test_switching_packing_off_leaves_the_model_as_it_was():
 
 
 def test_a_layout_that_does_not_arrive_is_an_error():
-    """A model that drops the keyword must not fall back to attention over everything in silence."""
+    """A model that does not pass the layout to its attention raises an error, instead of attending to everything."""
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(RuntimeError, match="does not hand the layout of a pack down"):
         packing.packed_attention(torch.nn.Identity(), q, q, q, None)
@@ -349,9 +362,9 @@ def test_attention_sinks_are_refused():
         packing.packed_attention(torch.nn.Identity(), q, q, q, None, layout=Layout([(0, 3, 0, 0)]), s_aux=q)
 
 
-#### IS PACKING EXACT FOR THIS MODEL?
+#### THE CHECK AT THE START OF A RUN
 
-# Models that a pack is not read by correctly: what they are built from, and why not.
+# Models that cannot read a pack correctly, with the fields of their config, and the reason.
 UNPACKABLE = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi, an attention of its own
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
@@ -363,7 +376,7 @@ UNPACKABLE = {
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """transformers' warnings that these models do not switch their attention; we say so ourselves."""
+    """Silence transformers' warnings that these models do not switch their attention; the check reports it, too."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -372,7 +385,7 @@ def quiet():
 
 
 def check(policy, packing, dtype):
-    """The check as a run makes it: in float32, then as prepared to compute in `dtype`."""
+    """Check a model as a run does: first in float32, then prepared to compute in `dtype`."""
     float32 = in_float32(policy)
     sharding.prepare_policy(policy, dtype, activation_checkpointing=False, block_name=None)
     return choose(policy, packing, dtype, float32)
@@ -388,7 +401,10 @@ def test_the_check_accepts(name, dtype):
 
 @pytest.mark.parametrize("name", UNPACKABLE)
 def test_the_check_falls_back_with_a_reason(name):
-    """And the padded forward of that model then is its own: log-softmax of its logits, response by response."""
+    """A model that cannot be packed falls back to padded batches, with a reason.
+
+    Its padded log-probs are those of its own logits, response by response.
+    """
     policy = PolicyModel(tiny_lm(name, **UNPACKABLE[name])).eval()
     packs, reason = check(policy, "auto", torch.float32)
     assert not packs and reason.startswith("packed and padded log-probs differ by ")
@@ -408,13 +424,13 @@ def test_packing_true_is_an_error_where_it_is_wrong():
 
 
 def test_packing_false_asks_nothing():
-    """Not even a model: None would raise if it was looked at."""
+    """With packing=false the check does not use the model: None would raise."""
     for setting in (False, "false"):
         assert choose(None, setting, torch.float32, None) == (False, "model.packing=false")
 
 
 def test_a_model_that_raises_is_not_packed():
-    """Its error is the reason."""
+    """A model that raises an error on a pack is not packed, and its error is the reason."""
     policy = tiny_policy("llama")
     forward = policy.lm.base_model.forward
 
@@ -428,7 +444,7 @@ def test_a_model_that_raises_is_not_packed():
 
 
 def test_the_check_leaves_no_trace():
-    """Weights bit by bit, their dtype, training mode, and the attention: also where weights are stored in bfloat16."""
+    """The check leaves weights, their dtype, training mode, and attention as they were, also with bfloat16 weights."""
     for stored in (torch.float32, torch.bfloat16):
         policy = PolicyModel(cast_weights(tiny_lm("llama"), stored)).train()
         before = {name: tensor.clone() for name, tensor in policy.lm.state_dict().items()}
@@ -440,7 +456,7 @@ def test_the_check_leaves_no_trace():
 
 
 def test_the_float32_rule_is_1e_5_of_the_largest_logprob():
-    """A packed value that is off by 0.9e-5 of the largest passes, one by 1.1e-5 does not."""
+    """A packed log-prob may differ by 0.9e-5 of the largest log-prob, but not by 1.1e-5."""
     policy = tiny_policy("llama").eval()
     oracle, packed = in_float32(policy)
     largest = oracle.abs().max()
@@ -452,8 +468,11 @@ def test_the_float32_rule_is_1e_5_of_the_largest_logprob():
 
 
 def test_the_bfloat16_rule_is_twice_the_error_of_padded_bfloat16():
-    """The oracle is set so that padded bfloat16 is off by e everywhere; packed, off by about e, passes; an oracle that
-    is nearer to padded than to packed by more than the factor does not."""
+    """In bfloat16, packed may be off from padded float32 by twice the error of padded bfloat16.
+
+    The model passes with its float32 log-probs as the oracle. With the padded bfloat16 log-probs as the oracle, their
+    own error is 0, so 0 is allowed and packed bfloat16 fails.
+    """
     policy = tiny_policy("llama").eval()
     oracle, packed = in_float32(policy)
     sharding.prepare_policy(policy, torch.bfloat16, activation_checkpointing=False, block_name=None)
@@ -466,17 +485,22 @@ def test_the_bfloat16_rule_is_twice_the_error_of_padded_bfloat16():
 
 
 def test_bfloat16_does_not_accept_what_float32_refuses():
-    """Bloom's attention never sees a layout. With small weights that costs less than bfloat16 does, and float32 still
-    shows it: 8e-4 nat where 5e-5 are allowed. What is wrong in exact arithmetic is wrong in bfloat16."""
+    """A model that fails the check in float32 fails in bfloat16, too.
+
+    Bloom's attention never sees a layout. With small weights, the error is below that of bfloat16. In float32 it shows:
+    8e-4 nat, where 5e-5 are allowed.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         policy = PolicyModel(tiny_lm("bloom", **UNPACKABLE["bloom"], initializer_range=0.02))
         assert not check(policy, "auto", dtype)[0]
 
 
 def test_bfloat16_close_to_float32_over_a_long_response():
-    """512 random tokens after one prompt, computed in bfloat16 throughout, at ln 97 = 4.6 nats a token: each is off by
-    about 0.013 nat, and errors of random sign sum to sqrt(512) times that, 0.3 nat, where a systematic one would sum to
-    512 times, 7 nats. Four times 0.3 is allowed."""
+    """The summed log-prob of 512 random tokens, computed in bfloat16, is off by less than 1.2 nats.
+
+    A token has about ln 97 = 4.6 nats, and is off by about 0.013 nat. Errors of random sign sum to sqrt(512) times
+    that, 0.3 nat, of which four times is allowed. A systematic error would sum to 512 times, 7 nats.
+    """
     policy = tiny_policy("llama", packs=True, max_position_embeddings=1024, initializer_range=0.02).eval()
     ids = torch.randint(VOCAB, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     inputs = policy.inputs([example([1, 2, 3], ids)])

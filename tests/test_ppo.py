@@ -1,4 +1,4 @@
-"""Offline PPO: its pieces by hand, and the whole step against one that is written out response by response."""
+"""Offline PPO: its parts at hand-computed values, and the whole step against one written response by response."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def no_curves(monkeypatch):
 
 
 def ppo(**hyper) -> trainers.PPOTrainer:
-    """A trainer that has its hyperparameters and nothing else."""
+    """Make a trainer that has only its hyperparameters."""
     settings = {"cliprange": 0.5, "lam": 0.95, "gamma": 0.99, "critic_coef": 0.0, "KL_coef": 0.0, "kl_estimator": "k3"}
     trainer = trainers.PPOTrainer.__new__(trainers.PPOTrainer)
     trainer.config = OmegaConf.create({"loss": settings | hyper})
@@ -53,13 +53,14 @@ def close(actual, expected, **kwargs) -> None:
 
 
 def test_gae_and_returns_by_hand():
-    """gamma = lam = 1/2. Three tokens with values 0.5, 0.2, 0.6, rewarded with +1 at the end:
+    """gamma = lam = 1/2. Three tokens with the values 0.5, 0.2, 0.6 and a reward of +1 for the last one have
 
-    deltas     0.5 * 0.2 - 0.5 = -0.4    0.5 * 0.6 - 0.2 = 0.1    1 - 0.6 = 0.4
+    deltas     0.5 * 0.2 - 0.5 = -0.4       0.5 * 0.6 - 0.2 = 0.1     1 - 0.6 = 0.4
     advantages -0.4 + 0.25 * 0.2 = -0.35    0.1 + 0.25 * 0.4 = 0.2    0.4
-    returns    0.25    0.5    1: the last token's own reward is in its return
+    returns    0.25                         0.5                       1
 
-    One token of value 0.3, rewarded with -1: delta, advantage -1.3; return -1. Behind it there is nothing.
+    so the return of the last token includes its own reward. One token of value 0.3 with a reward of -1 has the delta
+    and advantage -1 - 0.3 = -1.3, and the return -1. After the end of a response, both are 0.
     """
     values = torch.tensor([[0.5, 0.2, 0.6], [0.3, 0.0, 0.0]])
     rewards = torch.tensor([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0]])
@@ -69,9 +70,9 @@ def test_gae_and_returns_by_hand():
 
 
 def by_definition(values: list[float], reward: float, gamma: float, lam: float) -> tuple[list[float], list[float]]:
-    """(advantages, returns) of one response as double sums over its tokens.
+    """Return (advantages, returns) of one response, as double sums over its tokens.
 
-    A_t = sum_l (gamma lam)^l delta_(t+l) and G_t = sum_l gamma^l r_(t+l), with value 0 behind the end.
+    A_t = sum_l (gamma lam)^l delta_(t+l) and G_t = sum_l gamma^l r_(t+l), with value 0 after the end.
     """
     n = len(values)
     rewards = [0.0] * (n - 1) + [reward]
@@ -83,7 +84,7 @@ def by_definition(values: list[float], reward: float, gamma: float, lam: float) 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5), (1.0, 0.3)])
 def test_gae_and_returns_by_definition(gamma, lam):
-    """Ragged responses of 1 to 60 tokens, against the O(T^2) sums in Python's floats."""
+    """Advantages and returns of responses of 1 to 60 tokens equal the O(T^2) sums of `by_definition`."""
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 60, 7, 33]
     values = torch.zeros(4, 60)
@@ -100,21 +101,24 @@ def test_gae_and_returns_by_definition(gamma, lam):
 
 
 def test_lam_1_is_return_minus_value():
-    """The deltas telescope: A_t = G_t - V_t."""
+    """With lam = 1 the deltas telescope, so A_t = G_t - V_t."""
     values, rewards = torch.randn(3, 9), torch.randn(3, 9)
     advantages, returns = ppo(gamma=0.9, lam=1.0).advantages_and_returns(values, rewards)
     close(advantages, returns - values)
 
 
 def test_discounted_sums_of_a_long_response():
-    """2048 ones at 0.99: the sum of the geometric series, (1 - 0.99^n) / (1 - 0.99), with n terms left."""
+    """2048 ones, discounted by 0.99, sum to (1 - 0.99^n) / (1 - 0.99) where n terms are left."""
     sums = discounted_sums(torch.ones(1, 2048), 0.99)[0]
     close(sums[[0, 1948, 2047]], [(1 - 0.99**n) / 0.01 for n in (2048, 100, 1)], rtol=1e-5, atol=0.0)
 
 
 def test_an_episode_by_hand(tmp_path):
-    """A desirable response of two tokens, an undesirable one of one, all values 0, gamma 1/2, lam 1: returns 1/2, 1 and
-    -1, which are the advantages, too. Their mean is 1/6 and their variance (1/4 + 1 + 1) / 3 - 1/36 = 13/18."""
+    """A desirable response of two tokens and an undesirable one of one token, with values 0, gamma 1/2 and lam 1.
+
+    The returns are 1/2, 1 and -1. The advantages are the same before they are normalised: their mean is 1/6, and their
+    variance is (1/4 + 1 + 1) / 3 - 1/36 = 13/18.
+    """
     trainer = make_trainer(tmp_path, "ppo", "loss.gamma=0.5", "loss.lam=1")
     batch = [example([5, 6], [7, 8], chosen=(True,)), example([5], [9], chosen=(False,))]
     episode = trainer.episode(Batch(batch, PerToken(torch.zeros(3), torch.zeros(3), None), None))
@@ -129,7 +133,10 @@ def test_an_episode_by_hand(tmp_path):
 
 
 def loss_of_tokens(trainer, logratios, advantages, values=None, returns=None):
-    """(outcome, gradient in the log-probs, gradient in the values) of the summed losses; one token a response."""
+    """Compute PPO's loss of responses of one token each.
+
+    Returns (outcome, gradient of the log-probs, gradient of the values); gradients are those of the summed losses.
+    """
     n = len(logratios)
     reference = torch.full((n,), -3.0)
     logps = (reference + torch.as_tensor(logratios)).requires_grad_()
@@ -143,11 +150,11 @@ def loss_of_tokens(trainer, logratios, advantages, values=None, returns=None):
 
 
 def test_clipping_on_both_sides():
-    """cliprange 1/2, so ratios count within [1/2, 2]; the loss is the larger one of -A r and -A clip(r).
+    """With cliprange 1/2, ratios r are clipped to [1/2, 2]; the loss is the larger of -A r and -A clip(r).
 
-    r = 1,   A = +1: -1, inside                     gradient -A r = -1
-    r = 3,   A = +1: max(-3, -2) = -2, clipped      gradient 0: more of a good token earns no more
-    r = 3,   A = -1: max(3, 2) = 3, not clipped     gradient +3: too much of a bad one still hurts
+    r = 1,   A = +1: -1, within the range           gradient -A r = -1
+    r = 3,   A = +1: max(-3, -2) = -2, clipped      gradient 0: raising a good token further gains nothing
+    r = 3,   A = -1: max(3, 2) = 3, not clipped     gradient +3: a bad token is still lowered
     r = 1/4, A = -1: max(1/4, 1/2) = 1/2, clipped   gradient 0
     r = 1/4, A = +1: max(-1/4, -1/2) = -1/4         gradient -1/4
     """
@@ -160,7 +167,10 @@ def test_clipping_on_both_sides():
 
 
 def test_the_critic_by_hand():
-    """0.5 (V - G)^2 times critic_coef 0.1: V = 3, G = 1 costs 2 and 0.2, with gradient 0.1 * 2; V = G costs nothing."""
+    """The critic's loss is 0.5 (V - G)^2, times critic_coef 0.1. V = G costs nothing.
+
+    V = 3, G = 1: 0.5 * 4 = 2, times 0.1 is 0.2; the gradient is 0.1 * (3 - 1) = 0.2.
+    """
     outcome, gradient, value_gradient = loss_of_tokens(
         ppo(critic_coef=0.1), [0.0, 0.0], [0.0, 0.0], values=[3.0, 0.5], returns=[1.0, 0.5]
     )
@@ -171,9 +181,10 @@ def test_the_critic_by_hand():
 
 
 def test_kl_by_hand():
-    """d = ln 2: exp(d) - 1 - d = 1 - ln 2, gradient exp(d) - 1 = 1; d = -ln 2: ln 2 - 1/2, gradient -1/2. Times 0.1.
+    """The KL estimate is exp(d) - 1 - d, with the gradient exp(d) - 1; here times KL_coef 0.1.
 
-    The original's estimator is -d, with gradient -1, and negative for d > 0.
+    d = ln 2: 1 - ln 2, gradient 1. d = -ln 2: ln 2 - 1/2, gradient -1/2.
+    The original's estimator k1 is -d, with the gradient -1; it is negative for d > 0.
     """
     logratios = [math.log(2), -math.log(2)]
     outcome, gradient, _ = loss_of_tokens(ppo(KL_coef=0.1), logratios, [0.0, 0.0])
@@ -186,7 +197,7 @@ def test_kl_by_hand():
 
 
 def test_kl_is_never_negative_and_means_kl_reference_policy():
-    """Its mean over tokens that the reference draws is sum r log(r / p), for any two distributions."""
+    """The KL estimate is never negative. Its mean over tokens drawn from the reference r is sum r log(r / p)."""
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 50, generator=generator).log_softmax(-1)
     outcome, *_ = loss_of_tokens(ppo(), policy - reference, [0.0] * 50)
@@ -196,7 +207,10 @@ def test_kl_is_never_negative_and_means_kl_reference_policy():
 
 
 def test_a_small_logratio_keeps_its_kl():
-    """d = 1e-3: d^2 / 2 + d^3 / 6 = 5.0017e-7. exp(d) - 1 - d in float32 would be off by 1e-7, a fifth of it."""
+    """For d = 1e-3 the KL estimate is d^2 / 2 + d^3 / 6 = 5.0017e-7.
+
+    exp(d) - 1 - d, computed in float32, would be off by 1e-7, a fifth of that.
+    """
     trainer = ppo()
     batch = Batch([example([5], [6])], PerToken(torch.tensor([1e-3]), torch.zeros(1), torch.zeros(1)), torch.zeros(1))
     kl = trainer.clipped_loss(batch, trainers.Episode(torch.zeros(1), torch.zeros(1))).metrics["loss/policykl"]
@@ -204,10 +218,10 @@ def test_a_small_logratio_keeps_its_kl():
 
 
 def test_metrics_by_hand():
-    """Two responses of one token: desirable with log-ratio ln 2, undesirable with -ln 2.
+    """Two responses of one token: a desirable one with log-ratio ln 2, and an undesirable one with -ln 2.
 
-    Values 0 and 1, returns 1 and -1: variance of the returns 1, of what is left of them (1, -2) 9/4: the critic
-    explains 1 - 9/4. Ratios 2 and 1/2 have the mean 5/4. Nothing is clipped at [1/2, 2].
+    Values 0 and 1, returns 1 and -1: the returns have the variance 1, and returns minus values, (1, -2), have 9/4. So
+    the explained variance is 1 - 9/4. Ratios 2 and 1/2 have the mean 5/4, and neither is clipped to [1/2, 2].
     """
     trainer = ppo(critic_coef=0.01, KL_coef=0.1)
     outcome, *_ = loss_of_tokens(
@@ -244,7 +258,10 @@ def test_metrics_by_hand():
 
 
 def test_metrics_stay_finite():
-    """A sequence ratio of e^60, returns that are all equal: JSON has no Infinity and no NaN."""
+    """Metrics are finite with a sequence ratio of e^60 and with equal returns: JSON has no Infinity and no NaN.
+
+    Equal returns have no explained variance, so that metric is left out.
+    """
     outcome, *_ = loss_of_tokens(ppo(), [50.0, 60.0], [0.0, 0.0], returns=[1.0, 1.0])
     values = ppo().summarize([outcome], "train")
     assert all(map(math.isfinite, values.values())) and "val/explained_variance" not in values
@@ -255,7 +272,7 @@ def test_metrics_stay_finite():
 
 
 def critic_policy(name: str, packs: bool, dtype: torch.dtype = torch.float32) -> PolicyModel:
-    """A small model with a value head whose last layer is not at its neutral start."""
+    """Make a small model with a value head whose last layer does not start at 0."""
     lm = tiny_lm(name)
     torch.manual_seed(0)
     v_head = ValueHead(lm.get_output_embeddings().weight.shape[1])
@@ -268,7 +285,7 @@ def critic_policy(name: str, packs: bool, dtype: torch.dtype = torch.float32) ->
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_values_are_padded_values(name):
-    """Values, entropies, and the value head's gradients, to 1e-5, where prompts are shared and where they are not."""
+    """Packed and padded agree to 1e-5 in log-probs, values, entropies, and the gradients of the value head."""
     examples = random_examples(6, (2, 1, 3))
     results = []
     for packs in (True, False):
@@ -284,7 +301,7 @@ def test_packed_values_are_padded_values(name):
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_critic_never_moves_the_language_model(packs, dtype):
-    """The values' gradient reaches every weight of the value head, in float32, and none of the language model."""
+    """The gradient of the values reaches all weights of the value head, in float32, and none of the language model."""
     policy = critic_policy("llama", packs, dtype)
     values = policy(policy.inputs(random_examples(4))).values
     assert values.dtype == torch.float32
@@ -298,7 +315,7 @@ def test_the_critic_never_moves_the_language_model(packs, dtype):
 
 
 def test_a_new_value_head_says_0_and_learns_at_once():
-    """Its last layer starts at 0, so that the first advantages are those of no critic; its gradient is not 0."""
+    """A new value head gives the value 0 everywhere, and the gradient of its last layer is not 0."""
     v_head = ValueHead(8)
     hidden = torch.randn(5, 8)
     values = v_head(hidden)
@@ -308,7 +325,7 @@ def test_a_new_value_head_says_0_and_learns_at_once():
 
 
 def test_one_forward_per_epoch_serves_the_critic_too(tmp_path, monkeypatch):
-    """Two epochs on a batch that fits one forward: the reference runs once, the policy twice."""
+    """For two epochs on a batch that fits one forward pass, the reference runs once and the policy twice."""
     trainer = make_trainer(tmp_path, "ppo", "loss.ppo_epochs=2")
     calls = []
     forward = PolicyModel.forward
@@ -327,8 +344,11 @@ def critic_state(trainer) -> dict[str, torch.Tensor]:
 
 
 def plain_ppo(trainer, batch, epochs: int) -> None:
-    """PPO on one batch as a textbook has it: response by response through the model's own logits, GAE backwards over a
-    list, one mean over all tokens, SGD by hand; no packing, no leaf, no clipping of gradients."""
+    """Run PPO on one batch as in a textbook, without packing, autograd leaf, or clipping of gradients.
+
+    Each response goes through the model's own logits; advantages are `by_definition`; the loss is the mean over all
+    tokens; SGD is written out.
+    """
     loss, lm, v_head = trainer.config.loss, trainer.policy.lm, trainer.policy.v_head
     for model in (trainer.policy, trainer.reference_model):
         model.use_packing(False)
@@ -372,8 +392,10 @@ def plain_ppo(trainer, batch, epochs: int) -> None:
 @pytest.mark.parametrize("words", ["", "model.packing=false model.logps=plain", "model.max_tokens_per_forward=60"])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_step_is_the_textbooks(tmp_path, epochs, words):
-    """Two batches, one or three epochs each: weights and critic move as in `plain_ppo`, to 1e-5 of the way. Steps are
-    large enough (lr 0.3) for ratios to be clipped on both sides."""
+    """On two batches, with one or three epochs each, policy and critic move as in `plain_ppo`, to 1e-5 of the movement.
+
+    At lr 0.3, steps are large enough that some ratios are clipped.
+    """
     words = (*words.split(), f"loss.ppo_epochs={epochs}", "lr=0.3", "loss.critic_coef=0.5")
     words += ("model.max_grad_norm=1e9", "model.v_head_max_grad_norm=1e9")
     trainers_ = [make_trainer(tmp_path / name, "ppo", *words) for name in ("ours", "plain")]
@@ -395,8 +417,11 @@ def test_the_step_is_the_textbooks(tmp_path, epochs, words):
 
 
 def test_epochs_are_updates_over_the_same_advantages(tmp_path):
-    """Two batches of 8, two epochs each: four updates and four rows, at 8, 8, 16, 16 examples; the targets of the
-    critic are the same in both epochs of a batch, its values are not. A linear schedule counts all four."""
+    """Two batches of 8 with two epochs each give four updates and four lines in the log, at 8, 8, 16, 16 examples.
+
+    The returns are the same in both epochs of a batch, and the values are not. A linear schedule counts all four
+    updates: 1, 3/4, 1/2, 1/4 of lr 0.1.
+    """
     words = ("loss.ppo_epochs=2", "lr_scheduler=linear", "lr=0.1", "loss.critic_coef=1", "model.v_head_max_grad_norm=9")
     _, rows = trained(tmp_path, "ppo", *words, batches=batches_for("ppo", 2))
     assert [row["step"] for row in rows] == [1, 2, 3, 4] == [row["counters/updates"] for row in rows]
@@ -410,7 +435,7 @@ def test_epochs_are_updates_over_the_same_advantages(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("sizes", [(4, 4), (6, 2), (5, 2, 1)], ids=str)
 def test_accumulation_is_one_batch(tmp_path, sizes, epochs):
-    """Advantages are normalised over all microbatches of an update, whatever their sizes."""
+    """Accumulated microbatches of any sizes train as one batch: advantages are normalised over all of them."""
     (batch,) = batches_for("ppo", 1)
     one = trained(tmp_path / "one", "ppo", f"loss.ppo_epochs={epochs}", batches=[list(batch)])
     parts = [[batch.pop(0) for _ in range(size)] for size in sizes]
@@ -421,7 +446,7 @@ def test_accumulation_is_one_batch(tmp_path, sizes, epochs):
 
 
 def test_the_last_incomplete_accumulation_is_not_lost(tmp_path):
-    """Three microbatches of 4, two at a time, two epochs: updates after 8, 8, 12, 12 examples, by `train` itself."""
+    """Three microbatches of 4, two per update, with two epochs, give updates after 8, 8, 12, 12 examples."""
     words = ("model.batch_size=4", "model.gradient_accumulation_steps=2", "loss.ppo_epochs=2")
     trainer = make_trainer(tmp_path, "ppo", *words, batches=batches_for("ppo", 3, 4))
     trainer.train()
@@ -430,8 +455,11 @@ def test_the_last_incomplete_accumulation_is_not_lost(tmp_path):
 
 
 def test_the_critic_has_a_clip_of_its_own(tmp_path):
-    """SGD at lr 0.01 moves the value head by 0.01 * 0.05, however steep its loss, and that takes nothing from the
-    language model, which moves as it does without a critic: by one update, since later advantages know the critic."""
+    """The critic's gradient has its own limit of 0.05, so SGD at lr 0.01 moves the value head by 0.01 * 0.05.
+
+    The steep loss of the critic does not change the gradient norm or the movement of the language model, compared with
+    critic_coef=0. There is only one update, because later advantages depend on the critic.
+    """
     batches = batches_for("ppo", 1)
     steep = ("loss.critic_coef=1000", "model.v_head_max_grad_norm=0.05")
     ways = []
@@ -448,7 +476,7 @@ def test_the_critic_has_a_clip_of_its_own(tmp_path):
 
 
 def test_bfloat16_compute(tmp_path):
-    """Training starts at a ratio of exactly 1, and policy and critic move as in float32, but for a few percent."""
+    """In bfloat16, training starts at a ratio of exactly 1, and policy and critic move as in float32, to 10 %."""
     ways = []
     for precision in ("float32", "bfloat16"):
         words = (f"model.fsdp_policy_mp={precision}", "loss.critic_coef=1", "model.v_head_max_grad_norm=10", "lr=0.1")
@@ -463,7 +491,7 @@ def test_bfloat16_compute(tmp_path):
 
 
 def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
-    """The critic's too, before a weight changes."""
+    """A critic whose value is infinite stops the run before a weight changes; the 8 examples are written down."""
     trainer = make_trainer(tmp_path, "ppo")
     torch.nn.init.constant_(trainer.policy.v_head.value.bias, float("inf"))
     before = state_of(trainer)
@@ -474,7 +502,10 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_evaluation_reports_what_other_losses_do(tmp_path):
-    """Rewards are log-ratios, summed per response: 0 at the start; after a step as computed here from the log-probs."""
+    """Evaluation reports rewards: log-ratios summed per response. They are 0 at the start.
+
+    After training they equal the rewards computed here from the log-probs.
+    """
     trainer = make_trainer(tmp_path, "ppo", "lr=0.1")
     assert trainer.evaluate()["rewards_eval/margins"] == 0
     trainer.train()
@@ -502,7 +533,7 @@ def test_evaluation_reports_what_other_losses_do(tmp_path):
 
 
 def test_average_log_prob_is_heard(tmp_path):
-    """A loss of tokens has no use for it but in what it reports: log-probs and rewards are means over a response."""
+    """With average_log_prob, reported log-probs are means over a response. The loss of tokens does not change."""
     trainer = make_trainer(tmp_path, "ppo", "++loss.average_log_prob=true")
     batch = trainer.eval_loader.batches[0]
     with torch.no_grad():
@@ -517,7 +548,7 @@ def test_average_log_prob_is_heard(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run: (its cache_dir, the critic's final weights)."""
+    """A finished run: its cache_dir, and the final weights of its critic."""
     folder = tmp_path_factory.mktemp("cache")
     draw, metrics.draw_curves = metrics.draw_curves, lambda *args: None
     trainer = make_trainer(folder, "ppo", "lr=0.1", "loss.critic_coef=1", "intermediate_checkpoints=true")
@@ -527,7 +558,7 @@ def run(tmp_path_factory):
 
 
 def test_v_head_pt(run):
-    """{'step_idx', 'state', 'metrics'} in float32, in LATEST and in each step-N; `weights_only` opens it."""
+    """v_head.pt is {'step_idx', 'state', 'metrics'} in float32, in LATEST and each step-N; `weights_only` opens it."""
     folder, critic = run
     saved = torch.load(folder / "run/LATEST/v_head.pt", weights_only=True)
     assert saved["step_idx"] == 3 and "loss/eval" in saved["metrics"] and set(saved["state"]) == set(critic)
@@ -547,7 +578,7 @@ def test_the_export_is_a_plain_language_model(run):
 
 @pytest.mark.parametrize("form", ["policy.pt", "directory"])
 def test_a_critic_goes_on_from_its_checkpoint(run, form):
-    """Whichever way `model.load_from` names the checkpoint: the values are those of its end, bit by bit."""
+    """The critic continues from its checkpoint, bit by bit, if `model.load_from` is the policy.pt or the directory."""
     folder, critic = run
     path = "run/LATEST/policy.pt" if form == "policy.pt" else str(folder / "run" / "LATEST")
     trainer = make_trainer(folder, "ppo", f"exp_name=next_{form[:3]}", f"model.load_from={path}")
@@ -555,7 +586,10 @@ def test_a_critic_goes_on_from_its_checkpoint(run, form):
 
 
 def test_a_new_critic_depends_on_the_seed_alone(run, tmp_path, monkeypatch):
-    """Where the policy comes from a run without one, or from nowhere; a v_head.pt that lies around is not taken."""
+    """A new critic depends on the seed only, for random weights and for a checkpoint without a critic.
+
+    A v_head.pt in the working directory is not used.
+    """
     folder, _ = run
     monkeypatch.chdir(tmp_path)
     shutil.copy(folder / "run/LATEST/v_head.pt", tmp_path / "v_head.pt")
@@ -569,7 +603,7 @@ def test_a_new_critic_depends_on_the_seed_alone(run, tmp_path, monkeypatch):
 
 
 def test_a_new_critic_moves_no_other_random_number(tmp_path):
-    """Whether a loss has a critic does not change the generator that its user may draw from."""
+    """Making a critic does not change torch's global random generator: draws after it are the same as for KTO."""
     draws = []
     for loss in ("ppo", "kto"):
         torch.manual_seed(5)
@@ -579,7 +613,10 @@ def test_a_new_critic_moves_no_other_random_number(tmp_path):
 
 
 def test_checkpoints_without_their_critic(run, tmp_path):
-    """Evaluating a run needs its critic; a damaged one, or one of another width, is named before a model loads."""
+    """A critic that is damaged, or has another width, is refused before a model loads.
+
+    A missing critic is refused in evaluation only: training starts with a new one.
+    """
     folder, _ = run
     shutil.copytree(folder / "run" / "LATEST", tmp_path / "LATEST")
     policy_pt, v_head_pt = str(tmp_path / "LATEST/policy.pt"), tmp_path / "LATEST/v_head.pt"
@@ -597,7 +634,7 @@ def test_checkpoints_without_their_critic(run, tmp_path):
     with pytest.raises(UserError, match="v_head.pt is damaged"):
         loading.check_load_from(config)
     os.remove(v_head_pt)
-    loading.check_load_from(config)  # a new one will do for training
+    loading.check_load_from(config)  # training takes a new critic
     with pytest.raises(UserError, match="v_head.pt does not exist"):
         loading.load_policy_and_reference(config, tokenizer(), CPU, policy_pt)
 
@@ -609,7 +646,7 @@ def test_losses_without_a_critic_have_none(tmp_path):
 
 
 def test_the_columns_of_a_token(tmp_path):
-    """A `Forward` gathers log-prob, value and entropy under the names of their fields."""
+    """A `Forward` gathers log-probs, values and entropies, each into its own field."""
     trainer = make_trainer(tmp_path, "ppo")
     batch = batches_for("ppo", 1)[0]
     with torch.no_grad():

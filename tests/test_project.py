@@ -1,4 +1,4 @@
-"""The project's own shape: what may import what, and lists that must say the same."""
+"""The structure of the project: which file may import which, and lists that must agree."""
 
 import ast
 import glob
@@ -15,7 +15,10 @@ from helpers import PROJECT
 
 
 def imports_of(path: str) -> set[str]:
-    """The modules that a file imports, in full: `halos.errors` of `from halos import errors`, also inside functions."""
+    """Return the full names of the modules that a file imports, also inside functions.
+
+    `from halos import errors` imports `halos.errors`.
+    """
     with open(path) as file:
         tree = ast.parse(file.read())
     names = set()
@@ -47,7 +50,7 @@ def test_the_engine_never_imports_a_wing(wing):
 
 
 def test_the_judge_imports_little_of_the_engine():
-    """Its wing works in an environment without torch."""
+    """The judge imports only these three files of halos, so it works in an environment without torch."""
     allowed = {"halos.errors", "halos.files", "halos.datafiles"}
     for path in rooms("judge/*.py"):
         others = {name for name in imports_of(path) if name.startswith("halos.") and not name.startswith("halos.judge")}
@@ -55,7 +58,7 @@ def test_the_judge_imports_little_of_the_engine():
 
 
 def test_the_map_names_every_room():
-    """halos/__init__.py has one line per room, and so has the __init__.py of each wing."""
+    """halos/__init__.py has one line for each file of halos/, and so has the __init__.py of each wing."""
     for folder in ("", "judge/", "plan/"):
         found = {os.path.basename(path) for path in rooms(f"{folder}*.py")} - {"__init__.py"}
         with open(os.path.join(PROJECT, "halos", folder, "__init__.py")) as file:
@@ -91,7 +94,7 @@ def test_the_lock_holds_every_dependency_and_torch_comes_first():
 
 
 def test_help_imports_neither_torch_nor_transformers():
-    """Which is what makes it fast."""
+    """`--help` imports neither torch nor transformers, which makes it fast."""
     code = (
         "import sys, train; sys.argv = ['train.py', '--help']\n"
         "try: train.main()\n"

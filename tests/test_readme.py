@@ -1,4 +1,4 @@
-"""README.md, word for word: its files are written, its commands are run, and what it says comes out."""
+"""README.md, word for word: its files are written, its commands are run, and their results are as it says."""
 
 import json
 import os
@@ -21,12 +21,12 @@ def blocks(kind: str) -> list[str]:
 
 
 def commands(kind: str) -> list[str]:
-    """The commands of all blocks of a kind; one may go on in the next line, behind a backslash."""
+    """Return the commands in all blocks of a kind. A backslash continues a command in the next line."""
     return [line for block in blocks(kind) for line in block.replace("\\\n", "").splitlines() if line.strip()]
 
 
 def python(line: str, cwd) -> subprocess.CompletedProcess:
-    """`python ...` as a user types it, here."""
+    """Run `python ...` as a user types it."""
     program, *words = shlex.split(line, comments=True)
     assert program == "python"
     return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def python(line: str, cwd) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the project in which KTO is missing, then added as the README does."""
+    """A copy of the project from which KTO is removed, and then added as in the README."""
     copy = clone(tmp_path_factory.mktemp("project"))
     trainers = (copy / "trainers.py").read_text()
     start = trainers.index("class KTOTrainer")
@@ -52,7 +52,7 @@ def checkout(tmp_path_factory):
 
 
 def test_every_command_that_needs_no_gpu_runs(checkout):
-    """The KTO that the README adds trains exactly as the project's own: the same metrics, to the last bit."""
+    """All commands for a CPU run. The README's KTO has the same training losses as the project's own, bit by bit."""
     lines = commands("run")
     assert len(lines) >= 5
     for line in lines:
@@ -82,7 +82,7 @@ def pages() -> list[str]:
 
 @pytest.mark.parametrize("name", pages())
 def test_a_page_is_finished(name):
-    """No measurement is still to be filled in, every file that is linked is there, and lines have 120 characters."""
+    """No placeholder for a measurement is left, every linked file exists, and lines have at most 120 characters."""
     with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
         text = file.read()
     assert "@@" not in text

@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, and a text that depends on the seed and the prompt, not on the batch."""
+"""Sampling: the right distribution, and texts that depend on the seed and the prompt, and not on the batch."""
 
 import os
 
@@ -43,14 +43,20 @@ def samples(lm, encoder, prompts, batch_size=4, max_length=40, top_p=0.95, tempe
 
 
 def test_top_p_keeps_the_smallest_set_with_that_mass():
-    """p = 0.5, 0.3, 0.15, 0.05: 0.8 of the mass is in the first two (and 0.81 needs the third); at least one stays."""
+    """The smallest set of tokens with probability top_p is kept, at least one token.
+
+    Of 0.5, 0.3, 0.15 and 0.05 the first two have 0.8: 0.79 needs these two, and 0.81 the third as well.
+    """
     scores = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
     for top_p, kept in ((0.79, [1, 3]), (0.81, [0, 1, 3]), (0.01, [1]), (1.0, [0, 1, 2, 3])):
         assert keep_top_p(scores, top_p).isfinite()[0].nonzero().flatten().tolist() == kept
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
-    """scores 0 and ln 3 at temperature 0.5 are weights 1 and 9: 90 % of 4000 draws, with a standard error of 0.5 %."""
+    """Scores 0 and ln 3 at temperature 0.5 have weights 1 and 9, so 90 % of the draws give the second.
+
+    4000 draws have a standard error of 0.5 %; 2 % are allowed.
+    """
     sampler = GumbelSampler([1], top_p=1.0, temperature=0.5)
     scores = torch.tensor([[0.0, np.log(3.0)]])
     draws = [sampler(None, scores).argmax().item() for _ in range(4000)]
@@ -58,7 +64,7 @@ def test_draws_follow_the_softmax_at_the_temperature():
 
 
 def test_temperature_0_takes_the_likeliest(lm, encoder, prompts):
-    """The same as argmax of the model's own logits, token by token."""
+    """Temperature 0 gives the argmax of the model's own logits, token by token."""
     text = samples(lm, encoder, prompts[:1], temperature=0, max_length=8)[0]
     ids = prompts[0].tolist()
     with torch.no_grad():
@@ -68,7 +74,7 @@ def test_temperature_0_takes_the_likeliest(lm, encoder, prompts):
 
 
 def test_text_does_not_depend_on_the_batch(lm, encoder, prompts):
-    """One at a time, in twos, all at once, and in another order."""
+    """Each prompt gets the same text alone, in batches of 2, all in one batch, and in reversed order."""
     alone = samples(lm, encoder, prompts, batch_size=1)
     assert len(set(alone)) == len(alone)
     assert samples(lm, encoder, prompts, batch_size=2) == alone
@@ -90,7 +96,7 @@ def test_copies_of_a_prompt_have_noise_of_their_own(lm, encoder, prompts):
 
 
 def test_responses_end_at_max_length_each_by_its_own_prompt(lm, encoder, prompts, monkeypatch):
-    """Without EOS, prompt and response have max_length tokens together, for every row of a batch."""
+    """Without EOS, each prompt and its response have max_length tokens together, in a batch of different lengths."""
     lengths = []
     monkeypatch.setattr(Encoder, "decode_response", lambda self, ids: lengths.append(len(ids)) or str(len(ids)))
     monkeypatch.setattr(encoder, "eos_token_id", 10**6)

@@ -1,6 +1,6 @@
-"""The trainer as a whole, on a model of two layers: what a step does, what it must not depend on, what is kept of it.
+"""The trainer on a model of two layers: training steps, what they must not depend on, metrics, and checkpoints.
 
-The loaders are stand-ins that yield hand-made batches; the models come from the project's own loading.
+Loaders are replaced by ones that yield given batches; models come from the project's own loading.
 """
 
 import json
@@ -38,7 +38,7 @@ LOSSES = losses()
 
 @pytest.fixture(autouse=True)
 def curves(monkeypatch):
-    """Drawing takes longer than all else here: it is left out, and `curves` gives it back."""
+    """Leave out drawing, which takes longer than everything else here; calling `curves()` turns it on again."""
     draw = metrics.draw_curves
     monkeypatch.setattr(metrics, "draw_curves", lambda *args: None)
     return lambda: monkeypatch.setattr(metrics, "draw_curves", draw)
@@ -49,10 +49,10 @@ def curves(monkeypatch):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_packed_training_is_padded_training(tmp_path, loss):
-    """Three steps, 1e-5 of how far the weights move.
+    """Three steps of packed and padded training move the weights alike, to 1e-5 of the movement.
 
-    Storing a weight rounds it: 1.5e-7 over all weights, whatever the step. At lr 0.01 cdpo moves them by only 0.0116
-    and that rounding alone is 1.3e-5 of it; steps five times as large put it at 3e-6.
+    Storing a weight rounds it, by 1.5e-7 in norm over all weights, whatever the step. At lr 0.01 cdpo moves the weights
+    by only 0.0116, so rounding alone is 1.3e-5 of that. At lr 0.05 it is 3e-6.
     """
     packed = trained(tmp_path / "packed", loss, "model.packing=true", "lr=0.05")
     padded = trained(tmp_path / "padded", loss, "model.packing=false", "model.logps=plain", "lr=0.05")
@@ -60,8 +60,11 @@ def test_packed_training_is_padded_training(tmp_path, loss):
 
 
 def test_packed_training_is_padded_training_with_adamw(tmp_path):
-    """AdamW divides by the gradient's size, so what is nearly 0 counts as much as what is not: eps 1e-4 keeps rounding
-    noise (1e-8 of a gradient of 0.1) out of the comparison."""
+    """Packed training equals padded training with AdamW, too.
+
+    AdamW divides by the size of the gradient, so gradients close to 0 count like large ones. With eps 1e-4, their
+    rounding noise (1e-8 of a gradient of 0.1) does not count.
+    """
     words = ("optimizer=AdamW", "lr=1e-3", "++optimizer_kwargs.eps=1e-4")
     packed = trained(tmp_path / "packed", "dpo", "model.packing=true", *words)
     padded = trained(tmp_path / "padded", "dpo", "model.packing=false", *words)
@@ -70,9 +73,9 @@ def test_packed_training_is_padded_training_with_adamw(tmp_path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_several_forwards_are_one(tmp_path, loss):
-    """Every example in a forward of its own (max_tokens_per_forward=1), or a few: the loss is of the whole batch.
+    """Several forward passes of a batch train as one: one example in each (max_tokens_per_forward=1), or a few.
 
-    For KTO that is more than a matter of memory: its KL is a statistic of the batch.
+    KTO's KL is a statistic of the whole batch, so it would differ if each forward pass had a loss of its own.
     """
     whole = trained(tmp_path / "whole", loss)
     for limit in (1, 60):
@@ -88,7 +91,7 @@ def test_several_forwards_without_packing_are_one(tmp_path):
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
 @pytest.mark.parametrize("sizes", [(4, 4), (6, 2), (3, 3, 2), (5, 2, 1)], ids=str)
 def test_accumulation_is_one_batch(tmp_path, loss, sizes):
-    """Microbatches of 4 + 4 are a batch of 8, and of 6 + 2 too: the mean is over examples, not over microbatches."""
+    """Microbatches of 4 + 4, or of 6 + 2, train as one batch of 8: the mean is over examples, not over microbatches."""
     (batch,) = batches_for(loss, 1)
     parts = [[batch.pop(0) for _ in range(size)] for size in sizes]
     words = ("model.batch_size=4", f"model.gradient_accumulation_steps={len(sizes)}")
@@ -98,7 +101,7 @@ def test_accumulation_is_one_batch(tmp_path, loss, sizes):
 
 
 def test_the_last_incomplete_accumulation_is_not_lost(tmp_path):
-    """Five microbatches of 2, two at a time: updates of 4, 4, 2 examples."""
+    """Five microbatches of 2, two per update, give updates of 4, 4 and 2 examples."""
     batches = batches_for("sft", 5, 2)
     _, rows = trained(tmp_path, "sft", "model.batch_size=2", "model.gradient_accumulation_steps=2", batches=batches)
     assert [row["examples"] for row in rows] == [4, 8, 10]
@@ -121,8 +124,10 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_change_nothing(tmp_path):
-    """Nor is anything compiled anew for a batch of another layout: the first batch, and the second of another length,
-    make all the graphs there are."""
+    """Compiled blocks train as uncompiled ones, and are not compiled again for a batch of another layout.
+
+    The first two batches, of different lengths, compile all graphs.
+    """
     from torch._dynamo.utils import counters  # private, because torch has no public count of its graphs
 
     batches = batches_for("dpo", 6)
@@ -141,8 +146,10 @@ def test_compiled_blocks_change_nothing(tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("limit", [16384, 60])
 def test_training_starts_at_a_logratio_of_exactly_0(tmp_path, packing, precision, limit):
-    """Policy and reference compute alike, also where the policy stores float32 and computes in bfloat16: so DPO's loss
-    is ln 2 and every reward 0."""
+    """Policy and reference compute alike, so DPO's loss starts at ln 2, and every reward at 0.
+
+    This also holds if the policy stores float32 and computes in bfloat16.
+    """
     words = (f"model.fsdp_policy_mp={precision}", f"model.packing={packing}", f"model.max_tokens_per_forward={limit}")
     trainer = make_trainer(tmp_path, "dpo", *words)
     assert trainer.reference_model.lm.dtype == getattr(torch, precision)
@@ -155,7 +162,10 @@ def test_training_starts_at_a_logratio_of_exactly_0(tmp_path, packing, precision
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("limit", [16384, 30])
 def test_every_loss_starts_at_a_logratio_of_exactly_0(tmp_path, loss, limit):
-    """Where a loss has a reference model, whatever the roles of its responses."""
+    """Policy and reference log-probs are equal at the start, bit by bit, for every loss with a reference model.
+
+    This holds for all roles, in one forward pass and in several.
+    """
     trainer = make_trainer(tmp_path, loss, f"model.max_tokens_per_forward={limit}")
     with torch.no_grad():
         _, batch = trainer.forward(trainer.train_loader.batches[0])
@@ -164,7 +174,7 @@ def test_every_loss_starts_at_a_logratio_of_exactly_0(tmp_path, loss, limit):
 
 
 def test_bfloat16_compute_moves_float32_weights_the_same_way(tmp_path):
-    """Within the precision of bfloat16: a few percent of the way after three steps, and the weights stay float32."""
+    """After three steps in bfloat16, the weights have moved as in float32, to 5 % of the movement."""
     way, _ = trained(tmp_path / "float32", "sft")
     half, _ = trained(tmp_path / "bfloat16", "sft", "model.fsdp_policy_mp=bfloat16")
     assert way.norm() > 1e-3
@@ -172,10 +182,10 @@ def test_bfloat16_compute_moves_float32_weights_the_same_way(tmp_path):
 
 
 def test_every_weight_trains_in_bfloat16_compute(tmp_path):
-    """A whole run, from the command's loading to LATEST: each weight has moved, and as it does in float32.
+    """In a run from loading to LATEST, each weight moves in bfloat16, as it does in float32 (to 5 %).
 
-    FSDP leaves the embeddings, the last norm and the head gathered, in bfloat16, after a forward without a backward. An
-    optimizer that is made then holds those copies, and the weights behind them never move.
+    A regression: after a forward pass without a backward pass, FSDP leaves the embeddings, the last norm and the head
+    gathered, in bfloat16. An optimizer that is made then holds those copies, and the stored weights never move.
     """
     ways = []
     for precision in ("float32", "bfloat16"):
@@ -190,7 +200,7 @@ def test_every_weight_trains_in_bfloat16_compute(tmp_path):
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_a_forward_leaves_the_float32_weights_as_they_were(tmp_path, packing):
-    """Bit by bit, in what is saved after an evaluation in bfloat16: not its rounded copies."""
+    """After an evaluation in bfloat16, the saved float32 weights are unchanged, bit by bit, and not rounded."""
     trainer = make_trainer(tmp_path, "sft", "model.fsdp_policy_mp=bfloat16", f"model.packing={packing}")
     start = loading.load_lm(trainer.config, torch.float32).state_dict()
     trainer.evaluate()
@@ -198,13 +208,13 @@ def test_a_forward_leaves_the_float32_weights_as_they_were(tmp_path, packing):
 
 
 def chosen_logps(trainer, batch):
-    """What a loss sees as `policy_chosen_logps` and `policy_rejected_logps`."""
+    """Return `policy_chosen_logps` and `policy_rejected_logps`, as a loss gets them."""
     _, seen = trainer.forward(batch)
     return trainer.split(seen, seen.policy.logps)
 
 
 def test_average_log_prob(tmp_path):
-    """`average_log_prob: true` in a loss's YAML: the mean over a response's tokens, where else it is their sum."""
+    """With `average_log_prob: true` a loss gets the mean log-prob over a response's tokens, otherwise the sum."""
     batch = batches_for("sft", 1)[0]
     summed = make_trainer(tmp_path / "sum", "sft", batches=[batch])
     mean = make_trainer(tmp_path / "mean", "sft", "++loss.average_log_prob=true", batches=[batch])
@@ -242,9 +252,9 @@ def summary(trainer_class, *outcomes) -> dict[str, float]:
 
 
 def test_metrics_of_pairs_by_hand():
-    """Pairs (1, 0), (2, 3), (5, 5) and (4, -2): two of four have the chosen response ahead, and one is half a win.
+    """The rewards of the pairs are (1, 0), (2, 3), (5, 5) and (4, -2): two wins and a tie, so accuracy is 2.5 / 4.
 
-    Chosen (1 + 2 + 5 + 4) / 4 = 3, rejected (0 + 3 + 5 - 2) / 4 = 1.5.
+    The means are (1 + 2 + 5 + 4) / 4 = 3 and (0 + 3 + 5 - 2) / 4 = 1.5, and the margin is 3 - 1.5.
     """
     values = summary(
         trainers.DPOTrainer,
@@ -263,7 +273,7 @@ def test_metrics_of_pairs_by_hand():
 
 
 def test_metrics_of_single_responses_by_hand():
-    """Chosen 1, 2, 4 against rejected 0, 4: of six combinations 1 > 0, 2 > 0, 4 > 0 hold, and 4 = 4 is half."""
+    """Chosen 1, 2, 4 and rejected 0, 4 have six combinations: 1 > 0, 2 > 0, 4 > 0 are wins, and 4 = 4 is half a win."""
     values = summary(trainers.KTOTrainer, outcome([1, 2, 3, 4, 5], [1, 2, 4], [0, 4]))
     assert values["rewards_train/accuracies"] == pytest.approx(3.5 / 6)
     assert values["rewards_train/margins"] == pytest.approx(7 / 3 - 4 / 2)
@@ -271,7 +281,7 @@ def test_metrics_of_single_responses_by_hand():
 
 
 def test_metrics_without_one_half():
-    """What cannot be computed is left out, and never NaN."""
+    """Metrics that cannot be computed are left out, and are never NaN."""
     assert summary(trainers.KTOTrainer, outcome([1, 3], [1, 2], [])) == {
         "loss/train": 2.0, "rewards_train/chosen": 1.5, "logps_train/chosen": 1.5,
     }  # fmt: skip
@@ -281,8 +291,10 @@ def test_metrics_without_one_half():
 
 
 def test_evaluation_of_a_batch_by_hand(tmp_path):
-    """SFT's evaluation loss is the mean over all test examples (5 and 3 of them) of the summed negative log-likelihood,
-    here from the model's own logits, sequence by sequence."""
+    """SFT's evaluation loss is the mean of the summed negative log-likelihood over all test examples (5 + 3).
+
+    The expected value is computed from the model's own logits, one sequence after the other.
+    """
     batches = [batches_for("sft", 1, 5)[0], batches_for("sft", 1, 3, seed=1)[0]]
     trainer = make_trainer(tmp_path, "sft", eval_batches=batches)
     values = trainer.evaluate()
@@ -299,7 +311,7 @@ def test_evaluation_of_a_batch_by_hand(tmp_path):
 
 
 def test_kto_evaluates_batches_of_one_kind(tmp_path):
-    """Binary feedback may come in batches without a single rejected response."""
+    """KTO can evaluate a batch without rejected responses, which binary feedback may give."""
     chosen = [judged(one, True) for one in batches_for("kto", 1)[0]]
     values = make_trainer(tmp_path, "kto", eval_batches=[chosen]).evaluate()
     assert values["loss/eval"] == pytest.approx(0.5)
@@ -307,7 +319,7 @@ def test_kto_evaluates_batches_of_one_kind(tmp_path):
 
 
 def test_the_log_of_a_run(tmp_path, curves):
-    """Three batches of 8, an evaluation before the first and after every 16 examples, and one at the end."""
+    """Three batches of 8 are logged, and evaluations before the first, after every 16 examples, and at the end."""
     curves()
     trainer = make_trainer(tmp_path, "dpo", "do_first_eval=true", "eval_every=16")
     trainer.train()
@@ -323,7 +335,7 @@ def test_the_log_of_a_run(tmp_path, curves):
 
 
 def test_training_lowers_the_loss_it_trains_on(tmp_path):
-    """The same batch ten times: SFT's loss falls at each of the updates, at a small learning rate."""
+    """On the same batch ten times, SFT's loss falls at every update, at a small learning rate."""
     _, rows = trained(tmp_path, "sft", "lr=1e-3", batches=batches_for("sft", 1) * 10)
     losses = [row["loss/train"] for row in rows]
     assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
@@ -333,8 +345,10 @@ def test_training_lowers_the_loss_it_trains_on(tmp_path):
 
 
 def test_gradients_are_clipped_by_their_global_norm(tmp_path):
-    """With SGD at lr 0.01 and max_grad_norm 0.5 the weights move by 0.01 * 0.5, in the direction of the gradient; the
-    norm that is logged is the one before clipping."""
+    """With SGD at lr 0.01 and max_grad_norm 0.5 the weights move by 0.01 * 0.5, in the direction of the gradient.
+
+    The logged norm is the one before clipping.
+    """
     batches = batches_for("sft", 1)
     free, (row,) = trained(tmp_path / "free", "sft", "model.max_grad_norm=1e9", batches=batches)
     clipped, (clipped_row,) = trained(tmp_path / "clipped", "sft", "model.max_grad_norm=0.5", batches=batches)
@@ -345,21 +359,21 @@ def test_gradients_are_clipped_by_their_global_norm(tmp_path):
 
 
 def factors(folder, *words, n_batches=10) -> list[float]:
-    """The share of the peak learning rate of each update, and of the one that would follow."""
+    """Return the factor of the peak learning rate for each update, and for one more."""
     config = make_config(folder, "loss=sft", *SMALL, *words)
     trainer = trainers.SFTTrainer(torch.nn.Linear(1, 1), None, None, config, Batches([[None]] * n_batches), None, "")
     return [trainer.lr_factor(update) for update in range(n_batches + 1)]
 
 
 def test_warmup(tmp_path):
-    """Four updates of warm-up: 1/5, 2/5, 3/5, 4/5, then the peak; and never 0, which would waste an update."""
+    """Four updates of warm-up have the factors 1/5, 2/5, 3/5, 4/5; then 1. A factor of 0 would waste an update."""
     assert factors(tmp_path, "warmup_steps=4", n_batches=6) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
     assert factors(tmp_path, "warmup_steps=0", n_batches=2) == [1, 1, 1]
     assert factors(tmp_path, "warmup_steps=150", n_batches=1)[0] == pytest.approx(1 / 151)
 
 
 def test_linear_and_cosine_end_at_0(tmp_path):
-    """Two updates of warm-up, then eight from 1 to 0: 1, 7/8, ... linear; (1 + cos(pi k / 8)) / 2."""
+    """Two updates of warm-up, then eight from 1 to 0: linear 1 - k / 8, cosine (1 + cos(pi k / 8)) / 2."""
     linear = factors(tmp_path, "warmup_steps=2", "lr_scheduler=linear")
     assert linear == pytest.approx([1 / 3, 2 / 3, *(1 - k / 8 for k in range(9))])
     cosine = factors(tmp_path, "warmup_steps=2", "lr_scheduler=cosine")
@@ -368,13 +382,13 @@ def test_linear_and_cosine_end_at_0(tmp_path):
 
 
 def test_a_schedule_counts_updates_not_microbatches(tmp_path):
-    """Ten microbatches, three at a time: four updates (3, 3, 3, 1), so linear goes 1, 3/4, 1/2, 1/4, 0."""
+    """Ten microbatches, three per update, are four updates (3, 3, 3, 1), so linear goes 1, 3/4, 1/2, 1/4, 0."""
     words = ("lr_scheduler=linear", "model.gradient_accumulation_steps=3")
     assert factors(tmp_path, *words)[:5] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
 def test_the_schedule_reaches_the_weights(tmp_path):
-    """SGD without clipping moves by lr * factor * gradient: one update at factor 1/5 goes a fifth of the way."""
+    """SGD moves the weights by lr * factor * gradient, so one update at the factor 1/5 moves them a fifth as far."""
     batches = batches_for("sft", 1)
     full, _ = trained(tmp_path / "full", "sft", batches=batches)
     fifth, _ = trained(tmp_path / "fifth", "sft", "warmup_steps=4", batches=batches)
@@ -382,14 +396,16 @@ def test_the_schedule_reaches_the_weights(tmp_path):
 
 
 def test_the_logged_lr_is_the_one_that_was_used(tmp_path):
-    """lr 0.01 with four updates of warm-up: the first update is made at 0.002."""
+    """With lr 0.01 and four updates of warm-up, the first updates use and log 1/5, 2/5, 3/5 of 0.01."""
     _, rows = trained(tmp_path, "sft", "warmup_steps=4")
     assert [row["lr"] for row in rows] == pytest.approx([0.002, 0.004, 0.006])
 
 
 def test_weight_decay_spares_vectors(tmp_path):
-    """Without a gradient, AdamW at lr 0.1 and weight decay 0.5 scales what it decays by 1 - 0.05, and nothing else:
-    matrices yes, norms no."""
+    """Weight decay applies to matrices, and not to vectors, such as norms.
+
+    With a gradient of 0, AdamW at lr 0.1 and weight decay 0.5 scales a decayed weight by 1 - 0.1 * 0.5 = 0.95.
+    """
     trainer = make_trainer(tmp_path, "sft", "optimizer=AdamW", "lr=0.1", "++optimizer_kwargs.weight_decay=0.5")
     before = state_of(trainer)
     optimizer = trainer.make_optimizer()
@@ -405,7 +421,7 @@ def test_weight_decay_spares_vectors(tmp_path):
 
 
 def test_eval_is_due_when_a_multiple_is_passed(tmp_path):
-    """eval_every 8 with updates of 8 examples: after every one."""
+    """With eval_every 8, evaluation is due after 8 examples, and again when a multiple of 8 has been passed."""
     trainer = make_trainer(tmp_path, "sft")
     assert not trainer.eval_is_due()
     trainer.train_loader.examples_seen = 8
@@ -420,7 +436,7 @@ def test_eval_is_due_when_a_multiple_is_passed(tmp_path):
 
 
 class Overflowing(trainers.SFTTrainer):
-    """A loss that is infinite for its second batch."""
+    """SFT with a loss that is infinite on the second batch."""
 
     calls = 0
 
@@ -433,8 +449,10 @@ class Overflowing(trainers.SFTTrainer):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, where, precision, monkeypatch):
-    """The second update fails: the weights, and LATEST, are bit by bit those after the first one, and the examples of
-    the second are written down."""
+    """If the second update is not finite, the weights and LATEST are those after the first one, bit by bit.
+
+    The examples of the second update are in not_finite.json.
+    """
     batches = batches_for("sft", 3)
     trainer = make_trainer(tmp_path, "sft", f"model.fsdp_policy_mp={precision}", batches=batches)
     after_each = []
@@ -469,7 +487,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, where, precision
 
 
 def test_not_finite_names_all_examples_of_the_update(tmp_path, monkeypatch):
-    """A gradient is of a whole accumulation: both microbatches are written down."""
+    """If an accumulated gradient is not finite, the examples of both microbatches (2 x 4) are written down."""
     batches = batches_for("sft", 2, 4)
     trainer = make_trainer(tmp_path, "sft", "model.gradient_accumulation_steps=2", batches=batches)
     next(trainer.policy.parameters()).grad = torch.full_like(next(trainer.policy.parameters()), float("inf"))
@@ -491,7 +509,7 @@ def logits_of(lm) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run with its checkpoints, in {folder}/run: three updates, saved after each; and its final logits."""
+    """A finished run of three updates, saved after each: (folder with run/, trainer, final logits)."""
     folder = tmp_path_factory.mktemp("cache")
     trainer = make_trainer(folder, "dpo", "intermediate_checkpoints=true", "datasets=[demo]")
     with pytest.MonkeyPatch.context() as patch:
@@ -502,7 +520,7 @@ def run(tmp_path_factory):
 
 
 def test_policy_pt(run):
-    """{'step_idx', 'state', 'metrics'}, loadable without trust, under the model's own names, in policy_dtype."""
+    """policy.pt is {'step_idx', 'state', 'metrics'} with the model's own names, in float32; weights_only opens it."""
     folder, trainer, _ = run
     saved = torch.load(folder / "run/LATEST/policy.pt", weights_only=True)
     assert saved.keys() == {"step_idx", "state", "metrics"}
@@ -516,8 +534,10 @@ def test_policy_pt(run):
 
 
 def test_the_export_is_opened_by_transformers(run):
-    """The same logits bit by bit, since it is exported in float32 (a model of random weights has no other dtype); the
-    same tokenizer; and a card that says what it is."""
+    """transformers opens the export: the same logits bit by bit, the same tokenizer, and a model card.
+
+    The export is float32, because a model with random weights has no dtype of a base checkpoint.
+    """
     folder, _, logits = run
     latest = folder / "run" / "LATEST"
     lm = AutoModelForCausalLM.from_pretrained(latest)
@@ -531,7 +551,7 @@ def test_the_export_is_opened_by_transformers(run):
 
 
 def test_export_dtype(tmp_path):
-    """`model.export_dtype=bfloat16` rounds the export and not policy.pt; config.json says so."""
+    """`model.export_dtype=bfloat16` rounds the export and not policy.pt; config.json has the dtype."""
     trainer = make_trainer(tmp_path, "sft", "model.export_dtype=bfloat16")
     trainer.save()
     latest = tmp_path / "run" / "LATEST"
@@ -543,7 +563,7 @@ def test_export_dtype(tmp_path):
 
 
 def test_policy_dtype(tmp_path):
-    """Weights that are stored in bfloat16 are saved in it."""
+    """Weights that are stored in bfloat16 are saved in bfloat16."""
     trainer = make_trainer(tmp_path, "sft", "model.policy_dtype=bfloat16")
     trainer.save()
     state = checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))
@@ -551,7 +571,7 @@ def test_policy_dtype(tmp_path):
 
 
 def test_intermediate_checkpoints(run):
-    """One directory for each evaluation, LATEST equal to the last; nothing unfinished is left."""
+    """Each evaluation leaves a directory step-N, LATEST equals the last one, and no unfinished directory is left."""
     folder, _, _ = run
     names = {path.name for path in (folder / "run").iterdir() if path.is_dir()}
     assert names == {"LATEST", "step-1", "step-2", "step-3"}
@@ -563,7 +583,7 @@ def test_intermediate_checkpoints(run):
 
 
 def test_latest_alone_without_intermediate_checkpoints(tmp_path):
-    """It is replaced at each save."""
+    """Without intermediate checkpoints there is only LATEST, which is replaced at each save."""
     trainer = make_trainer(tmp_path, "sft")
     trainer.train()
     assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"LATEST"}
@@ -571,7 +591,7 @@ def test_latest_alone_without_intermediate_checkpoints(tmp_path):
 
 
 def test_tied_weights(tmp_path):
-    """One tensor under two names: saved once, exported, and tied again when loaded; three updates move both alike."""
+    """Tied weights are one tensor under two names after training; they are saved once, and tied again when loaded."""
     trainer = make_trainer(tmp_path, "sft", "++model.architecture.tie_word_embeddings=true")
     trainer.train()
     latest = tmp_path / "run" / "LATEST"
@@ -588,7 +608,7 @@ def test_tied_weights(tmp_path):
 
 
 def test_a_save_that_dies_leaves_the_old_latest(tmp_path, monkeypatch):
-    """The new checkpoint is written beside, and only then renamed."""
+    """If a save fails, LATEST is the old checkpoint: the new one is renamed to LATEST only when it is complete."""
     trainer = make_trainer(tmp_path, "sft")
     trainer.save()
     before = checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))["lm_head.weight"].clone()
@@ -602,7 +622,7 @@ def test_a_save_that_dies_leaves_the_old_latest(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             trainer.save()
     assert torch.equal(checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))["lm_head.weight"], before)
-    trainer.save()  # and the next one is not hindered by what was left
+    trainer.save()  # the leftovers do not disturb the next save
     assert not torch.equal(checkpoint.load_state(str(tmp_path / "run/LATEST/policy.pt"))["lm_head.weight"], before)
 
 
@@ -610,7 +630,7 @@ def test_a_save_that_dies_leaves_the_old_latest(tmp_path, monkeypatch):
 
 
 def hub_repository(latest, folder):
-    """A directory as a hub repository lays it out: sharded safetensors with an index, and no policy.pt."""
+    """Write a directory like a hub repository: sharded safetensors with an index, and no policy.pt."""
     folder.mkdir()
     state = load_file(latest / "model.safetensors")
     names = sorted(state)
@@ -628,8 +648,10 @@ def hub_repository(latest, folder):
 
 
 def test_load_from_in_three_forms(run, tmp_path):
-    """policy.pt relative to cache_dir and absolute, an HF directory, and the layout of a hub repository: the policy and
-    the reference are the run's final weights, bit by bit."""
+    """From each form of `model.load_from`, policy and reference get the run's final weights, bit by bit.
+
+    The forms: policy.pt relative to cache_dir or absolute, a Hugging Face directory, the layout of a hub repository.
+    """
     folder, _, logits = run
     latest = folder / "run" / "LATEST"
     forms = ["run/LATEST/policy.pt", str(latest / "policy.pt"), str(latest)]
@@ -643,7 +665,7 @@ def test_load_from_in_three_forms(run, tmp_path):
 
 
 def test_training_goes_on_from_load_from(run):
-    """A policy that starts from the run: DPO's log-ratios start at 0 against that very policy."""
+    """If training starts from the run's policy, the reference is that policy, too: DPO's log-ratios start at 0."""
     folder, _, _ = run
     trainer = make_trainer(folder, "dpo", "exp_name=next", "model.load_from=run/LATEST/policy.pt")
     outcome = trainer.forward_backward(trainer.train_loader.batches[0])
@@ -651,7 +673,7 @@ def test_training_goes_on_from_load_from(run):
 
 
 def load(folder, path) -> None:
-    """What a run does about `model.load_from=path` before anything else loads."""
+    """Check `model.load_from=path` as a run does before anything else loads."""
     loading.check_load_from(make_config(folder, "loss=sft", *SMALL, f"model.load_from={path}"))
 
 
@@ -662,7 +684,7 @@ def test_a_missing_policy_pt(tmp_path):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
 def test_a_truncated_policy_pt(run, tmp_path, share):
-    """Cut anywhere, the file names itself and what to do."""
+    """A policy.pt that is cut anywhere is refused; the message names the file and a remedy."""
     data = (run[0] / "run/LATEST/policy.pt").read_bytes()
     (tmp_path / "policy.pt").write_bytes(data[: int(share * len(data))])
     with pytest.raises(
@@ -679,7 +701,7 @@ def test_another_file_that_torch_wrote(tmp_path, content):
 
 
 def test_a_file_that_runs_code_is_not_run(tmp_path):
-    """A pickle with a function in it is refused, not executed."""
+    """A pickle that contains a function call is refused and not executed."""
 
     class Harmful:
         def __reduce__(self):
@@ -692,7 +714,7 @@ def test_a_file_that_runs_code_is_not_run(tmp_path):
 
 
 def changed(run, tmp_path, change) -> str:
-    """The message about a policy.pt whose state went through `change`."""
+    """Return the error message for the run's policy.pt after `change` was applied to its state."""
     saved = torch.load(run[0] / "run/LATEST/policy.pt", weights_only=True)
     change(saved["state"])
     torch.save(saved, tmp_path / "policy.pt")
@@ -702,7 +724,7 @@ def changed(run, tmp_path, change) -> str:
 
 
 def test_the_first_differing_key_is_named(run, tmp_path):
-    """A weight that is missing, one too many, one of another shape: by name, the first in the model's order."""
+    """A missing weight, an extra one, and one of another shape are named; of several, the first in model order."""
 
     def narrow(state):
         state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"][:7]
@@ -717,7 +739,7 @@ def test_the_first_differing_key_is_named(run, tmp_path):
 
 
 def test_another_architecture(run):
-    """The run's weights for a model with one more layer: its first key that is not there."""
+    """For a model with one more layer, the first weight that the checkpoint lacks is named."""
     folder, _, _ = run
     config = make_config(
         folder, "loss=sft", *SMALL, "model.load_from=run/LATEST/policy.pt", "model.architecture.num_hidden_layers=3"
@@ -727,7 +749,7 @@ def test_another_architecture(run):
 
 
 def test_a_directory_that_lacks_a_weight(run, tmp_path):
-    """It would start at random values there in silence."""
+    """A directory that lacks a weight is refused. transformers would start that weight at random values."""
     folder, _, _ = run
     directory = hub_repository(folder / "run" / "LATEST", tmp_path / "repository")
     state = load_file(folder / "run/LATEST/model.safetensors")
@@ -773,7 +795,7 @@ def test_a_file_in_the_way(tmp_path):
 
 
 def test_overwrite_renames_and_deletes_nothing(tmp_path):
-    """The third run moves the second to run.bak-2, after the second moved the first to run.bak-1."""
+    """overwrite=true renames: the second run moves the first to run.bak-1, the third the second to run.bak-2."""
     config = make_config(tmp_path, "loss=sft", *SMALL, "overwrite=true")
     for number in (1, 2, 3):
         run_dir.refuse_existing(config)
@@ -786,7 +808,7 @@ def test_overwrite_renames_and_deletes_nothing(tmp_path):
 
 
 def test_config_yaml_is_the_config(tmp_path):
-    """Resolved: what `${...}` stood for is written."""
+    """config.yaml is the config with every `${...}` resolved."""
     config = make_config(tmp_path, "loss=kto", "model=tiny")
     directory = run_dir.create(config)
     written = OmegaConf.load(os.path.join(directory, "config.yaml"))
@@ -795,7 +817,7 @@ def test_config_yaml_is_the_config(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
-    """Bit by bit; another seed other weights."""
+    """The same seed gives the same training, bit by bit. Another seed gives other weights."""
     one, two = (trained(tmp_path / name, "kto") for name in ("one", "two"))
     assert torch.equal(one[0], two[0])
     lms = [
@@ -806,7 +828,10 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 
 
 def test_equal_prompts_in_a_batch_train_as_apart(tmp_path):
-    """KTO's single responses to one prompt share it in the pack, and must not see each other."""
+    """Responses of different examples with equal prompts share the prompt in a pack, and do not see each other.
+
+    KTO on such a batch trains as with one forward pass per example.
+    """
     batch = [
         example([5, 6, 7], [8, 9, 10], chosen=(True,)),
         example([5, 6, 7], [11, 12], chosen=(False,)),
