@@ -3,54 +3,59 @@
     python compare.py -f samples/kto_llama7b.json -mc 512 -bk chosen -ck policy -r result.jsonl
 
 The file is what eval.py wrote. The judge is a model behind an OpenAI-compatible server (OPENAI_API_KEY, --base_url), or
-a Python function. A command that was stopped goes on where it was when it is run again: docs/judging.md.
+a Python function. If a command was stopped, run it again to go on: docs/judging.md.
 """
 
 import argparse
 import os
+import shlex
+import sys
 
-from halos.commands import FlagParser, boolean, positive, report_user_errors
+from halos.commands import FlagParser, boolean, report_user_errors
+from halos.judge import Settings, compare
+from halos.judge.settings import CHOICES
 
 
-def arguments() -> argparse.Namespace:
-    parser = FlagParser(description=__doc__)
-    add = parser.add_argument_group("what is compared").add_argument
+def parser() -> FlagParser:
+    """The flags. A flag that is not given keeps the default of its field in Settings."""
+    flags = FlagParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    add = flags.add_argument_group("what is compared").add_argument
     add("-f", "--file", required=True, help="samples: the .json that eval.py writes, .jsonl, or .parquet")
     add("-f2", "--file2", help="take the baseline of each prompt from this file")
-    add("-ck", "--candidate_key", default="policy", help="key of the response that is tested (policy)")
+    add("-ck", "--candidate_key", help="key of the response that is tested (policy)")
     add("-bk", "--baseline_key", help="key of the one it is compared with (reference; with -f2 the candidate's)")
-    add("-hk", "--history_key", default="prompt", help="key of the prompt (prompt)")
-    add("-mc", "--max_comp", type=positive(int), help="compare a seeded sample of this many prompts (all)")
-    add("-s", "--seed", type=int, default=0, help="of the sample, and of the order with --order one (0)")
+    add("-hk", "--history_key", help="key of the prompt (prompt)")
+    add("-mc", "--max_comp", type=int, help="compare a seeded sample of this many prompts (all)")
+    add("-s", "--seed", type=int, help="of the sample, and of the order with --order one (0)")
     add("--human", metavar="KEY", help="key with a person's choice: candidate, baseline or tie")
 
-    add = parser.add_argument_group("who judges, and how").add_argument
+    add = flags.add_argument_group("who judges, and how").add_argument
     add("--judge", action="append", metavar="NAME", help="a model, or pkg.module:function; several may be given")
-    add("--judge_kind", choices=["pairwise", "score"], default="pairwise", help="what a Python function judges")
+    add("--judge_kind", choices=CHOICES["judge_kind"], help="what a Python function judges (pairwise)")
     add("--base_url", help="of an OpenAI-compatible server (OPENAI_BASE_URL, or OpenAI)")
-    add("--mode", choices=["json", "text", "logprob"], default="json", help="how the verdict is asked for (json)")
+    add("--mode", choices=CHOICES["mode"], help="how the verdict is asked for (json)")
     add("--template", help="a Jinja file over prompt, first, second, fence, instruction; or pkg.module:Class")
-    add("--order", choices=["both", "one"], default="both", help="judge each pair in both positions, or in one (both)")
+    add("--order", choices=CHOICES["order"], help="judge each pair in both positions, or in one (both)")
 
-    add = parser.add_argument_group("how fast, and for how much").add_argument
-    add("--concurrency", type=positive(int), default=32, help="calls in flight (32)")
-    add("-st", "--sleep_time", type=positive(float, or_zero=True), default=0.0, help="least seconds between calls (0)")
-    add("--rpm", type=positive(float), help="calls per minute")
-    add("--tpm", type=positive(float), help="tokens per minute")
-    add("--timeout", type=positive(float), default=60.0, help="seconds for one call (60)")
+    add = flags.add_argument_group("how fast, and for how much").add_argument
+    add("--concurrency", type=int, help="calls in flight (32)")
+    add("-st", "--sleep_time", type=float, help="least seconds between calls (0)")
+    add("--rpm", type=float, help="calls per minute")
+    add("--tpm", type=float, help="tokens per minute")
+    add("--timeout", type=float, help="seconds for one call (60)")
     add("--price", type=price, action="append", metavar="IN,OUT", help="dollars per million tokens; one, or per judge")
-    add("--max_cost", type=positive(float), help="stop before this many dollars are spent; resumable")
-    add("--max_fail", type=positive(float, or_zero=True), default=0.01, help="share of verdicts that may fail (0.01)")
+    add("--max_cost", type=float, help="stop before this many dollars are spent; resumable")
+    add("--max_fail", type=float, help="share of verdicts that may fail (0.01)")
 
-    add = parser.add_argument_group("what comes out").add_argument
-    add("-r", "--results_file", default="results.jsonl", help="a JSON line is appended to it (results.jsonl)")
+    add = flags.add_argument_group("what comes out").add_argument
+    add("-r", "--results_file", help="a JSON line is appended to it (results.jsonl)")
     add("--cache", metavar="DIR", help="the journal's directory (judgments/ beside the results file)")
     add("--plot", metavar="PNG", help="draw the results")
     add("--report", metavar="HTML", help="write a page to browse all prompts, responses and verdicts")
     add("--dry_run", action="store_true", help="print the number of calls and their cost, and stop")
     add("--stats_only", action="store_true", help="compute the results from the journal, without any call")
-    add("-v", "--verbose", type=boolean, nargs="?", const=True, default=False, help="print every verdict (false)")
-    return parser.parse_args()
+    add("-v", "--verbose", type=boolean, nargs="?", const=True, help="print every verdict (false)")
+    return flags
 
 
 def price(text: str) -> tuple[float, float]:
@@ -61,32 +66,15 @@ def price(text: str) -> tuple[float, float]:
     return price_in, price_out
 
 
-def compare(args: argparse.Namespace) -> None:
-    from halos import chat_judge, comparisons, judging, results, statistics
-    from halos.gate import Limits
-    from halos.journal import Journal
-
-    args.baseline_key = args.baseline_key or (args.candidate_key if args.file2 else "reference")
-    keys = args.candidate_key, args.baseline_key, args.history_key, args.human
-    pairs = comparisons.sample_pairs(comparisons.read_pairs(args.file, *keys, args.file2), args.max_comp, args.seed)
-    judges = chat_judge.make_judges(args)
-    results.check_paths(args)
-    units = judging.units_of(pairs, judges, args.order == "both", args.seed)
-    limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
-    directory = args.cache or os.path.join(os.path.dirname(args.results_file), "judgments")
-    with Journal(directory, read_only=args.dry_run or args.stats_only) as journal:
-        print(judging.plan(judges, units, journal), flush=True)
-        if args.dry_run:
-            return
-        if not args.stats_only:
-            judging.judge_all(pairs, judges, units, journal, limits, args.verbose)
-        scores = judging.scores_of(pairs, judges, units, journal)
-        summary = statistics.summarize(scores, *comparisons.lengths(pairs), [pair.human for pair in pairs])
-        summary["calls"] = judging.billing(judges, units, journal)
-        print(results.table(summary, args.candidate_key, args.baseline_key))
-        results.write_all(args, pairs, scores, summary, judging.replies_of(units, journal))
+def main(argv: list[str] | None = None) -> None:
+    """Compare as the flags say. argv: the words after the program's name; by default those of this process."""
+    words = sys.argv[1:] if argv is None else argv
+    program = ["halos-compare"] if os.path.basename(sys.argv[0]) == "halos-compare" else ["python", "compare.py"]
+    with report_user_errors():
+        flags = vars(parser().parse_args(words))
+        lists = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
+        compare(Settings(**{**flags, **lists}), command=shlex.join([*program, *words]))
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        compare(arguments())
+    main()

@@ -1,7 +1,7 @@
-"""The data: the datasets that can be named in `datasets=[...]`, and the loaders that make training rows of them.
+"""Datasets that can be named in `datasets=[...]`, and loaders that turn their examples into training rows.
 
-To add a dataset, write `get_{name}(split)` below; it returns a `Dataset` of `Example`s (`halos/examples.py`). To add a
-way of making training rows from examples, subclass `DataLoader` (`halos/loader.py`) and override `flatten`.
+To add a dataset, write `get_{name}(split)` below. It returns a `Dataset` of `Example`s (`halos/examples.py`). To build
+training rows in another way, subclass `DataLoader` (`halos/loader.py`) and override `flatten`.
 """
 
 import random
@@ -21,12 +21,12 @@ from utils import rank0_print
 
 #### DATASETS: each `get_{name}(split)` reads 'train' or 'test' into a Dataset
 
-SHP_MIN_SCORE_RATIO = 2  # of training pairs; all pairs are tested on
+SHP_MIN_SCORE_RATIO = 2  # for training pairs only; the test split keeps all pairs
 SHP_MAX_PAIRS = 5  # per training prompt, so that popular posts do not outweigh the others
 
 
 def get_shp(split: str, source: str = "stanfordnlp/SHP") -> Dataset:
-    """Stanford Human Preferences: two comments on one post, and which one got the higher score."""
+    """Read Stanford Human Preferences: two comments on one post; the one with the higher score is chosen."""
     dataset = Dataset("shp")
     columns = ["history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B", "score_ratio"]
     for row in hub_rows("shp", source, split, columns):
@@ -55,7 +55,7 @@ def get_shp(split: str, source: str = "stanfordnlp/SHP") -> Dataset:
 
 
 def get_hh(split: str, source: str = "Anthropic/hh-rlhf") -> Dataset:
-    """Anthropic's dialogues about being helpful and harmless: all subsets, two last replies to one conversation."""
+    """Read Anthropic's helpful and harmless dialogues, all subsets: two final replies to the same conversation."""
     return _read_hh("hh", split, source)
 
 
@@ -82,9 +82,9 @@ def _read_hh(name: str, split: str, source: str, subset: str | None = None) -> D
 
 
 def _last_reply(conversation: str) -> tuple[str | None, str]:
-    """A conversation up to its last `\\n\\nAssistant:`, and the reply; None if it does not end in a reply.
+    """Split a conversation into (prompt, reply) after its last `\\n\\nAssistant:`. The prompt is None without a reply.
 
-    Runs of blanks inside a line become one, so that the conversations of a pair do not differ in nothing but those.
+    Repeated blanks inside a line become one, because the conversations of a pair may differ in those alone.
     """
     before, marker, reply = re.sub(r"(?<=\S)[ \t]{2,}", " ", conversation).rpartition(ASSISTANT)
     if not marker or HUMAN in reply:
@@ -93,14 +93,14 @@ def _last_reply(conversation: str) -> tuple[str | None, str]:
 
 
 def get_oasst(split: str, source: str = "OpenAssistant/oasst1") -> Dataset:
-    """Open Assistant's trees of messages, English only: the ranked replies to the path from the root.
+    """Read Open Assistant's message trees, English only: ranked replies to the path from the root.
 
-    A ranking a > b > c becomes the pairs (a, b) and (b, c). A message counts as dropped if it is neither a reply in a
-    ranking nor answered by one, also where it is part of a prompt.
+    A ranking a > b > c becomes the pairs (a, b) and (b, c). A message counts as dropped if it is not in a ranking and
+    no ranking answers it, even if it is part of a prompt.
     """
     dataset = Dataset("oasst")
     columns = ["message_id", "parent_id", "text", "role", "lang", "rank", "deleted"]
-    messages, replies = set(), {}  # ids; parent's id -> the messages that can be used
+    messages, replies = set(), {}  # ids of all messages; id of a parent -> its usable replies
     for row in hub_rows("oasst", source, {"train": "train", "test": "validation"}[split], columns):
         dataset.rows += 1
         messages.add(row["message_id"])
@@ -130,9 +130,9 @@ def _why_unusable(message: dict) -> str | None:
 
 
 def _conversations(replies: dict[str | None, list[dict]]) -> Iterator[tuple[str, list[dict], bool]]:
-    """(prompt, the assistant's messages that follow it, whether a human spoke last), roots first.
+    """Yield (prompt, the assistant messages that follow it, whether a human spoke last), roots first.
 
-    Takes what it reaches out of `replies`; what stays there hangs on no root.
+    Messages that are reached are removed from `replies`. Those that remain have no path to a root.
     """
     names = {"prompter": HUMAN, "assistant": ASSISTANT}
     to_visit = deque((root, "") for root in replies.pop(None, []))
@@ -146,7 +146,7 @@ def _conversations(replies: dict[str | None, list[dict]]) -> Iterator[tuple[str,
 
 
 def _add_ranking(dataset: Dataset, prompt: str, answers: list[dict]) -> bool:
-    """Add the answers to one message, the best (rank 0) first; whether any could be used."""
+    """Add the answers to one message, the best (rank 0) first. Returns True if any was usable."""
     ranks: dict[str, int] = {}
     for answer in sorted(answers, key=lambda answer: (answer["rank"] is None, answer["rank"], answer["text"])):
         text = _response(answer["text"])
@@ -168,7 +168,7 @@ def _add_ranking(dataset: Dataset, prompt: str, answers: list[dict]) -> bool:
 
 
 def get_demo(split: str) -> Dataset:
-    """The embedded dataset: questions whose answers can be checked."""
+    """Read the embedded dataset: questions whose answers can be checked."""
     dataset = Dataset("demo")
     for item in demo.generate(split):
         dataset.rows += 1
@@ -181,9 +181,9 @@ def get_demo(split: str) -> Dataset:
 
 
 def get_local(path: str, split: str) -> Dataset:
-    """A user's own file, or folder of two: pairs or binary feedback, as `halos/datafiles.py` describes them.
+    """Read a user's own file or folder: pairs or binary feedback, in the forms that `halos/datafiles.py` describes.
 
-    SFT imitates the first chosen, or the first desirable, response to a prompt.
+    SFT imitates the first chosen or the first desirable response to a prompt.
     """
     dataset = Dataset(path)
     for record in records(path, split):
@@ -205,16 +205,16 @@ def get_local(path: str, split: str) -> Dataset:
     return dataset.not_empty(split)
 
 
-#### WHAT READERS SHARE
+#### HELPERS OF READERS
 
 
 def _response(text: str | None) -> str:
-    """A response after `Assistant:` begins with one space."""
+    """Format a response: after `Assistant:` it begins with one space."""
     return " " + (text or "").strip()
 
 
 def _is_unicode(record: dict) -> bool:
-    """False if a text has half a surrogate pair, which JSON can write (\\ud83d) and no tokenizer takes."""
+    """Return False if a text has half a surrogate pair. JSON can write one (\\ud83d), but no tokenizer accepts it."""
     prompt = record["prompt"]
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     texts += [record[column] for column in ("chosen", "rejected", "response") if column in record]
@@ -230,7 +230,7 @@ def _is_unicode(record: dict) -> bool:
 
 
 class SFTDataLoader(DataLoader):
-    """The response to imitate of every example that has one."""
+    """For every example that has one, the response to imitate."""
 
     data_format = "sft"
 
@@ -245,7 +245,7 @@ class SFTDataLoader(DataLoader):
 
 
 class PairedPreferenceDataLoader(DataLoader):
-    """Every preference pair, the chosen response first."""
+    """Every preference pair, chosen response first."""
 
     data_format = "paired"
 
@@ -260,11 +260,11 @@ class PairedPreferenceDataLoader(DataLoader):
 
 
 class UnpairedPreferenceDataLoader(DataLoader):
-    """Single responses marked chosen or rejected: the halves of every pair, and binary feedback as it is.
+    """Single responses marked chosen or rejected: both halves of every pair, and binary feedback as it is.
 
-    Chosen and rejected halves alternate, so that a batch from paired data has as many of one as of the other. The
-    rejected halves run half an epoch behind the chosen ones, which keeps the halves of a pair out of one batch unless
-    an epoch is hardly longer than a batch. Binary feedback is mixed in at random, in its natural proportions.
+    Chosen and rejected halves alternate, so that a batch of paired data has equally many of both. The rejected halves
+    come half an epoch after the chosen ones. This keeps the halves of a pair out of the same batch, unless an epoch is
+    hardly longer than a batch. Binary feedback is mixed in at random, in its natural proportions.
     """
 
     data_format = "unpaired"
@@ -286,20 +286,20 @@ class UnpairedPreferenceDataLoader(DataLoader):
 
 
 def _merge_at_random(one: list[Row], other: list[Row], rng: random.Random) -> list[Row]:
-    """Both lists in one, each in its own order, every interleaving equally likely."""
+    """Merge two lists, keeping the order of each. Every interleaving is equally likely."""
     from_one = [True] * len(one) + [False] * len(other)
     rng.shuffle(from_one)
     ones, others = iter(one), iter(other)
     return [next(ones) if first else next(others) for first in from_one]
 
 
-#### FROM NAMES IN A CONFIG TO A LOADER
+#### FROM A CONFIG TO A LOADER
 
 
 def read_dataset(name: str, split: str, source: str | None = None) -> Dataset:
-    """The dataset `name`: a `get_{name}` of this file, or the path of a local one.
+    """Read the dataset `name`: the name of a `get_{name}` function in this file, or a local path.
 
-    source: where a named dataset is read from instead of the hub
+    source: where to read a named dataset from, instead of the hub
     """
     getter = getattr(sys.modules[__name__], f"get_{name}", None)
     if getter is None:
@@ -308,9 +308,9 @@ def read_dataset(name: str, split: str, source: str | None = None) -> Dataset:
 
 
 def make_loader(config, tokenizer, split: str) -> DataLoader:
-    """The loader that `config.loss.dataloader` names, over the training or the test split of all `config.datasets`.
+    """Build the loader `config.loss.dataloader` over the training or test split of all `config.datasets`.
 
-    In evaluation the examples are the same ones every time: the first `n_eval_examples` of a seeded shuffle.
+    Every evaluation uses the same examples: the first `n_eval_examples` of a seeded shuffle.
     """
     datasets = [read_dataset(name, split, config.dataset_paths.get(name)) for name in config.datasets]
     training = split == "train"
@@ -331,7 +331,7 @@ def make_loader(config, tokenizer, split: str) -> DataLoader:
 
 
 def describe(loader: DataLoader, split: str) -> dict:
-    """Exact counts of what was read, dropped, and cut: printed, and returned for the run directory."""
+    """Print exact counts of what was read, dropped, and truncated. Returns them for the run directory."""
     for source in loader.account:
         dropped = ", ".join(f"{count} {reason}" for reason, count in source["dropped"].items()) or "none"
         rank0_print(
@@ -347,7 +347,7 @@ def describe(loader: DataLoader, split: str) -> dict:
 
 
 class Prompt(NamedTuple):
-    """What a model is sampled for, and the response that people preferred ('' where none is known)."""
+    """A prompt to sample for, and the response that people preferred ('' if unknown)."""
 
     text: str
     chosen: str
@@ -355,9 +355,9 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(config, tokenizer, path: str | None = None, limit: int | None = None) -> list[Prompt]:
-    """The first prompts of a seeded shuffle of the test split; or those of a file, in its order.
+    """Return the first prompts of a seeded shuffle of the test split, or the prompts of a file, in its order.
 
-    limit: how many; None: `config.n_samples` of the test split, or all of the file
+    limit: number of prompts; None means `config.n_samples` of the test split, or all of the file
     """
     if path:
         examples = [Example(row["prompt"], [row["chosen"]], sft_index=0) for row in prompt_records(path)][:limit]
@@ -375,6 +375,6 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
 
 
 def preferred(example: Example, tokenizer) -> str:
-    """The chosen response of the first pair, else the one that SFT imitates, else ''."""
+    """Return the chosen response of the first pair, else the response that SFT imitates, else ''."""
     index = example.pairs[0][0] if example.pairs else example.sft_index
     return render_responses(example, tokenizer)[index] if index is not None else ""

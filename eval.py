@@ -2,8 +2,8 @@
 
     python eval.py -c /data/models/kto_llama7b/config.yaml -m sample -n 512 -b 32
 
-`-c RUN/config.yaml` is the run's latest checkpoint, `-c RUN/step-N/config.yaml` that one. Trailing key=value arguments
-change the run's config: top_p=0.9 temperature=0.7 seed=2.
+`-c RUN/config.yaml` evaluates the run's latest checkpoint, `-c RUN/step-N/config.yaml` the checkpoint of step N.
+key=value arguments change the run's config, for example top_p=0.9 temperature=0.7 seed=2.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
 
 
 def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
-    """The config with the command's changes, and the policy.pt it is about."""
+    """Return the run's config with the command's changes, and the path of the policy.pt to evaluate."""
     import dataloaders
     import trainers
     from halos.checkpoint import POLICY
@@ -52,7 +52,7 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
             raise UserError(f"--{name} {getattr(args, name)} is not a positive number")
     config = OmegaConf.load(args.config)
     if not isinstance(config, DictConfig) or "model" not in config or "loss" not in config:
-        raise UserError(f"-c {args.config} is no config of a run; give the config.yaml that train.py wrote")
+        raise UserError(f"-c {args.config} is not a run's config; give the config.yaml that train.py wrote")
     locate_cache(config, args.config)
     config = overrides(config, args.overrides)
     config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
@@ -66,7 +66,10 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
 
 
 def locate_cache(config: DictConfig, path: str) -> None:
-    """Make a relative cache_dir absolute. It is relative to where the run was started, which its directory shows."""
+    """Make a relative cache_dir absolute. It is relative to the directory where the run was started.
+
+    That directory is found from the place of the config file.
+    """
     cache_dir, name = str(config.get("cache_dir")), str(config.get("exp_name"))
     if os.path.isabs(cache_dir):
         return
@@ -78,7 +81,7 @@ def locate_cache(config: DictConfig, path: str) -> None:
 
 
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
-    """samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
+    """Write samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
     import dataloaders
     from halos import distributed, loading
     from halos.sampling import sample as sample_from
@@ -129,7 +132,7 @@ def sample_name(config: DictConfig, policy_pt: str) -> str:
 
 
 def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
-    """eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
+    """Write eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
     import dataloaders
     import trainers
     from halos import distributed, loading
@@ -152,7 +155,7 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
 
 
 def write_json(path: str, content) -> None:
-    """Write beside and rename; what an earlier command wrote there is kept as NAME.bak-N."""
+    """Write to a temporary file and rename it. An existing file is kept as NAME.bak-N."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with finished(path) as unfinished:
         with open(unfinished, "w", encoding="utf-8") as file:

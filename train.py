@@ -1,6 +1,6 @@
 """Train: python train.py loss=kto model=llama7b datasets=[shp,hh,oasst] exp_name=kto_llama7b
 
-Every key is in config/config.yaml, config/loss/ and config/model/; `python train.py --help` prints them. The losses are
+All keys are in config/config.yaml, config/loss/ and config/model/; `python train.py --help` prints them. The losses are
 in trainers.py, the data in dataloaders.py, the loop in halos/trainer.py.
 """
 
@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """What each process of a run does."""
+    """Train or evaluate, in each process of the run."""
     import dataloaders
     import trainers
     from halos import checkpoint, distributed, loading, run_dir

@@ -109,13 +109,13 @@ class KTOTrainer(UnpairedPreferenceTrainer):
         return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
     def batch_loss(self, batch):
-        """Log the mean log-ratio of each half, and the share of halves for which the loss clamps it to 0."""
+        """Log the mean log-ratio of each half, before it is clamped, and the share of halves that are clamped to 0."""
         outcome = super().batch_loss(batch)
         halves = {"chosen": outcome.chosen_rewards, "rejected": outcome.rejected_rewards}
         kls = {f"kl/{name}": rewards.mean()[None] for name, rewards in halves.items() if len(rewards)}
         kls = {name: kl / self.config.loss.beta for name, kl in kls.items()}
         clamped = torch.cat(list(kls.values())) < 0
-        return replace(outcome, metrics={**kls, "kl/clamped": clamped.float()})
+        return replace(outcome, metrics={**kls, "clamped/kl": clamped.float()})
 
 
 #### PPO

@@ -1,4 +1,4 @@
-"""Small helpers that a loss, a loader, or an entry point may want."""
+"""Small helpers for losses, loaders, and entry points."""
 
 import os
 
@@ -6,15 +6,16 @@ import torch
 
 
 def rank0_print(*args, **kwargs) -> None:
-    """print() for people: only the first process of a run speaks."""
+    """Print on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(*args, flush=True, **kwargs)
 
 
 def discounted_sums(terms: torch.Tensor, factor: float) -> torch.Tensor:
-    """(n, T) -> (n, T): at t, the sum over k >= t of factor^(k - t) * terms[:, k].
+    """Sum future terms with a discount: (n, T) -> (n, T).
 
-    One product with a triangular (T, T) matrix: exact, and no loop over T that starts kernels one by one.
+    Entry t is the sum over k >= t of factor^(k - t) * terms[:, k]. It is computed as one product with a triangular (T,
+    T) matrix: this is exact, and avoids a loop over T that would launch kernels one by one.
     """
     step = torch.arange(terms.shape[1], device=terms.device)
     ahead = step[:, None] - step  # k - t for row k and column t

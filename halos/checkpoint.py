@@ -1,7 +1,8 @@
-"""Saving and loading: `policy.pt`, the Hugging Face export beside it, and the run directory that holds them. A critic
-is in `v_head.pt`, so that the policy stays a plain language model.
+"""Checkpoints: `policy.pt`, `v_head.pt`, and the Hugging Face export beside them.
 
-A checkpoint directory is written beside and then renamed, so that `LATEST` is a whole checkpoint whenever it is there.
+The critic has its own file, `v_head.pt`, so that the policy stays a plain language model. A checkpoint is written to a
+temporary directory and then renamed, so `LATEST` is always a complete checkpoint. Change this file to change what a
+checkpoint contains. The run directory itself is in `halos/run_dir.py`.
 """
 
 import json
@@ -34,11 +35,14 @@ def save(
     export_dtype: torch.dtype,
     v_head: torch.nn.Module | None = None,
 ) -> None:
-    """Write a checkpoint to the first directory, replacing what is there, and link it to the others.
+    """Write a checkpoint to the first directory, replacing what is there, and link its files into the others.
 
-    It holds `policy.pt` ({'step_idx', 'state', 'metrics'}, weights in policy_dtype under the model's own names),
-    `v_head.pt` of the same form if there is a critic (in float32), a Hugging Face export with tokenizer and model card,
-    and the run's config.yaml. All processes of a run take part, and the main one writes.
+    A checkpoint contains:
+    - `policy.pt`: {'step_idx', 'state', 'metrics'}; weights in policy_dtype, under the model's own names
+    - `v_head.pt`: the same form, in float32; only if the loss has a critic
+    - a Hugging Face export with tokenizer and model card, and the run's config.yaml
+
+    All ranks must call this. Rank 0 writes.
     """
     state = full_state(lm, getattr(torch, config.model.policy_dtype))
     states = {POLICY: state} | ({V_HEAD: full_state(v_head, torch.float32)} if v_head is not None else {})
@@ -58,7 +62,7 @@ def _write(directories, states, lm, tokenizer, config, step, metrics, export_dty
         file.write(run_dir.model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(unfinished, "config.yaml"), resolve=True)
     for other in directories[1:]:
-        # Checkpoint files are never written in place, so that two directories can share them.
+        # Checkpoint files are never written in place, so two directories can safely share them.
         shutil.copytree(unfinished, f"{other}.unfinished", copy_function=_link, dirs_exist_ok=True)
         replace_directory(f"{other}.unfinished", other)
     replace_directory(unfinished, directories[0])
@@ -72,7 +76,7 @@ def _link(source: str, destination: str) -> None:
 
 
 def replace_directory(new: str, directory: str) -> None:
-    """Put `new` in the place of `directory`. Between the two renames the old one stands at `{directory}.old`."""
+    """Replace `directory` with `new`. Between the two renames the old directory is at `{directory}.old`."""
     old = f"{directory}.old"
     if os.path.exists(directory):
         shutil.rmtree(old, ignore_errors=True)
@@ -82,9 +86,9 @@ def replace_directory(new: str, directory: str) -> None:
 
 
 def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU in `dtype`; tied weights are one tensor under two names.
+    """Return the whole state dict on the CPU, in `dtype`. Tied weights are one tensor under two names.
 
-    Sharded tensors are gathered one after the other, and only the main process keeps them: elsewhere it is empty.
+    Sharded tensors are gathered one at a time. Only rank 0 keeps them; on other ranks the result is empty.
     """
     copies: dict[int, torch.Tensor | None] = {}
     state = {}
@@ -98,7 +102,7 @@ def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: torch.dtype) -> None:
-    """What `from_pretrained` opens: config, safetensors, and tokenizer."""
+    """Write the files that `from_pretrained` opens: config, safetensors, and tokenizer."""
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     lm.generation_config.eos_token_id = tokenizer.eos_token_id
     lm.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -108,7 +112,7 @@ def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: t
 
 
 def _set_dtype(path: str, dtype: torch.dtype) -> None:
-    """transformers writes the dtype of the live model, not the exported one."""
+    """Write the exported dtype into config.json. transformers writes the dtype of the model in memory instead."""
     with open(path) as file:
         settings = json.load(file)
     settings["dtype"] = str(dtype).removeprefix("torch.")
@@ -120,7 +124,10 @@ def _set_dtype(path: str, dtype: torch.dtype) -> None:
 
 
 def load_state(path: str) -> dict[str, torch.Tensor]:
-    """The weights in a `policy.pt` or `v_head.pt`, memory-mapped. UserError if missing, damaged, or something else."""
+    """Load the weights from a `policy.pt` or `v_head.pt`, memory-mapped.
+
+    Raises UserError if the file is missing, damaged, or not a checkpoint of this project.
+    """
     if not os.path.isfile(path):
         raise UserError(
             f"{path} does not exist; model.load_from takes a policy.pt (absolute or relative to cache_dir), "
@@ -131,6 +138,6 @@ def load_state(path: str) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(
-            f"{path} is damaged, or no policy.pt of this project ({type(error).__name__}: {reason}); "
+            f"{path} is damaged, or not a policy.pt of this project ({type(error).__name__}: {reason}); "
             "use another checkpoint, for example one of a step-N directory"
         ) from error

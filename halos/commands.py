@@ -1,7 +1,7 @@
-"""The commands' side towards their user: what is wrong is said in one line, with exit code 2, and a bug in full.
+"""Command-line helpers: parse flags, run Hydra, and report errors.
 
-`hydra_main` is for a program that Hydra configures (train.py), `report_user_errors` and `FlagParser` for one with flags
-of its own.
+A user's mistake is reported in one line, with exit code 2. A bug is reported with its traceback. Use `hydra_main` for a
+program that Hydra configures (train.py), and `report_user_errors` with `FlagParser` for one with its own flags.
 """
 
 import argparse
@@ -24,12 +24,15 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from halos.config import OPEN, OPTIONAL, command_words, first_line, flat, unknown_key
 from halos.errors import UserError, did_you_mean
 
-FULL_ERROR = "HYDRA_FULL_ERROR"  # an environment variable; where a user sets it to 1, mistakes show their traceback too
+FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a user's mistake shows its traceback too
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Inside, a UserError becomes one line and its exit code, Ctrl-C one line and 130. A bug keeps its traceback."""
+    """Report a UserError in one line and exit with its code; report Ctrl-C in one line and exit with 130.
+
+    All other exceptions pass through, with their traceback.
+    """
     full = os.environ.get(FULL_ERROR) == "1"
     try:
         yield
@@ -46,7 +49,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse for people: a mistake is one line, without a page of usage before it."""
+    """An argument parser that reports a mistake in one line, without printing the usage first."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
@@ -62,7 +65,7 @@ def boolean(text: str) -> bool:
 
 
 def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
-    """A type for numbers above zero; `kind` is int or float."""
+    """Return an argparse type for numbers above zero. `kind` is int or float."""
 
     def number(text: str) -> int | float:
         value = kind(text)
@@ -70,7 +73,7 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
             raise argparse.ArgumentTypeError(f"{text} is not a positive number")
         return value
 
-    number.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    number.__name__ = kind.__name__  # argparse shows this name if the text cannot be parsed as a number
     return number
 
 
@@ -80,9 +83,9 @@ def _say(message: str) -> None:
 
 
 def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """`hydra.main` for people: what is wrong with a command is said in one line, whether Hydra or `validate` finds it.
+    """Decorate a task like `hydra.main`, but report every mistake in one line, whether Hydra or `validate` finds it.
 
-    The path is relative to the file of the decorated function. In a sweep (-m) the jobs after a failed one still run.
+    The path is relative to the file of the decorated function. In a sweep (-m), the jobs after a failed one still run.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -93,10 +96,10 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
             failures: list[int | str | None] = []
             with report_user_errors():
                 _refuse_unknown_flags()
-                os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would have printed
+                os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
                 try:
                     main(functools.wraps(task)(lambda config: _run_job(task, config, failures)))()
-                except Exception as error:  # Hydra's own: _run_job lets none of the task's through
+                except Exception as error:  # an error of Hydra's: _run_job catches those of the task
                     raise UserError(_hydra_message(error)) from error
                 finally:
                     os.environ.pop(FULL_ERROR, None)
@@ -111,8 +114,11 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
 
 
 def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: list[int | str | None]) -> None:
-    """Run one job and report at once how it failed, which Hydra does for the first job of a sweep alone, at its end."""
-    os.environ.pop(FULL_ERROR, None)  # the task's own processes start as the user's shell would start them
+    """Run one job of a sweep, and report a failure at once.
+
+    Hydra itself reports only the first failed job, and only at the end of the sweep.
+    """
+    os.environ.pop(FULL_ERROR, None)  # processes that the task starts must not inherit our setting
     try:
         with report_user_errors():
             return task(config)
@@ -124,7 +130,8 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
     finally:
         os.environ[FULL_ERROR] = "1"
     job = HydraConfig.get()
-    # Under torchrun or srun the other processes may still be in this job, and must not be met in another one.
+    # Under torchrun or srun, other ranks may still be in this job. If this rank started the next job, their
+    # collectives would not match. So it exits.
     if OmegaConf.is_missing(job.job, "num") or code == 130 or "RANK" in os.environ:
         sys.exit(code)
     if code:
@@ -133,8 +140,8 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
 
 
 def _refuse_unknown_flags() -> None:
-    """Flags that Hydra does not have, before argparse prints its usage about them."""
-    # Private, because Hydra has no public list of its flags, and hydra.main parses only to run at once.
+    """Raise UserError for flags that Hydra does not have, before argparse prints its usage."""
+    # Private, because Hydra has no public list of its flags, and hydra.main parses and runs in one step.
     from hydra._internal.utils import get_args_parser
 
     for word in get_args_parser().parse_known_args()[1]:
@@ -144,7 +151,7 @@ def _refuse_unknown_flags() -> None:
 
 
 def _hydra_message(error: Exception) -> str:
-    """What is wrong with the command, from the page that Hydra has to say about it."""
+    """Return one line that says what is wrong with the command, from Hydra's longer message."""
     text, cause = str(error), error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
@@ -176,10 +183,13 @@ HYDRA_MESSAGES = {
 
 
 def _new_key_message(key: str, value: str, cause: ConfigKeyError | ConfigAttributeError) -> str:
-    """About a key without ++ that Hydra does not find: most are typing errors, and a few are legal additions."""
+    """Return the message about a key that Hydra does not know, written without ++.
+
+    Most such keys are typing errors; a few are legal additions.
+    """
     if f"{key}.".startswith(OPEN) or key in OPTIONAL:
         return f"{key}={value} adds a key, which takes two plus signs; write ++{key}={value}"
-    # Private, because OmegaConf has no public way from a node to the config that it is in.
+    # Private, because OmegaConf has no public method that returns the root config of a node.
     root = cause.parent_node._get_root() if cause.parent_node is not None else {}
     known = [k for k in flat(root) if not k.startswith("hydra")]
     return unknown_key(cause.full_key if key in known and cause.full_key else key, value, known)

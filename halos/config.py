@@ -1,9 +1,7 @@
-"""The configuration: from what the user typed to a config in which every value makes sense.
+"""Check the configuration: `validate` for a new run, `overrides` for changes to a saved config.
 
-`validate` finds every mistake that shows before anything loads, and `overrides` changes a config that a run has saved.
-Which keys there are is said by the YAML files under config/ alone; RULES and CHOICES below say which values they take,
-and a trainer's `rules` those of its loss.
-How a mistake is shown to the user is in `halos/commands.py`.
+The YAML files under config/ define the keys. RULES and CHOICES below define the values that these keys may have; a
+trainer's `rules` do so for its loss. Change this file to add a check. `halos/commands.py` shows the errors to the user.
 """
 
 import inspect
@@ -26,13 +24,13 @@ from halos import rules
 from halos.errors import UserError, did_you_mean
 from halos.rules import Rule
 
-# Dictionaries whose keys are not all in the YAML files: a check further down knows them.
+# Dictionaries that may have keys which are not in the YAML files. The functions _check_* below check these keys.
 OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
-# Keys that every loss has, whether its YAML says so or not.
+# Keys that every loss has, even if its YAML does not contain them.
 OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False, "loss.use_value_head": False}
 
 
-# The values that keys of every run can have. The trainer of a loss states the rules of its hyperparameters.
+# Rules for the keys that every run has. A trainer class states the rules for the hyperparameters of its loss.
 RULES: dict[str, Rule] = {
     key: rule
     for rule, keys in (
@@ -76,10 +74,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) -> None:
-    """Refuse every mistake that shows before anything loads, as a UserError of one line.
+    """Raise a one-line UserError for any mistake that can be found before a model loads.
 
-    A top-level node `config` is folded into the root first (`++config.lr=1e-6` means `lr=1e-6`). Whether the keys exist
-    is a question to the YAML files, and asked within a Hydra run only: a config that a run has saved has been there.
+    A top-level node `config` is folded into the root first (`++config.lr=1e-6` means `lr=1e-6`). Unknown keys are
+    checked inside a Hydra run only; a saved config was checked when it was written.
     """
     if "config" in config:
         with open_dict(config):
@@ -98,18 +96,18 @@ def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) 
 
 
 def component(module: ModuleType, name: str, base: type, key: str) -> type:
-    """The class called `name` in a module, a subclass of `base`; `key` is where it was configured."""
+    """Return the class called `name` in a module. It must be a subclass of `base`. `key` is where it was configured."""
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, base) and found is not base:
         return found
     usable = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base]
     where = module.__name__ if hasattr(module, "__path__") else f"{module.__name__}.py"
-    problem = f"is not defined in {where}" if found is None else f"is no subclass of {base.__name__} in {where}"
+    problem = f"is not defined in {where}" if found is None else f"is not a subclass of {base.__name__} in {where}"
     raise UserError(f"{key}={name} {problem}; {did_you_mean(name, usable)}")
 
 
 def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:
-    """A copy of a saved config with assignments such as 'top_p=0.9' applied; keys that it does not have are refused."""
+    """Return a copy of a saved config with assignments such as 'top_p=0.9' applied. Unknown keys raise UserError."""
     known, result = flat(config), config.copy()
     for assignment in assignments:
         key, equals, text = assignment.lstrip("+").removeprefix("config.").partition("=")
@@ -131,7 +129,10 @@ def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every key by its full name, dictionaries as well: {'wandb': {...}, 'wandb.entity': None, ...}; not resolved."""
+    """Return every key by its full name, including dictionaries: {'wandb': {...}, 'wandb.entity': None, ...}.
+
+    Interpolations are not resolved.
+    """
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=False)
     keys = {}
@@ -143,7 +144,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _as_written() -> DictConfig | None:
-    """What the YAML files of the chosen groups say, without the user's values; None outside of a Hydra run."""
+    """Return the config of the YAML files alone, without the user's values; None outside a Hydra run."""
     if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
         return None
     settings = HydraConfig.get()
@@ -157,17 +158,20 @@ def _as_written() -> DictConfig | None:
 
 
 def command_words() -> list[str]:
-    """The key=value words of this job's command, as they were typed."""
+    """Return the key=value words of this job's command, as the user typed them."""
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
 def _check_keys(given: dict[str, Any], known: dict[str, Any], complete: bool = True) -> None:
-    """Refuse keys that are not in the YAML files, values of another kind than theirs, and, if `complete`, gaps."""
+    """Refuse keys that are not in `known`, and values of another type than there.
+
+    complete: also refuse a config that lacks one of the known keys
+    """
     known = OPTIONAL | known
     for key, value in given.items():
         if key in known:
             _check_kind(key, value, known[key])
-        elif not key.startswith(OPEN) and not (isinstance(value, dict) and value):  # its leaves come later
+        elif not key.startswith(OPEN) and not (isinstance(value, dict) and value):  # its own keys are checked later
             raise UserError(unknown_key(key, _shown(value), known))
     for key in known:
         if complete and key not in given and key not in OPTIONAL and not key.startswith(OPEN):
@@ -175,7 +179,7 @@ def _check_keys(given: dict[str, Any], known: dict[str, Any], complete: bool = T
 
 
 def unknown_key(key: str, value: str, known: Iterable[str]) -> str:
-    """The message about a key that there is not: the same name elsewhere is nearest, then a similar name."""
+    """Return the message about an unknown key. Suggest the same name elsewhere first, then a similar name."""
     parent, _, tail = key.rpartition(".")
     tails = {k: k.rpartition(".")[2] for k in known}
     siblings = [tails[k] for k in tails if k == f"{parent}.{tails[k]}"]
@@ -195,7 +199,7 @@ def _is_numeric(x: Any) -> bool:
 
 KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda x: isinstance(x, bool)),
-    int: ("a number", _is_numeric),  # not a whole one: a loss whose YAML says `beta: 1` takes 0.5, too
+    int: ("a number", _is_numeric),  # a float is allowed too: a loss with `beta: 1` in its YAML accepts 0.5
     float: ("a number", _is_numeric),
     str: ("text", lambda x: isinstance(x, str)),
     list: ("a list", lambda x: isinstance(x, list)),
@@ -204,7 +208,10 @@ KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
-    """A value is of the kind that the YAML file has, if no rule says more; null, ??? and ${} there do not tell."""
+    """Check that a value has the type of the default in the YAML file, unless a rule covers the key.
+
+    A default of null, ??? or ${...} tells nothing about the type, so any value is accepted.
+    """
     unsaid = default is None or default == "???" or "${" in str(default) or (value is None and f"{key}." in OPEN)
     if unsaid or key in RULES or key in CHOICES or (isinstance(value, str) and ("${" in value or value == "???")):
         return
@@ -214,7 +221,7 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value as one types it."""
+    """Return a value as one types it on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -227,7 +234,10 @@ def _shown(value: Any) -> str:
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
-    """The flat config with its interpolations resolved; refuses what is still ??? and what points nowhere."""
+    """Return the flat config with its interpolations resolved.
+
+    Raises UserError if a ??? remains, or if an interpolation refers to a missing key.
+    """
     raw = flat(config)
     for key in raw:
         if raw[key] == "???":
@@ -254,7 +264,7 @@ def _check_value(key: str, value: Any) -> None:
     if key in RULES:
         _check_rule(key, value, RULES[key])
     if known and shown == "float16" and shown not in known:
-        raise UserError(f"{key}=float16 needs loss scaling, which there is not; use bfloat16 or float32")
+        raise UserError(f"{key}=float16 needs loss scaling, which is not supported; use bfloat16 or float32")
     if known and shown not in known:
         raise UserError(f"{key}={shown} is not known; {did_you_mean(shown, known)}")
 
@@ -270,7 +280,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
 
 def _check_lengths(values: dict[str, Any]) -> None:
-    """How tokens and examples fit into each other."""
+    """Check that lengths and counts fit together: prompt in sequence, evaluation interval in whole updates."""
     longest, prompt = values["model.max_length"], values["model.max_prompt_length"]
     if prompt >= longest:
         raise UserError(
@@ -288,10 +298,10 @@ def _check_lengths(values: dict[str, Any]) -> None:
 
 
 def _check_run_directory(values: dict[str, Any]) -> None:
-    """The run stays inside cache_dir, apart from the caches there, and cache_dir can be written."""
+    """Check that the run directory is inside cache_dir and outside its caches, and that cache_dir is writable."""
     name, cache_dir = values.get("exp_name"), values["cache_dir"]
     if not rules.is_text(name):
-        raise UserError(f"exp_name={_shown(name)} is no name for a directory; use letters, such as exp_name=run_1")
+        raise UserError(f"exp_name={_shown(name)} is not a directory name; use letters, such as exp_name=run_1")
     problem = None
     if os.path.isabs(name) or ".." in name.split(os.sep):
         problem = "leaves cache_dir"
@@ -308,12 +318,12 @@ def _check_run_directory(values: dict[str, Any]) -> None:
 
 
 def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: ModuleType) -> None:
-    """The trainer and the loader exist and speak of the same data; `data_format` None takes and gives any."""
+    """Check that the trainer and the loader exist and have the same `data_format`. None matches every format."""
     trainer = component(trainers, values["loss.trainer"], trainers.BasicTrainer, "loss.trainer")
     loader = component(dataloaders, values["loss.dataloader"], dataloaders.DataLoader, "loss.dataloader")
     for key in getattr(trainer, "needs", ()):
         if not values.get(f"loss.{key}"):
-            raise UserError(f"loss.{key}=false: loss.trainer={trainer.__name__} cannot do without; use loss.{key}=true")
+            raise UserError(f"loss.{key}=false: loss.trainer={trainer.__name__} needs it; use loss.{key}=true")
     for key, rule in getattr(trainer, "rules", {}).items():
         if f"loss.{key}" not in values:
             raise UserError(f"loss.{key} is missing, and loss.trainer={trainer.__name__} needs it; add it to the YAML")
@@ -329,7 +339,7 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
 
 
 def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
-    """Names are those of dataloaders.get_*, everything that looks like a path is there."""
+    """Check that every name is a dataset of dataloaders.py (get_*) or an existing path."""
     known = {name[4:] for name, f in vars(dataloaders).items() if name.startswith("get_") and callable(f)} - {"local"}
     datasets = values.get("datasets")
     if not isinstance(datasets, list) or not datasets or not all(rules.is_text(name) for name in datasets):
@@ -349,7 +359,7 @@ def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
 
 
 def _check_model(values: dict[str, Any]) -> None:
-    """What the model is made of, and the local files that it is to come from."""
+    """Check the architecture, and that all local files of the model exist."""
     architecture, name = values.get("model.architecture"), values.get("model.name_or_path")
     load_from = values.get("model.load_from") or ""
     if architecture is not None:
@@ -363,19 +373,19 @@ def _check_model(values: dict[str, Any]) -> None:
         looks_local = path.startswith(("/", "./", "../", "~"))
         if key == "model.load_from" and path.endswith(".pt"):
             looks_local, remedy = True, _earlier_policies(values["cache_dir"]) or remedy
-            path = os.path.join(values["cache_dir"], path)  # an absolute path stays what it is
+            path = os.path.join(values["cache_dir"], path)  # an absolute path stays unchanged
         if looks_local and not os.path.exists(path):
             raise UserError(f"{key}={values[key]}: {path} does not exist; {remedy}")
 
 
 def _earlier_policies(cache_dir: str) -> str:
-    """What can be given instead of a policy.pt that is not there."""
+    """List the existing policy.pt files, as a suggestion when the requested one is missing."""
     found = sorted(os.path.relpath(p, cache_dir) for p in glob(os.path.join(cache_dir, "*", "LATEST", "policy.pt")))
     return f"{cache_dir} has {', '.join(found)}" if found else ""
 
 
 def _check_architecture(fields: Any, max_length: int) -> None:
-    """transformers takes any field without a word, so a misspelt one would leave its default in place."""
+    """Check the fields of model.architecture. transformers silently ignores an unknown field and keeps the default."""
     from transformers import CONFIG_MAPPING
 
     model_type = str(fields.get("model_type") if isinstance(fields, dict) else fields)
@@ -387,7 +397,7 @@ def _check_architecture(fields: Any, max_length: int) -> None:
     for name, value in fields.items():
         if name not in known:
             nearest = did_you_mean(name, known, list_all=False)
-            raise UserError(f"model.architecture.{name}={_shown(value)} is no field of {cls.__name__}; {nearest}")
+            raise UserError(f"model.architecture.{name}={_shown(value)} is not a field of {cls.__name__}; {nearest}")
     positions = fields.get("max_position_embeddings", max_length)
     if rules.is_number(positions) and positions < max_length:
         raise UserError(
@@ -397,7 +407,7 @@ def _check_architecture(fields: Any, max_length: int) -> None:
 
 
 def _check_optimizer(values: dict[str, Any]) -> None:
-    """The optimizer exists, takes its arguments, and can take a step on an ordinary parameter."""
+    """Check that the optimizer exists, accepts its arguments, and can take a step on an ordinary parameter."""
     import torch
 
     name, kwargs = values["optimizer"], values.get("optimizer_kwargs") or {}
@@ -408,12 +418,12 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     for key, value in kwargs.items():
         if key not in known:
             nearest = did_you_mean(key, known)
-            raise UserError(f"optimizer_kwargs.{key}={_shown(value)} is no argument of {name}; {nearest}")
+            raise UserError(f"optimizer_kwargs.{key}={_shown(value)} is not an argument of {name}; {nearest}")
     if not kwargs and name in ("AdamW", "RMSprop"):
-        return  # known to work, and torch needs 2 s for the first optimizer of a process
+        return  # known to work; building the first optimizer of a process takes torch 2 s
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
-    try:  # capturable is for parameters on a GPU only
+    try:  # `capturable` works for GPU parameters only
         cls([parameter], lr=values["lr"], **{k: v for k, v in kwargs.items() if k != "capturable"}).step()
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         setting = f"optimizer={name}" + (f" optimizer_kwargs={_shown(kwargs)}" if kwargs else "")

@@ -1,13 +1,13 @@
-"""The commands of an installed package: halos-train, halos-eval and halos-compare.
+"""The console commands of an installed package: halos-train, halos-eval and halos-compare.
 
-`halos-train WORDS` runs `python train.py WORDS`. If the current directory is a project (`project_dir.is_project`), its
-train.py runs, otherwise the installed one. A researcher who edits trainers.py and config/ in a directory wants to train
-with those, although another copy is installed; with the installed copy, the run would silently use another loss. Parent
+`halos-train ARGS` runs `python train.py ARGS`. If the current directory is a project (`project_dir.is_project`), its
+train.py runs; otherwise the installed one. A researcher who edits trainers.py and config/ in a directory wants to train
+with those files, even if another copy is installed. The installed copy would silently use another loss. Parent
 directories are not searched.
 
-The command replaces itself with a new interpreter that runs the script, so that everything is as in a clone: the
-script's directory comes first on sys.path, in this process and in the workers that it launches. If the directory has a
-halos/ of its own, as a clone has, that one is imported; otherwise the installed one.
+The command replaces its process with a new interpreter that runs the script, so everything works as in a clone: the
+script's directory comes first on sys.path, in this process and in the workers that it launches. If that directory
+contains halos/, as a clone does, it is imported; otherwise the installed one is.
 """
 
 import os
@@ -31,7 +31,7 @@ def compare() -> NoReturn:
 
 
 def script_path(name: str, directory: str) -> str:
-    """The script that a command runs in a directory."""
+    """Return the path of the script that a command runs in a directory."""
     if not is_project(directory):
         return os.path.join(PROJECT, name)
     path = os.path.join(directory, name)

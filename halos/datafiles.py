@@ -1,8 +1,8 @@
-"""Rows of preference data: from a hub dataset or a local copy of it, and from a user's own files.
+"""Read rows of preference data, from hub datasets (or local copies of them) and from a user's own files.
 
-`hub_rows` gives rows with the hub's own columns. `records` gives the rows of a `.json`, `.jsonl` or `.parquet` file,
-checked and in one of two forms: {prompt, chosen, rejected} or {prompt, response, desirable}. Everything that can be
-wrong with a source is a `UserError` that says where. What the rows become is in `dataloaders.py`.
+`hub_rows` yields rows with the hub's own columns. `records` yields the rows of a `.json`, `.jsonl` or `.parquet` file,
+checked and in one of two forms: {prompt, chosen, rejected} or {prompt, response, desirable}. Every problem with a
+source raises a UserError that names the place. `dataloaders.py` turns the rows into examples.
 """
 
 import codecs
@@ -23,21 +23,21 @@ from halos.errors import UserError
 SUFFIXES = (".json", ".jsonl", ".parquet")
 FORMS = "prompt, chosen, rejected (pairs) or prompt, response, desirable (binary feedback)"
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "test", "eval": "test"}
-LABELS = {1: True, 0: False, -1: False}  # True and False are 1 and 0
-TEST_SHARE = 0.05  # of the prompts of a file that says nothing about splits
+LABELS = {1: True, 0: False, -1: False}  # the keys 1 and 0 match True and False too
+TEST_SHARE = 0.05  # share of prompts held out for testing, if a file defines no splits
 SECONDS_BEFORE_BAR = 3
 NOT_BLANK = re.compile(r"[^ \t\r\n]|\Z")
 
 
-# ---- Hub datasets and local copies of them
+#### HUB DATASETS AND LOCAL COPIES
 
 
 def hub_rows(name: str, source: str, split: str, columns: list[str], subset: str | None = None) -> Iterator[dict]:
-    """The rows of one split, `columns` only.
+    """Yield the rows of one split, `columns` only.
 
-    name: ours, as in dataset_paths.{name}
+    name: our name for the dataset, as in dataset_paths.{name}
     source: a hub name, a directory made by `save_to_disk`, or a directory with the hub's own files
-    subset: a directory of the hub's repository; a local copy may have it, or be that subset itself
+    subset: a directory of the hub's repository; a local copy may contain it, or be that subset itself
     """
     splits = _load_splits(name, source, subset)
     if split not in splits:
@@ -58,7 +58,7 @@ def hub_rows(name: str, source: str, split: str, columns: list[str], subset: str
 
 
 def _load_splits(name: str, source: str, subset: str | None) -> dict:
-    """Split name -> memory-mapped datasets.Dataset."""
+    """Load all splits: name -> memory-mapped datasets.Dataset."""
     import datasets
 
     directory = os.path.expanduser(source)
@@ -69,7 +69,7 @@ def _load_splits(name: str, source: str, subset: str | None) -> dict:
         if subset and os.path.isdir(os.path.join(directory, subset)):
             directory = os.path.join(directory, subset)
     elif not datasets.config.HF_HUB_OFFLINE and not _hub_answers():
-        # As HF_HUB_OFFLINE=1 does: what was downloaded before still loads, and nothing retries for half a minute.
+        # Same as HF_HUB_OFFLINE=1: earlier downloads still load, and the hub client does not retry for half a minute.
         datasets.config.HF_HUB_OFFLINE = True
     try:
         if not os.path.isdir(directory):
@@ -86,7 +86,7 @@ def _load_splits(name: str, source: str, subset: str | None) -> dict:
 
 
 def _hub_answers(seconds: float = 5.0) -> bool:
-    """Whether anything answers at the hub's address, a proxy or an error page included."""
+    """Return True if any server answers at the hub's address, even a proxy or with an error page."""
     from huggingface_hub import constants
 
     try:
@@ -94,14 +94,14 @@ def _hub_answers(seconds: float = 5.0) -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # something is there; its certificate is the hub client's affair
+        return isinstance(error.reason, ssl.SSLError)  # a server answers; the hub client deals with its certificate
     except OSError:
         return False
     return True
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first."""
+    """Return the first line of the error at the root of a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -112,13 +112,13 @@ def _local_copy(name: str) -> str:
     return f"dataset_paths.{name}=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
 
 
-# ---- A user's own files
+#### A USER'S OWN FILES
 
 
 def records(path: str, split: str) -> Iterator[dict]:
-    """The checked rows of 'train' or 'test' in a file, or in a folder with train.* and test.*.
+    """Yield the checked rows of one split, 'train' or 'test', of a file, or of a folder with train.* and test.*.
 
-    A prompt is text or a list of {role, content}; everything else is text, and `desirable` a bool.
+    A prompt is text or a list of {role, content}. `desirable` is a bool. Everything else is text.
     """
     file, is_split = split_file(path, split)
     found, held_out_below = False, None
@@ -140,7 +140,7 @@ def records(path: str, split: str) -> Iterator[dict]:
 
 
 def prompt_records(path: str) -> Iterator[dict]:
-    """Prompts of a user's own, to sample for: the column `prompt`, and `chosen` where a row has it."""
+    """Yield a user's own prompts to sample for: the column `prompt`, and `chosen` if a row has it."""
     file, _ = split_file(path, "test")
     for where, row in read_rows(file):
         _require(where, row, "prompt")
@@ -148,7 +148,7 @@ def prompt_records(path: str) -> Iterator[dict]:
 
 
 def split_file(path: str, split: str) -> tuple[str, bool]:
-    """The file with the rows of a split, and whether it holds no other split's."""
+    """Return the file that contains a split, and whether the file contains this split only."""
     path = os.path.expanduser(path)
     if not os.path.exists(path):
         raise UserError(
@@ -169,9 +169,9 @@ def split_file(path: str, split: str) -> tuple[str, bool]:
 
 
 def read_rows(file: str, forms: str = FORMS) -> Iterator[tuple[str, dict]]:
-    """The rows as they are, each with where it stands: FILE:LINE, or 'FILE, row N' in parquet.
+    """Yield the unchanged rows, each with its place: FILE:LINE, or 'FILE, row N' for parquet.
 
-    forms: what a row should have, for the messages
+    forms: the columns that a row should have, for error messages
     """
     reader = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[os.path.splitext(file)[1]]
     empty = True
@@ -202,7 +202,7 @@ def _jsonl_rows(file: str) -> Iterator[tuple[str, object]]:
 
 
 def _json_rows(file: str) -> Iterator[tuple[str, object]]:
-    """The items of a list, decoded one at a time, so that each has a line and they never all exist at once."""
+    """Yield the items of a list. Decoding one at a time gives each a line number, and saves memory."""
     with open(file, "rb") as whole:
         text = _decoded(whole.read(), file)
     try:
@@ -217,7 +217,7 @@ def _json_rows(file: str) -> Iterator[tuple[str, object]]:
 
 
 def _items(text: str) -> Iterator[tuple[int, int, object]]:
-    """(offset, line, item) of every item in a JSON list."""
+    """Yield (offset, line, item) for every item of a JSON list."""
     decode = json.JSONDecoder().raw_decode
 
     def after_blanks(position: int) -> int:
@@ -225,7 +225,7 @@ def _items(text: str) -> Iterator[tuple[int, int, object]]:
         return found.start() if found else len(text)
 
     def token(position: int, expected: str) -> tuple[str, int]:
-        """The next character, which must be one of these, and the offset of what follows it."""
+        """Return the next character, which must be in `expected`, and the offset of what follows it."""
         position = after_blanks(position)
         character = text[position : position + 1]
         if not character or character not in expected:
@@ -277,7 +277,7 @@ def _malformed(file: str, line: int, error: json.JSONDecodeError) -> UserError:
     return UserError(f"{file}:{line}: malformed JSON ({error.msg} at column {error.colno}); correct or remove it")
 
 
-# ---- One row
+#### ONE ROW
 
 
 def _record(where: str, row: dict) -> dict:
@@ -317,7 +317,7 @@ def _prompt(where: str, value: object) -> str | list[dict]:
 
 
 def _response(where: str, row: dict, column: str) -> str:
-    """The text of a response; one that is null is empty."""
+    """Return the text of a response; null counts as empty text."""
     value = row[column]
     if value is None or isinstance(value, str):
         return value or ""
@@ -348,7 +348,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-# ---- Which split a row belongs to
+#### SPLITS
 
 
 def _split_of(where: str, row: dict) -> str:
@@ -359,16 +359,17 @@ def _split_of(where: str, row: dict) -> str:
 
 
 def prompt_hash(prompt: str | list[dict]) -> float:
-    """A number in [0, 1) that depends on nothing but the prompt."""
+    """Return a number in [0, 1) that depends on the prompt only."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def _held_out_below(file: str) -> float:
-    """The prompts whose hash is below this are the test split: TEST_SHARE of them, and one at the least.
+    """Return a limit: prompts with a smaller hash form the test split.
 
-    Reads no further than it must to see a prompt on either side, which is about 1 / TEST_SHARE rows.
+    They are TEST_SHARE of all prompts, at least one. Reading stops once there is a prompt on both sides, after about 1
+    / TEST_SHARE rows.
     """
     hashes = set()
     for where, row in read_rows(file):

@@ -1,15 +1,15 @@
-"""The embedded dataset: small questions with checkable answers, and what imperfect people answered.
+"""The embedded dataset: small questions with checkable answers, and the answers of imperfect people.
 
-`generate(split, seed)` writes prompts, responses and preferences; `check(prompt, response)` says how good a response
-truly is, from the two texts alone. A task is one entry of TASKS: the templates that ask it, a function that draws the
-material, and a function that solves it. The same templates write a prompt and parse it, so a new task needs only its
-entry there (and a pattern in FIELDS for a new kind of field).
+`generate(split, seed)` returns prompts, responses and preferences. `check(prompt, response)` returns how good a
+response really is, from the two texts alone. A task is one entry of TASKS: the templates of its question, a function
+that draws the material, and a function that solves it. The same templates write a prompt and parse it. To add a task,
+add an entry to TASKS (and, for a new kind of field, a pattern to FIELDS).
 
-The people are imperfect on purpose, so that alignment has something to repair: SFT imitates a response that is right
-about two times in three, while the preferred response of a pair is better than the other one, and right nine times in
+The people are imperfect on purpose, so that alignment has something to repair. SFT imitates a response that is right
+about two times in three. The preferred response of a pair is always better than the other one, and right nine times in
 ten. Most tasks are small enough for a model of two million parameters to learn in a minute or two: they are about the
-letters of a word or the digits of a number, which stand at the end of the prompt. Mistakes are various, and many have a
-style of their own (rambling, refusing, stopping early), so that SFT learns the tasks in spite of them.
+letters of a word or the digits of a number, at the end of the prompt. Mistakes vary, and many have a style of their own
+(rambling, refusing, stopping early), so SFT learns the tasks in spite of them.
 """
 
 import re
@@ -20,14 +20,15 @@ from random import Random
 from string import Formatter
 
 N_PROMPTS = {"train": 24_000, "test": 2_048}
-TEST_SHARE = 8  # one question in 8 belongs to the test split, whatever the seed
+TEST_SHARE = 8  # one question in 8 belongs to the test split, for every seed
 
-P_ANSWERED = 0.95  # that somebody answered the prompt rightly
-P_IMITATED = 0.70  # that SFT imitates a right response where there is one
-P_SECOND_BEST = 0.25  # that two responses are compared of which neither is the best
-P_HISTORY = 0.05  # that a prompt has earlier turns about something else
+# Probabilities:
+P_ANSWERED = 0.95  # some response to the prompt is right
+P_IMITATED = 0.70  # SFT imitates a right response, if there is one
+P_SECOND_BEST = 0.25  # a pair without the best response is kept
+P_HISTORY = 0.05  # a prompt has earlier turns, about other questions
 
-LEAD_INS = ("", "", "", "", "", "", "The answer is ", "Sure: ")  # how a response may open, mostly without a lead-in
+LEAD_INS = ("", "", "", "", "", "", "The answer is ", "Sure: ")  # first words of a response; most have no lead-in
 ENDINGS = ("", "", ".")
 REFUSALS = (
     "I am not sure.",
@@ -44,7 +45,7 @@ RAMBLINGS = (
 )
 
 
-# ---- The material: a word in capitals (KAMI), a number (4715), a list of digits (7, 2, 9), a table (fig 3, pear 8)
+#### MATERIAL: a word in capitals (KAMI), a number (4715), a list of digits (7, 2, 9), a table (fig 3, pear 8)
 
 CONSONANTS, VOWELS = "BDKLMNPRST", "AEIOU"
 THINGS = "apple axe bear brush cat cow dog drill fig fox frog hen lemon lion owl pear pig plum saw wolf".split()
@@ -52,7 +53,7 @@ NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana".split()
 
 
 def draw_word(rng: Random) -> str:
-    """3 to 6 capitals that can be pronounced: MIKA, LODUN."""
+    """Draw a pronounceable word of 3 to 6 capitals: MIKA, LODUN."""
     start = rng.random() < 0.8
     return "".join(
         rng.choice(CONSONANTS if (place % 2 == 0) == start else VOWELS)
@@ -96,14 +97,17 @@ def price_list(table: str) -> dict[str, str]:
     return dict(entry.split(" ") for entry in table.split(", "))
 
 
-# ---- The tasks
+#### TASKS
 
 
 @dataclass(frozen=True)
 class Task:
-    """`answer` and `decoys` take the drawn fields by name; decoys answer another question about the same material."""
+    """One kind of question. `answer` and `decoys` take the drawn fields by name.
 
-    share: int  # of the prompts, in relation to the other tasks
+    Decoys are right answers to another question about the same material.
+    """
+
+    share: int  # share of the prompts, relative to the other tasks
     templates: tuple[str, ...]
     draw: Callable[[Random], dict[str, str]]
     answer: Callable[..., str]
@@ -190,7 +194,7 @@ TASKS = {
 }
 TASK_NAMES = [name for name, task in TASKS.items() for _ in range(task.share)]
 
-FIELDS = {  # what may stand in a template's field, as a regular expression
+FIELDS = {  # field of a template -> regular expression of its values
     "items": r"[A-Z]+|\d+",
     "word": "[A-Z]+",
     "letter": "[A-Z]",
@@ -206,7 +210,7 @@ FIELDS = {  # what may stand in a template's field, as a regular expression
 
 
 def template_pattern(template: str) -> re.Pattern:
-    """The template as a regular expression, in which each {field} is a named group."""
+    """Return the template as a regular expression in which each {field} is a named group."""
     pieces = [
         re.escape(literal) + (f"(?P<{field}>{FIELDS[field]})" if field else "")
         for literal, field, *_ in Formatter().parse(template)
@@ -217,14 +221,15 @@ def template_pattern(template: str) -> re.Pattern:
 PATTERNS = [(task, template_pattern(template)) for task in TASKS.values() for template in task.templates]
 
 
-# ---- What is true
+#### TRUE QUALITY
 
 
 def check(prompt: str, response: str) -> float:
-    """How good a response truly is: 1.0 right, 0.5 right but rambling on, up to 0.4 for a resemblance, 0.0 worthless.
+    """Return how good a response really is, from 0.0 (worthless) to 1.0 (right).
 
-    Right is the answer alone, bare or in one of the usual forms ("The answer is 42."). Any text is a response; a prompt
-    that asks none of our questions is a ValueError.
+    1.0 means right, 0.5 right but followed by rambling, and up to 0.4 similar to the right answer. A response is right
+    if it is the answer alone, bare or in one of the usual forms ("The answer is 42."). Any text may be a response. A
+    prompt without one of our questions raises ValueError.
     """
     return grade(solve(prompt), response)
 
@@ -245,7 +250,7 @@ BARE = re.compile(rf"(?:{'|'.join(filter(None, LEAD_INS))})?(.*?)\.?", re.DOTALL
 
 
 def solve(prompt: str) -> str:
-    """The right answer to the last question of a prompt, which may begin one turn earlier ("My prices are ...")."""
+    """Return the right answer to the last question of a prompt. It may begin one turn earlier ("My prices are ...")."""
     turns = prompt.removesuffix("\n\nAssistant:").split("\n\nHuman: ")
     for n_turns in (1, 2):
         question = "\n\nHuman: ".join(turns[-n_turns:])
@@ -257,7 +262,7 @@ def solve(prompt: str) -> str:
     )
 
 
-# ---- What people answer
+#### PEOPLE'S RESPONSES
 
 MISTAKES = {  # kind -> weight
     "slip": 14,
@@ -276,8 +281,11 @@ def right_response(rng: Random, answer: str) -> str:
 
 
 def wrong_response(rng: Random, task: Task, fields: dict[str, str], question: str) -> str:
-    """A mistake of one of many kinds. Variety matters: were all mistakes one character away from the right answer, then
-    DPO would push the right answer down along with them."""
+    """Draw a mistake of one of many kinds.
+
+    Variety matters: if all mistakes were one character away from the right answer, DPO would push the right answer down
+    along with them.
+    """
     answer = task.answer(**fields)
     kind = rng.choices(tuple(MISTAKES), tuple(MISTAKES.values()))[0]
     if kind == "refusal":
@@ -299,7 +307,10 @@ def wrong_response(rng: Random, task: Task, fields: dict[str, str], question: st
 
 
 def slip(rng: Random, answer: str) -> str:
-    """The answer with a small error: a number a little off, a letter or a digit lost, doubled, moved or replaced."""
+    """Return the answer with a small error.
+
+    A number is slightly off; in other answers a letter or digit is lost, doubled, moved or replaced.
+    """
     if answer.isdigit():
         return str(max(0, int(answer) + rng.choice((-10, -2, -1, -1, 1, 1, 2, 10))))
     if len(answer) == 1:
@@ -319,15 +330,15 @@ def slip(rng: Random, answer: str) -> str:
     return separator.join(parts)
 
 
-# ---- The dataset
+#### DATASET
 
 
 def generate(split: str, seed: int = 0) -> list[dict]:
-    """The demo dataset, a pure function of its arguments: N_PROMPTS[split] items.
+    """Return the demo dataset, N_PROMPTS[split] items. It is a pure function of its arguments.
 
-    Each item: `prompt`; `responses`, all different, each beginning with a space; `pairs` of indices (better, worse)
-    into them, by check(); `sft_index`, the response that SFT imitates. No question of the test split is in the training
-    split, whatever their seeds.
+    Each item has: `prompt`; `responses`, all different, each beginning with a space; `pairs` of indices (better, worse)
+    into the responses, by check(); `sft_index`, the response that SFT imitates. A question of the test split is never
+    in the training split, whatever their seeds.
     """
     rng = Random(f"demo/{split}/{seed}")
     items: list[dict] = []
@@ -352,7 +363,7 @@ def draw_question(rng: Random, task: Task) -> tuple[dict[str, str], str]:
 
 
 def draw_history(rng: Random) -> str:
-    """One to four earlier questions, with their right answers."""
+    """Draw one to four earlier questions with their right answers."""
     turns = []
     for _ in range(rng.choice((1, 1, 2, 4))):
         task = TASKS[rng.choice(TASK_NAMES)]
@@ -362,11 +373,11 @@ def draw_history(rng: Random) -> str:
 
 
 def draw_feedback(rng: Random, task: Task, fields: dict[str, str], question: str) -> dict:
-    """What two to four people answered, whom SFT imitates, and which answers were preferred to which."""
+    """Draw two to four responses, their preference pairs, and the response that SFT imitates."""
     answer = task.answer(**fields)
     n_responses = rng.choice((2, 2, 2, 3, 4))
     scores: dict[str, float] = {}
-    while len(set(scores.values())) < 2:  # without a right response, all can be equally worthless: ask others
+    while len(set(scores.values())) < 2:  # without a right response, all scores can be equal: then draw again
         scores = {right_response(rng, answer): 1.0} if rng.random() < P_ANSWERED else {}
         while len(scores) < n_responses:
             response = wrong_response(rng, task, fields, question)

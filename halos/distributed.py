@@ -1,8 +1,8 @@
-"""Processes, devices, and what the processes tell each other; nothing else touches torch.distributed.
+"""The process group: ranks, devices, sharded tensors, and collectives.
 
-A run is a group of processes, one per GPU, or any number on a CPU. `launch` starts them on this machine; under torchrun
-or SLURM, on one node or many, each process finds itself started and joins the group that the environment describes.
-What a collective here returns is the same in every process.
+No other file calls collectives of torch.distributed. A run is a group of processes, one per GPU, or any number on a
+CPU. `launch` starts them on this machine. Under torchrun or SLURM, on one node or several, each process is already
+started and joins the group that its environment describes. Every collective here returns the same result on all ranks.
 """
 
 import datetime
@@ -21,8 +21,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from halos.errors import UserError
 
-# How long a process waits for the others in a collective before it gives the run up. A process that dies ends the run
-# at once (its launcher sees it); this is about one that hangs. Downloading a model of 65B may take most of an hour.
+# How long a rank waits for the others in a collective before it ends the run. This is for a rank that hangs: if one
+# dies, its launcher ends the run at once. Downloading a model of 65B may take most of an hour.
 TIMEOUT = datetime.timedelta(minutes=60)
 
 
@@ -33,7 +33,7 @@ def rank() -> int:
     if dist.is_initialized():
         return dist.get_rank()
     text = os.environ.get("RANK", "0")
-    return int(text) if text.isdigit() else 0  # `group` refuses it
+    return int(text) if text.isdigit() else 0  # `group` raises the error
 
 
 def world_size() -> int:
@@ -41,7 +41,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Return True on rank 0, the rank that writes files and prints."""
     return rank() == 0
 
 
@@ -50,22 +50,25 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def default_device() -> torch.device:
-    """Where models live: the GPU of this process if it has one."""
+    """Return the device for models: this process's GPU if it has one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def n_nodes() -> int:
-    """Machines of the run: each has one process of local rank 0, however many others there are."""
+    """Return the number of machines in the run. Each has exactly one process with local rank 0."""
     return sum(gather_objects(local_rank() == 0))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on a device; of a machine's memory, its share."""
+    """Return the bytes that this process can still allocate on a device.
+
+    Main memory is divided equally among the processes of this machine.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -77,7 +80,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def describe() -> str:
-    """Who takes part, for people."""
+    """Return a short text about the processes and devices of the run."""
     nodes = n_nodes()
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     processes = f"{world_size()} process{'es' if world_size() > 1 else ''}"
@@ -86,7 +89,10 @@ def describe() -> str:
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Inside, this process is one of those that its environment describes (RANK, WORLD_SIZE, ...), if it does."""
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) for the duration of the block.
+
+    Without RANK in the environment, or inside a group, this does nothing.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
@@ -105,17 +111,20 @@ def group() -> Iterator[None]:
             "use a free port of the first node, the same in every process"
         ) from error
     yield
-    # Not after an error: leaving may wait for the others, who wait in a collective; the end of this process wakes them.
+    # Skipped after an error. Leaving may wait for the other ranks, and they may wait in a collective. The end of this
+    # process wakes them.
     dist.destroy_process_group()
 
 
 def _check_environment() -> None:
-    """What a launcher said about this process, before it waits for others that will never come."""
+    """Check the launcher's environment variables now. Later this process would wait for ranks that never come."""
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         text = os.environ.get(name, "")
         if not text.isdigit():
-            raise UserError(f"{name}={text or 'nothing'} in the environment is no number; start with torchrun or srun")
+            raise UserError(
+                f"{name}={text or 'nothing'} in the environment is not a number; start with torchrun or srun"
+            )
         numbers[name] = int(text)
     for mine, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
         if numbers[mine] >= numbers[of] + (mine == "LOCAL_WORLD_SIZE"):
@@ -132,9 +141,9 @@ def _check_environment() -> None:
 
 
 def device_mesh(device_type: str, replicas: int = 1) -> DeviceMesh:
-    """All processes: in one dimension to shard over, or `replicas` times a part of them that holds all shards.
+    """Return a mesh of all ranks: one dimension to shard over, or (replicas, ranks that shard).
 
-    FSDP needs a group even for one process: then it is made here, without a launcher or a port.
+    FSDP needs a process group even for one process. In that case the group is made here, without a launcher or a port.
     """
     if not dist.is_initialized():
         backend = "nccl" if device_type == "cuda" else "gloo"
@@ -145,17 +154,17 @@ def device_mesh(device_type: str, replicas: int = 1) -> DeviceMesh:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered, any other as it is."""
+    """Gather a sharded tensor; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that this rank holds, which shares its memory; any other tensor as it is."""
+    """Return this rank's part of a sharded tensor; it shares memory. Return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def own_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this process holds of a sharded one; of any other, all."""
+    """Return the slice of the whole tensor that this rank holds; for a tensor that is not sharded, the full slice."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, n) for n in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -163,7 +172,10 @@ def own_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 
 def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Like `tensor`, sharded or not, with `local` as what this process holds of it."""
+    """Return a tensor sharded like `tensor`, with `local` as this rank's part.
+
+    If `tensor` is not sharded, this returns `local`.
+    """
     if not isinstance(tensor, DTensor):
         return local
     return DTensor.from_local(
@@ -180,9 +192,10 @@ def barrier() -> None:
 
 
 def gather_rows(parts: list[torch.Tensor], rows: list[torch.Tensor], n_rows: int) -> torch.Tensor:
-    """One tensor of n_rows from the rows that each process has; without gradient.
+    """Gather one tensor with n_rows entries from the entries that each rank has. No gradient flows through.
 
-    parts, rows: this process's rows in pieces, and where they belong; every row belongs to one process
+    parts: this rank's entries, in pieces
+    rows: where the entries of each piece belong; every entry belongs to exactly one rank
     """
     ours, where = torch.cat(parts).detach(), torch.cat(rows)
     everyone = ours.new_zeros(n_rows, *ours.shape[1:]).index_copy(0, where, ours)
@@ -192,16 +205,16 @@ def gather_rows(parts: list[torch.Tensor], rows: list[torch.Tensor], n_rows: int
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is True on at least one rank."""
+    """Return True if the flag is True on at least one rank."""
     if world_size() == 1:
         return flag
-    answer = torch.tensor(int(flag))  # on the CPU, so that no GPU has to be waited for
+    answer = torch.tensor(int(flag))  # on the CPU: no synchronisation with a GPU
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What each process has, in the order of their ranks."""
+    """Return the values of all ranks, in rank order."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -210,7 +223,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """The main process's values, written into `tensor`."""
+    """Overwrite `tensor` with rank 0's values."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
@@ -218,7 +231,10 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def first_on_each_node() -> Iterator[None]:
-    """One process of each machine is inside at first, and then the others: what it put into a cache is there then."""
+    """Let one process of each machine run the block first, then the others.
+
+    The others find what the first one put into a cache.
+    """
     if local_rank() != 0:
         barrier()
     yield

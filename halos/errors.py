@@ -1,17 +1,17 @@
-"""What a user's mistake becomes: one line with the value, the reason, and the remedy, and exit code 2."""
+"""UserError, for a user's mistake: one line with the value, the reason and the remedy."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user typed or supplied. Entry points show its message alone and exit with its code, 2."""
+    """A mistake in the user's command, config, or data. Entry points print only the message, and exit with code 2."""
 
     code = 2
 
 
 def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:
-    """The remedy in an error about an unknown name: the nearest known one, and the list of them all.
+    """Return the remedy for an unknown name: the nearest known name, and the list of all known names.
 
     >>> did_you_mean("kot", ["dpo", "kto"])
     "did you mean 'kto'? (one of: dpo, kto)"

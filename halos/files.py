@@ -1,4 +1,7 @@
-"""Files that people keep: written whole or not at all, and never over one another."""
+"""Write files that users keep.
+
+A file is written completely or not at all. An existing file is renamed, not overwritten.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def finished(path: str) -> Iterator[str]:
-    """A name to write to, in the same directory, that becomes `path` once the block is through; removed if it fails."""
+    """Yield a temporary path in the same directory, and rename it to `path` when the block ends.
+
+    If the block fails, the temporary file is removed.
+    """
     unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
     try:
         yield unfinished
@@ -18,9 +24,9 @@ def finished(path: str) -> Iterator[str]:
 
 
 def set_aside(path: str) -> str | None:
-    """Rename what stands at `path` to the first free `path.bak-N` and return that name; None if nothing was there.
+    """Rename `path` to the first free `path.bak-N` and return that name. Return None if `path` does not exist.
 
-    Every overwrite that a user asks for happens this way: what they made is moved, never deleted.
+    Every overwrite that a user asks for works this way: existing files are moved, never deleted.
     """
     if not os.path.lexists(path):
         return None
@@ -32,7 +38,7 @@ def set_aside(path: str) -> str | None:
 
 
 def make_room(path: str) -> None:
-    """`set_aside`, and say so."""
+    """Call `set_aside` and print the new name."""
     previous = set_aside(path)
     if previous:
         print(f"the earlier {path} is now {previous}")

@@ -1,7 +1,7 @@
-"""Starting the processes of a run on this machine, and making one end of theirs.
+"""Launch the processes of a run on this machine, and report the first failure as if there were one process.
 
-torch's elastic agent starts and watches them, as under torchrun. What is added is for people: of all processes the
-first that fails is heard, and it alone, and signals reach all of them.
+torch's elastic agent starts and watches the processes, as under torchrun. This file adds two things: only the first
+failure is reported, and signals reach all processes.
 """
 
 import faulthandler
@@ -37,17 +37,18 @@ from halos.errors import UserError
 from halos.files import finished
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the run
-PASSED_ON = signal.SIGUSR1  # goes to every process, for the handler that it may have
+PASSED_ON = signal.SIGUSR1  # forwarded to every process, which may have a handler for it
 PATIENCE = 10  # seconds that processes have to end before they are killed
 
 
 def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) -> None:
-    """Run `function(*args)` in every process of the run, and return when all are done.
+    """Call `function(*args)` in every process of the run, and return when all are done.
 
-    In a process that torchrun or SLURM has started, that is this one. Else it is one process per visible GPU, or one
-    where there is none, or `nproc_per_node`; a single one runs right here.
+    If torchrun or SLURM started this process, it calls the function itself. Otherwise the function is called in
+    `nproc_per_node` new processes (default: one per visible GPU, or one without a GPU). A single process is not started
+    anew: the call happens here.
 
-    function: can be imported by name, as can what is in `args` (they are pickled)
+    function: importable by name, like everything in `args` (both are pickled)
     """
     _adopt_slurm_environment()
     if "RANK" in os.environ:
@@ -83,9 +84,10 @@ def _number_of_processes(nproc_per_node: int | None) -> int:
 
 
 def _adopt_slurm_environment() -> None:
-    """In one of several tasks that srun has started (and no torchrun within them), say so as torchrun would.
+    """Translate SLURM's variables into torchrun's, if srun started this process as one of several tasks.
 
-    The batch script itself is no such task, although most of SLURM's variables are set there, too.
+    The batch script itself is not such a task, although SLURM sets most of its variables there too. Under torchrun,
+    nothing is changed.
     """
     slurm = os.environ
     if "RANK" in slurm or "SLURM_PROCID" not in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
@@ -95,13 +97,14 @@ def _adopt_slurm_environment() -> None:
     slurm["RANK"], slurm["WORLD_SIZE"] = slurm["SLURM_PROCID"], str(n)
     nodes = slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or "localhost"
     slurm.setdefault("MASTER_ADDR", _first_host(nodes))
-    # The same in all tasks of a step, different for steps that share a node, and below the ports that systems give out.
+    # The port must be the same in all tasks of a step, differ between steps that share a node, and be below the range
+    # of ports that operating systems assign.
     job, step = int(slurm.get("SLURM_JOB_ID", "0")), int(slurm.get("SLURM_STEP_ID", "0"))
     slurm.setdefault("MASTER_PORT", str(20000 + (31 * job + step) % 12000))
 
 
 def _tasks_on_each_node(n: int) -> int:
-    """From SLURM's list, such as 4(x2),3 for [4, 4, 3]; nodes that differ are refused."""
+    """Return the tasks per node, from SLURM's list, such as 4(x2),3 for [4, 4, 3]. Raises UserError if nodes differ."""
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     text = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts = {int(count) for count in re.findall(r"(?:^|,)(\d+)", text)} or {n // nodes}
@@ -114,7 +117,7 @@ def _tasks_on_each_node(n: int) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of SLURM's list of hosts.
+    """Return the first of SLURM's list of hosts.
 
     >>> _first_host("gpu-a[03-05,9],gpu-b1")
     'gpu-a03'
@@ -122,31 +125,31 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
-#### THE LAUNCHER'S SIDE
+#### IN THE LAUNCHER
 
 
 class _LastWords(NamedTuple):
-    """What a process that fails leaves in the launcher's folder."""
+    """The error report that a failing process writes into the launcher's folder."""
 
-    time: float  # of the failure: the earliest is the one to report
+    time: float  # of the failure; the earliest failure is reported
     kind: str  # "bug", "mistake" (a UserError), "interrupt" (Ctrl-C), or "exit" (sys.exit)
     code: int  # its exit code
     message: str
     traceback: str
-    lost_others: bool  # a connection broke, which is not where the trouble began
+    lost_others: bool  # a connection broke, because another process failed before
 
 
 class _End(NamedTuple):
     """How a process ended."""
 
     rank: int
-    exit_code: int  # negative: by that signal
+    exit_code: int  # negative: ended by that signal
     last_words: _LastWords | None
 
 
 def _run_processes(function: Callable, args: tuple, n: int) -> None:
-    """Let torch's elastic agent start and watch the processes, without restarts. What is added is who speaks."""
-    work = pickle.dumps((function, args))  # here, so that what cannot be pickled is known before anything is started
+    """Run the processes under torch's elastic agent, without restarts, and report the first failure."""
+    work = pickle.dumps((function, args))  # here, so that a pickling error appears before any process starts
     stop, ends = None, []
     with tempfile.TemporaryDirectory() as folder, _own_environment(n), _watched(n) as processes:
         try:
@@ -156,7 +159,7 @@ def _run_processes(function: Callable, args: tuple, n: int) -> None:
         except ChildFailedError as error:
             ends = _ends(processes, error.failures, folder)
     if stop is not None:
-        # End as a single process would have: by the signal itself, or as its handler wants it.
+        # End as a single process would: by the signal itself, or as its handler decides.
         sys.stdout.flush()
         signal.raise_signal(stop)
         sys.exit(128 + stop)
@@ -167,8 +170,8 @@ def _run_processes(function: Callable, args: tuple, n: int) -> None:
 def _settings(n: int, folder: str) -> LaunchConfig:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say is said here
-    # An ignored signal stays ignored: nohup, a job in the background.
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # this file reports the errors
+    # An ignored signal stays ignored, as with nohup or in a background job.
     handled = [number.name for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     return LaunchConfig(
         min_nodes=1,
@@ -187,10 +190,10 @@ def _settings(n: int, folder: str) -> LaunchConfig:
 
 @contextmanager
 def _own_environment(n: int) -> Iterator[None]:
-    """Inside, each process will have its share of the CPUs, and afterwards the environment is what it was."""
+    """Give each process its share of the CPUs, and restore the environment at the end of the block."""
     before = dict(os.environ)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Without this every process would start as many threads as there are cores.
+    # Without this, every process would start one thread per core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // n)))
     try:
         yield
@@ -201,11 +204,11 @@ def _own_environment(n: int) -> Iterator[None]:
 
 @contextmanager
 def _watched(n: int) -> Iterator[list[BaseProcess]]:
-    """The processes that are started inside, in the order of their ranks; SIGUSR1 is passed on to them.
+    """Yield the list of processes that are started in the block, in rank order, and forward SIGUSR1 to them.
 
-    Signals are held back from the processes while they import, when one would print a traceback or kill; `_work` lets
-    them in. The launcher itself gets them through the thread that looks for processes. All handlers, which the agent
-    changes, are given back.
+    Signals are blocked in a new process while it imports, because they would print a traceback or kill it; `_work`
+    unblocks them. The launcher's main thread blocks them too; the thread that looks for new processes receives them.
+    The agent changes signal handlers; all are restored at the end.
     """
     processes: list[BaseProcess] = []
     done = threading.Event()
@@ -225,7 +228,7 @@ def _watched(n: int) -> Iterator[list[BaseProcess]]:
     before = {number: signal.getsignal(number) for number in (*STOPPING, PASSED_ON)}
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    resource_tracker.ensure_running()  # the first process would start it, and starting it lets SIGINT through
+    resource_tracker.ensure_running()  # else the first process starts it, and starting it unblocks SIGINT
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, PASSED_ON))
     if before[PASSED_ON] != signal.SIG_IGN:
         signal.signal(PASSED_ON, pass_on)
@@ -240,7 +243,10 @@ def _watched(n: int) -> Iterator[list[BaseProcess]]:
 
 
 def _ends(processes: list[BaseProcess], failures: dict[int, ProcessFailure], folder: str) -> list[_End]:
-    """The agent knows the end of the one process that it noticed first, which need not be the one that failed first."""
+    """Return how each process ended, in rank order.
+
+    The agent knows this only for the process whose end it noticed first, which may not be the one that failed first.
+    """
     codes = {rank: process.exitcode or 0 for rank, process in enumerate(processes)}
     codes |= {rank: failure.exitcode for rank, failure in failures.items()}
     ends = []
@@ -255,12 +261,15 @@ def _ends(processes: list[BaseProcess], failures: dict[int, ProcessFailure], fol
 
 
 def _report(ends: list[_End], n: int) -> NoReturn:
-    """Say why the first process failed, and end as it did: a user's mistake in one line, a bug with its traceback."""
+    """Report why the first process failed, and end the same way.
+
+    A user's mistake is reported in one line, a bug with its traceback.
+    """
     spoken = sorted((end.last_words.time, end.rank, end.last_words) for end in ends if end.last_words)
     causes = [(rank, words) for _, rank, words in spoken if not words.lost_others]
     if causes:
         _end_like(*causes[0], n)
-    # Not by SIGTERM or SIGINT, with which the agent ends the others.
+    # The agent ends the other processes with SIGTERM or SIGINT, so these two are not the cause.
     killed = [end for end in ends if end.exit_code < 0 and -end.exit_code not in (signal.SIGTERM, signal.SIGINT)]
     for end in killed[:1]:
         memory = "; did the machine run out of memory?" if -end.exit_code == signal.SIGKILL else ""
@@ -269,7 +278,7 @@ def _report(ends: list[_End], n: int) -> NoReturn:
             _say(f"then process {rank} failed:\n{words.traceback}")
         sys.exit(1)
     for end in (end for end in ends if end.exit_code > 0 and not end.last_words):
-        _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}, and said no more than what is above")
+        _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}; its own output is above")
         sys.exit(end.exit_code)
     if spoken:
         _end_like(*spoken[0][1:], n)
@@ -280,7 +289,7 @@ def _report(ends: list[_End], n: int) -> NoReturn:
 def _end_like(rank: int, words: _LastWords, n: int) -> NoReturn:
     if words.kind == "mistake":
         error = UserError(words.message)
-        error.add_note(f"in process {rank} of {n}:\n{words.traceback}")  # for who asks for tracebacks
+        error.add_note(f"in process {rank} of {n}:\n{words.traceback}")  # shown with HYDRA_FULL_ERROR=1
         raise error
     if words.kind == "interrupt":
         raise KeyboardInterrupt
@@ -296,14 +305,14 @@ def _say(text: str) -> None:
     print(text.rstrip(), file=sys.stderr, flush=True)
 
 
-#### A PROCESS'S SIDE
+#### IN A WORKER PROCESS
 
 
 def _work(work: bytes, folder: str) -> None:
-    """What a started process does: its part of the run, and last words if that fails."""
+    """Run the function in a worker process, and write an error report if it fails."""
     threading.Thread(target=_end_with_the_launcher, args=(folder,), daemon=True).start()
-    faulthandler.enable()  # a crash in native code shows where Python was
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore that would be left behind when a process gives up
+    faulthandler.enable()  # prints the Python stack on a crash in native code
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which would leak in `_give_up`
     try:
         _let_signals_in()
         function, args = pickle.loads(work)
@@ -311,15 +320,17 @@ def _work(work: bytes, folder: str) -> None:
             try:
                 function(*args)
             except BaseException as error:
-                # Here, and not after the group is left: that may wait for the others, who wait in a collective.
+                # Give up before leaving the group: leaving may wait for other ranks, which may wait in a collective.
                 _give_up(error, folder)
     except BaseException as error:
         _give_up(error, folder)
 
 
 def _end_with_the_launcher(folder: str) -> None:
-    """A launcher that was killed cannot end its processes, nor remove its folder. They notice, even in the middle of a
-    collective."""
+    """End this process when the launcher ends, even in the middle of a collective.
+
+    A launcher that was killed can neither end its processes nor remove its folder.
+    """
     launcher = multiprocessing.parent_process()
     assert launcher is not None
     launcher.join()
@@ -330,22 +341,28 @@ def _end_with_the_launcher(folder: str) -> None:
 def _let_signals_in() -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt_once)
-    signal.signal(PASSED_ON, signal.SIG_IGN)  # until the function has a handler for it
+    signal.signal(PASSED_ON, signal.SIG_IGN)  # until the function installs a handler
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, PASSED_ON))
 
 
 def _interrupt_once(number: int, frame: Any) -> NoReturn:
-    """Ctrl-C comes twice, from the terminal and from the launcher; the second must not interrupt the tidying up."""
+    """Raise KeyboardInterrupt, once. Ctrl-C arrives twice, from the terminal and from the launcher.
+
+    The second signal must not interrupt the cleanup.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _give_up(error: BaseException, folder: str) -> None:
-    """Leave word for the launcher, and end without a word to people, who would hear it from every process."""
+    """Write the error report for the launcher, and exit without printing anything.
+
+    If every process printed its error, the user would see it once per process.
+    """
     words = _last_words(error)
-    if not words.code:  # sys.exit(): an end like any other, for which the agent waits
+    if not words.code:  # sys.exit(): a normal end, which the agent waits for
         return
-    with suppress(OSError):  # the launcher is gone, and its folder
+    with suppress(OSError):  # the launcher and its folder may be gone
         path = os.path.join(folder, f"last_words-{os.environ['RANK']}")
         with finished(path) as unfinished, open(unfinished, "w") as file:
             json.dump(words._asdict(), file)

@@ -1,8 +1,9 @@
-"""Policy, reference and tokenizer: where they are loaded from, and in which dtypes.
+"""Load policy, reference model and tokenizer, each in its dtype.
 
-Weights come from `model.name_or_path` (the hub or a directory) or, where that is null, from `model.architecture` with
-random weights; `model.load_from` replaces them: a `policy.pt` of this project, a directory in Hugging Face's layout, or
-a hub name. The network that they are loaded into is in `halos/models.py`, streams of weights in `halos/weights.py`.
+Weights come from `model.name_or_path` (the hub or a directory). If that is null, they are random, in the architecture
+`model.architecture`. `model.load_from` replaces them with a `policy.pt` of this project, a directory in Hugging Face's
+layout, or a hub name. The network itself is in `halos/models.py`; reading weights into a sharded model is in
+`halos/weights.py`.
 """
 
 import os
@@ -36,14 +37,17 @@ if not sys.stderr.isatty():
 
 
 def compute_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
-    """What matrix products run in: `fsdp_policy_mp`, or bfloat16 on CUDA and the weights' dtype elsewhere."""
+    """Return the dtype of matrix products.
+
+    It is `fsdp_policy_mp` if that is set. The default is bfloat16 on CUDA, and policy_dtype elsewhere.
+    """
     if config.model.fsdp_policy_mp:
         return getattr(torch, config.model.fsdp_policy_mp)
     return torch.bfloat16 if device.type == "cuda" else getattr(torch, config.model.policy_dtype)
 
 
 def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
-    """What the reference model is stored and computed in: the policy's compute dtype unless configured."""
+    """Return the dtype of the reference model, for storage and compute: by default the policy's compute dtype."""
     if config.model.reference_dtype:
         return getattr(torch, config.model.reference_dtype)
     return compute_dtype(config, device)
@@ -53,13 +57,13 @@ def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
 
 
 def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None = None):
-    """The policy, ready to train, and the frozen reference, None if the loss needs none.
+    """Load the policy, ready to train, and the frozen reference model (None if the loss needs none).
 
-    Both start from the same weights, and compute alike, so that training starts at a log-ratio of 0.
+    Both start from the same weights and compute in the same way, so that training starts at a log-ratio of 0.
 
-    policy_pt: a checkpoint that the policy has instead
+    policy_pt: a checkpoint to load into the policy instead
     """
-    base_dtype = load_config(config).dtype  # of the checkpoint; loading replaces it in the model's own config
+    base_dtype = load_config(config).dtype  # the checkpoint's; loading overwrites it in the model's own config
     load = _load_whole if distributed.world_size() == 1 else _load_sharded
     policy, reference, float32 = load(config, tokenizer, device, policy_pt)
     export_dtype = config.model.export_dtype or base_dtype
@@ -76,7 +80,7 @@ def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.devic
 
 
 def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
-    """On one process: (policy, reference, what the packing check found in float32)."""
+    """Load on one process. Returns (policy, reference, packing_check.in_float32(policy) or None)."""
     lm = load_lm(config, policy_dtype(config), policy_pt=policy_pt)
     policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt)).to(device)
     checked = packing_check.is_wanted(config.model.packing)
@@ -89,7 +93,7 @@ def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: 
 
 
 def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
-    """The same on several processes, each of which only ever has its shards."""
+    """Return the same as `_load_whole` on several ranks, where each rank only ever holds its shards."""
     mesh = sharding.mesh_of(config, device)
     lm_config = load_config(config)
 
@@ -104,12 +108,13 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
         lm = weights.empty_lm(lm_config, reference_dtype(config, device), config.trust_remote_code)
         reference = build(config, lm, tokenizer).requires_grad_(False)
         sharding.prepare_reference(reference, config.model.block_name, mesh)
-    # First as it computes in float32, if packing is to be checked; then its shards move to the model that trains.
+    # If packing is checked, the policy is first built to compute in float32; its shards then move to the model that
+    # trains.
     checked = packing_check.is_wanted(config.model.packing)
     dtype = compute_dtype(config, device)
     policy = empty_policy(torch.float32 if checked else dtype)
     lms = [policy.lm] + ([reference.lm] if reference is not None else [])
-    for together in [lms[:1], lms[1:]] if policy_pt else [lms]:  # from the same weights in one pass over them
+    for together in [lms[:1], lms[1:]] if policy_pt else [lms]:  # same weights: read once
         if together:
             opened = _open_weights(config, together[0], device, policy_pt if together[0] is policy.lm else None)
             weights.fill(together, opened, device)
@@ -119,13 +124,17 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
         policy.lm.load_state_dict(filled.lm.state_dict(keep_vars=True), assign=True)
     source = _source(config, use_load_from=True)
     if source and not (policy_pt or _policy_pt(config)):
-        with suppress(OSError):  # not every checkpoint has one
+        with suppress(OSError):  # some checkpoints have none
             policy.lm.generation_config = GenerationConfig.from_pretrained(_local(source))
     return policy, reference, float32
 
 
 def _open_weights(config: DictConfig, lm: PreTrainedModel, device: torch.device, policy_pt: str | None = None):
-    """Where a sharded model gets its weights: from files if they have them as the model does."""
+    """Return the source of a sharded model's weights.
+
+    If files hold the weights in the model's own form, every rank reads its part of them. Otherwise rank 0 loads and
+    sends them.
+    """
     path, source = policy_pt or _policy_pt(config), _source(config, use_load_from=True)
     if path:
         return weights.FromPolicyPt(path)
@@ -143,7 +152,7 @@ def policy_dtype(config: DictConfig) -> torch.dtype:
 
 
 def _preparation(config: DictConfig) -> dict[str, Any]:
-    """What `sharding.prepare_policy` takes from the config."""
+    """Return the arguments of `sharding.prepare_policy` that the config contains."""
     return {name: config.model[name] for name in ("activation_checkpointing", "block_name", "compile")}
 
 
@@ -161,7 +170,7 @@ def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: ValueHead 
 
 
 def load_tokenizer(config: DictConfig):
-    """The tokenizer, with an end of text and something to pad with."""
+    """Load the tokenizer. It must have an end-of-text token, which is also used for padding if it has no pad token."""
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     with _loading("model.tokenizer_name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(_local(name), trust_remote_code=config.trust_remote_code)
@@ -176,7 +185,7 @@ def load_tokenizer(config: DictConfig):
 
 
 def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedConfig:
-    """The architecture, dropout at 0 everywhere."""
+    """Load the architecture, with all dropout set to 0."""
     source = _source(config, use_load_from)
     if source is None:
         architecture: Any = OmegaConf.to_container(config.model.architecture)
@@ -189,9 +198,9 @@ def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedCon
 
 
 def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, policy_pt: str | None = None):
-    """A causal LM in `dtype` on the CPU.
+    """Load a causal LM in `dtype` on the CPU.
 
-    use_load_from: False for the weights that `model.load_from` would replace
+    use_load_from: False loads the weights from before `model.load_from`
     policy_pt: a checkpoint to load instead of either
     """
     lm_config = load_config(config, use_load_from)
@@ -206,7 +215,7 @@ def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, 
 
 
 def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: torch.dtype, trust: bool, **kwargs):
-    """transformers' loading, but a weight that is missing is an error, not one that starts at random."""
+    """Load with transformers, but raise UserError for a missing weight. transformers would start it at random."""
     loaded: Any = cls.from_pretrained(
         name, config=lm_config, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **kwargs
     )
@@ -217,10 +226,10 @@ def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: 
 
 
 def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:
-    """The critic, if the loss has one: the v_head.pt beside the policy's weights, or new weights if there is none.
+    """Load the critic, if the loss has one: the v_head.pt beside the policy's weights, or new weights if there is none.
 
-    lm: the model whose hidden states it reads; one on the meta device will do
-    policy_pt: as in `load_lm`; then there must be a v_head.pt
+    lm: the model whose hidden states it reads; it may be on the meta device
+    policy_pt: as in `load_lm`; then a v_head.pt must exist
     """
     if not config.loss.get("use_value_head", False):
         return None
@@ -238,7 +247,8 @@ def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | No
 def check_load_from(config: DictConfig) -> None:
     """Raise UserError if `model.load_from` is a checkpoint that is missing, damaged, or of another architecture.
 
-    Little more than headers are read, so that this is over long before a model would be."""
+    This reads little more than headers, so the error appears long before a model could be loaded.
+    """
     path, has_critic = _policy_pt(config), config.loss.get("use_value_head", False)
     if path or has_critic:
         meta = _meta_lm(load_config(config), config.trust_remote_code)
@@ -248,7 +258,7 @@ def check_load_from(config: DictConfig) -> None:
 
 
 def check_policy_pt(config: DictConfig, path: str, with_value_head: bool = False) -> None:
-    """The same for a given policy.pt, and for the critic beside it."""
+    """Do the same check for a given policy.pt, and for the critic beside it."""
     meta = _meta_lm(load_config(config), config.trust_remote_code)
     _compare_state(meta, checkpoint.load_state(path), path)
     if with_value_head:
@@ -256,7 +266,10 @@ def check_policy_pt(config: DictConfig, path: str, with_value_head: bool = False
 
 
 def check_whole_copy(config: DictConfig, device: torch.device) -> None:
-    """Raise UserError if what a process needs to sample, the whole model in its compute dtype, has no room."""
+    """Raise UserError if the device has no room for the whole model in its compute dtype.
+
+    Sampling needs such a copy in each process.
+    """
     dtype = compute_dtype(config, device)
     meta = _meta_lm(load_config(config), config.trust_remote_code)
     needed, free = sum(p.numel() for p in meta.parameters()) * dtype.itemsize, distributed.free_memory(device)
@@ -268,14 +281,14 @@ def check_whole_copy(config: DictConfig, device: torch.device) -> None:
 
 
 def _v_head_pt(config: DictConfig, policy_pt: str | None) -> str | None:
-    """Where the critic of a checkpoint is, if it has one; None for a model that starts from no checkpoint."""
+    """Return the path that a checkpoint's critic would have; None if the model does not start from a checkpoint."""
     policy_pt = policy_pt or _policy_pt(config)
     directory = os.path.dirname(policy_pt) if policy_pt else config.model.load_from
     return os.path.join(directory, checkpoint.V_HEAD) if directory else None
 
 
 def _source(config: DictConfig, use_load_from: bool) -> str | None:
-    """The hub name or directory that the architecture is read from; None: `model.architecture`."""
+    """Return the hub name or directory of the architecture; None means `model.architecture`."""
     return config.model.load_from if _is_hf_source(config, use_load_from) else config.model.name_or_path
 
 
@@ -288,13 +301,13 @@ def _is_hf_source(config: DictConfig, use_load_from: bool) -> bool:
 
 
 def _policy_pt(config: DictConfig) -> str | None:
-    """`model.load_from` if it is a policy.pt: absolute, or relative to cache_dir."""
+    """Return the path of `model.load_from` if it is a policy.pt, absolute or relative to cache_dir; else None."""
     path = config.model.load_from
     return os.path.join(config.cache_dir, path) if path and path.endswith(".pt") else None
 
 
 def _local(name: str) -> str:
-    """Paths that come with the project are found from every working directory."""
+    """Resolve a path that comes with the project, so that it works from every working directory."""
     inside = os.path.join(PROJECT, name)
     return inside if not os.path.exists(name) and os.path.isdir(inside) else name
 
@@ -307,7 +320,7 @@ def _disable_dropout(lm_config: PreTrainedConfig) -> None:
 
 
 def _random_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """Random weights that depend on the seed alone, drawn in float32 and then rounded."""
+    """Return a model with random weights that depend on the seed alone. They are drawn in float32 and then rounded."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return packing_check.cast_weights(AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32), dtype)
@@ -325,13 +338,13 @@ def _from_state(lm_config, state: dict, path: str, dtype: torch.dtype, trust_rem
 
 
 def _compare_state(meta: nn.Module, state: dict, path: str) -> None:
-    """The names and shapes of a checkpoint against the model that is to have them; the first difference is named."""
+    """Compare names and shapes of a checkpoint with the model. Raises UserError for the first difference."""
     expected = meta.state_dict()
     for key in [*expected, *state]:
         if key not in state:
             problem = f"has no {key}"
         elif key not in expected:
-            problem = f"has {key}, which the model has not"
+            problem = f"has {key}, which the model does not have"
         elif state[key].shape != expected[key].shape:
             problem = f"has {key} of shape {tuple(state[key].shape)}, the model of {tuple(expected[key].shape)}"
         else:
@@ -341,7 +354,7 @@ def _compare_state(meta: nn.Module, state: dict, path: str) -> None:
 
 @contextmanager
 def _loading(key: str, name: str):
-    """The many errors of a failed download or a wrong name, as one line."""
+    """Turn the many errors of a failed download or a wrong name into a one-line UserError."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -1,16 +1,16 @@
-"""Per-token log-probs of the targets from hidden states: a plain reference and a fused version, one signature.
+"""Per-token log-probs of the targets from hidden states: a plain reference and a fused version with one signature.
 
-Both return float32. `fused` takes the tokens in chunks. A chunk's logits are recomputed in the backward pass, except
-for the last one's, so no more than one chunk of logits is kept, and a batch of one chunk recomputes nothing. Inputs may
-be bfloat16; the logits and everything after them are float32. The entropy of the distributions, where it is wanted, is
-a by-product of the same chunks.
+Both return float32. `fused` computes logits in chunks of tokens and keeps at most one chunk of logits. The backward
+pass recomputes the logits of every chunk but the last, so a batch of one chunk recomputes nothing. Inputs may be
+bfloat16; the logits and everything after them are float32. If entropy is requested, it is computed from the same
+chunks. Change this file to add a kernel.
 
 Shapes: N targets, d hidden size, V vocabulary.
 """
 
 import torch
 
-# Logits of one chunk, in elements. On a GPU 512 MiB of float32: at V = 32k that is 4096 tokens, enough to fill it.
+# Elements in one chunk of logits. On a GPU this is 512 MiB of float32: 4096 tokens at V = 32k, enough to keep it busy.
 CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**25}
 
 
@@ -22,28 +22,28 @@ def plain(
     softcap: float | None = None,
     entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log p(target) for each row of `hidden`, by the definition.
+    """Compute log p(target) for each entry of `hidden`, by the definition.
 
     hidden: (N, d); weight: (V, d); targets: (N,); bias: (V,)
     softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2
-    entropy: (N,) float32, filled with the entropy of each row's distribution in nats, without gradient
+    entropy: (N,) float32, filled with the entropy of each entry's distribution in nats, without gradient
     """
     return from_logits(_logits(hidden, weight, bias, softcap), targets, entropy)
 
 
 def from_logits(logits: torch.Tensor, targets: torch.Tensor, entropy: torch.Tensor | None = None) -> torch.Tensor:
-    """(N, V) logits and (N,) targets -> (N,) float32 log-probs; `entropy` as in `plain`."""
+    """Compute log-probs: (N, V) logits and (N,) targets -> (N,) float32. `entropy` is as in `plain`."""
     logits = logits.float()
     if entropy is not None:
         entropy.copy_(entropy_of(logits, logits.logsumexp(-1)))
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).sum(-1)  # over one: FSDP wants no view
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).sum(-1)  # over 1 entry: FSDP forbids views
 
 
 @torch.no_grad()
 def entropy_of(logits: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Entropies in nats, lse - sum p z. logits: (N, V) float32; lse: (N,) their logsumexp; returns (N,)."""
+    """Compute entropies in nats, lse - sum p z. logits: (N, V) float32; lse: (N,) their logsumexp; returns (N,)."""
     p = logits.sub(lse[:, None]).exp_()
-    return lse - torch.einsum("nv,nv->n", p, logits)  # which makes no tensor of products
+    return lse - torch.einsum("nv,nv->n", p, logits)  # does not store the (N, V) products
 
 
 def fused(
@@ -54,12 +54,15 @@ def fused(
     softcap: float | None = None,
     entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`plain` without the (N, V) tensors."""
+    """Compute the same as `plain`, without (N, V) tensors."""
     return _FusedLogps.apply(hidden, weight, targets, bias, softcap, entropy)
 
 
 class _FusedLogps(torch.autograd.Function):
-    """log p_t = z_t - logsumexp(z). Its gradient in the logits z is (onehot(t) - softmax(z)), times the upstream."""
+    """log p_t = z_t - logsumexp(z).
+
+    Its gradient with respect to the logits z is upstream * (onehot(t) - softmax(z)).
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, softcap, entropy):
@@ -67,7 +70,7 @@ class _FusedLogps(torch.autograd.Function):
         lse = torch.empty_like(logps)
         logits = None
         for rows in _chunks(hidden, weight):
-            del logits  # or two chunks would be alive while the next one is made
+            del logits  # else two chunks would be in memory while the next one is computed
             logits = _logits(hidden[rows], weight, bias, softcap)
             lse[rows] = logits.logsumexp(-1)
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
@@ -111,7 +114,7 @@ class _FusedLogps(torch.autograd.Function):
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    """Equal slices of the rows of `hidden`, each with at most CHUNK_ELEMENTS logits."""
+    """Return equal slices of the entries of `hidden`, each with at most CHUNK_ELEMENTS logits."""
     n = len(hidden)
     elements = CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
     most = max(1, elements // len(weight))
@@ -120,8 +123,11 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
 
 
 def _logits(hidden, weight, bias, softcap) -> torch.Tensor:
-    """Float32 logits. Half-precision inputs are multiplied exactly: rounding the logits to bfloat16 would cost 0.1 nat
-    over a 512-token response."""
+    """Compute float32 logits.
+
+    Half-precision inputs are multiplied exactly. Rounding the logits to bfloat16 would cost 0.1 nat over a 512-token
+    response.
+    """
     if hidden.is_cuda and hidden.dtype != torch.float32:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:

@@ -1,7 +1,11 @@
-"""What a run says about itself: metrics.jsonl, curves.png, the progress bar, and wandb if it is configured."""
+"""Log a run: metrics.jsonl, curves.png, the progress bar, and wandb if it is enabled.
+
+Change this file to add a panel to curves.png (PANELS) or another place to log to.
+"""
 
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,7 +16,7 @@ from tqdm import tqdm
 from halos import distributed
 from halos.files import finished
 
-# The panels of curves.png: title -> the metrics in it, whatever of them a loss reports.
+# The panels of curves.png: title -> its metrics. A metric that the loss does not report is left out.
 PANELS = {
     "loss": ["loss/{mode}"],
     "reward margin": ["rewards_{mode}/margins"],
@@ -27,23 +31,23 @@ PANELS = {
 
 
 class MetricsLog:
-    """Writes one flat JSON object per optimizer step or evaluation, and keeps people informed in between.
+    """Writes one flat JSON object per update or evaluation, and shows progress on the terminal.
 
-    total_examples: of the whole run, for the bar
-    interval: least seconds between two updates of the bar and of the sink; metrics.jsonl has every step
-    sink: what `open_wandb` returned
+    total_examples: examples of the whole run, for the progress bar
+    interval: least seconds between two refreshes of the bar, and between two lines in the sink
+    sink: the result of `open_wandb`
     """
 
     def __init__(self, run_dir: str, total_examples: int, interval: float, sink):
         self.path = os.path.join(run_dir, "metrics.jsonl")
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  line by line, for as long as the run lasts
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  open for the whole run; flushed at every line
         self.interval = interval
         self.sink = sink
         self.last_shown = -float("inf")
         self.bar = tqdm(total=total_examples, unit="ex", desc="training", mininterval=interval, smoothing=0.1)
 
     def write(self, step: int, examples: int, mode: str, metrics: dict[str, float]) -> None:
-        """The record: every step of every mode."""
+        """Append one line to metrics.jsonl, for an update or an evaluation. No line is skipped."""
         self.file.write(json.dumps({"step": step, "examples": examples, "mode": mode, **metrics}) + "\n")
 
     def training_step(self, step: int, examples: int, metrics: dict[str, float], tokens_per_second: float) -> None:
@@ -66,7 +70,7 @@ class MetricsLog:
         self.say(f"eval after {examples} examples: {shown}")
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the progress bar."""
         self.bar.write(line)
 
     def close(self) -> None:
@@ -76,7 +80,7 @@ class MetricsLog:
 
 
 class NoLog:
-    """The log of a process that is not the main one, which writes the same numbers."""
+    """The log of every rank but 0. Rank 0 writes the same numbers."""
 
     def training_step(self, *args) -> None:
         pass
@@ -89,7 +93,7 @@ class NoLog:
 
 
 def progress(loader: Iterable, description: str) -> Iterator:
-    """The loader's batches under a bar, which shows up only if they take more than a few seconds."""
+    """Iterate over the loader's batches with a progress bar. The bar appears only after 3 seconds."""
     quiet = not distributed.is_main()
     return iter(tqdm(loader, desc=description, unit="batch", delay=3, leave=False, disable=quiet))
 
@@ -100,7 +104,7 @@ def read_metrics(path: str) -> list[dict]:
 
 
 def draw_curves(run_dir: str, title: str) -> None:
-    """curves.png from metrics.jsonl: a panel per kind of metric, training as a line, evaluation as points."""
+    """Draw curves.png from metrics.jsonl: one panel per kind of metric, training as a line, evaluation as points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,7 +118,7 @@ def draw_curves(run_dir: str, title: str) -> None:
     panels = {
         title: [key for pattern in patterns for key in _in_both_modes(pattern) if key in series]
         for title, patterns in PANELS.items()
-    }
+    } | _panels_of_own_metrics(series)
     panels = {title: keys for title, keys in panels.items() if keys}
     if not panels:
         return
@@ -124,8 +128,9 @@ def draw_curves(run_dir: str, title: str) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
+        both = list(dict.fromkeys(_without_mode(key) for key in keys))  # a metric has one color in both modes
         for index, key in enumerate(keys):
-            _draw(axis, key, series[key], f"C{index // 2}" if len(keys) > 2 else f"C{index}")
+            _draw(axis, key, series[key], f"C{both.index(_without_mode(key)) if len(both) > 1 else index}")
         axis.set_title(name)
         axis.set_xlabel("examples")
         axis.locator_params(axis="x", nbins=6)
@@ -136,6 +141,26 @@ def draw_curves(run_dir: str, title: str) -> None:
     with finished(os.path.join(run_dir, "curves.png")) as unfinished:
         figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def _panels_of_own_metrics(names: Iterable[str]) -> dict[str, list[str]]:
+    """A panel for each group of metrics that a loss reports and PANELS does not know, such as all of `kl/...`."""
+    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {"counters", "returns"}
+    panels = defaultdict(list)
+    for name in sorted(names):
+        if "/" in name and _group(name) not in known:
+            panels[_group(name)].append(name)
+    return panels
+
+
+def _group(name: str) -> str:
+    """`kl` of `kl/chosen` and of `kl_eval/chosen`."""
+    return _without_mode(name).partition("/")[0]
+
+
+def _without_mode(name: str) -> str:
+    """`kl/chosen` of `kl_eval/chosen`, `loss` of `loss/train`."""
+    return re.sub(r"_(train|eval|\{mode\})(?=/)|/(train|eval|\{mode\})$", "", name)
 
 
 def _in_both_modes(pattern: str) -> list[str]:
@@ -152,7 +177,7 @@ def _draw(axis, key: str, points: list[tuple[int, float]], color: str) -> None:
 
 
 def _smoothed(values: tuple[float, ...]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the run."""
+    """Return the exponential moving average over about a fiftieth of the run."""
     weight = 1 / max(1.0, len(values) / 50)
     out = [values[0]]
     for value in values[1:]:
@@ -161,7 +186,7 @@ def _smoothed(values: tuple[float, ...]) -> list[float]:
 
 
 class NoSink:
-    """What a run logs to where wandb is not enabled."""
+    """A sink that discards everything, for runs without wandb."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         pass
@@ -171,9 +196,9 @@ class NoSink:
 
 
 def open_wandb(settings, run_dir: str, name: str, config: dict):
-    """A wandb run, or a `NoSink`.
+    """Open a wandb run; return a `NoSink` if wandb is not enabled.
 
-    Without an API key the run is kept offline in the run directory: there is never a prompt, and never a wait.
+    Without an API key, the run is logged offline in the run directory, so wandb never prompts or waits.
     """
     if not settings.enabled:
         return NoSink()

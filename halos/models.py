@@ -1,7 +1,6 @@
-"""The network: a causal language model, a value head where a loss wants a critic, and the one forward pass from inputs
-to log-probs of response tokens.
+"""The network: a causal language model, an optional value head, and the forward pass to log-probs of response tokens.
 
-Change this file to change what a model computes. Where its weights come from is in `halos/loading.py`.
+Change this file to change what a model computes. `halos/loading.py` loads the weights.
 """
 
 from collections.abc import Callable
@@ -17,18 +16,18 @@ from halos.tokens import TokenizedExample
 
 
 class PerToken(NamedTuple):
-    """What a forward says of each response token: (n_targets,) float32 each."""
+    """Outputs of a forward pass for each response token: (n_targets,) float32 each."""
 
     logps: torch.Tensor  # in nats
-    values: torch.Tensor | None  # of the state that the token was chosen in; None without a value head
-    entropy: torch.Tensor | None  # of the distribution that it was chosen from, in nats, detached; None if not wanted
+    values: torch.Tensor | None  # value of the state before the token; None without a value head
+    entropy: torch.Tensor | None  # of the distribution that predicts the token, in nats, detached; None if not wanted
 
 
 class ValueHead(nn.Module):
-    """A critic: from the hidden state that predicts a token to the return expected from there.
+    """A critic: from the hidden state that predicts a token to the expected return from there.
 
-    It reads detached hidden states, so that it never moves the language model, and computes in float32. It starts at
-    a value of 0 everywhere.
+    It reads detached hidden states, so it never changes the language model. It computes in float32. Its value is 0
+    everywhere at the start.
     """
 
     def __init__(self, hidden_size: int):
@@ -39,19 +38,19 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(N, d) hidden states -> (N,) float32 values."""
-        return self.value(torch.relu(self.hidden(hidden.detach().float()))).sum(-1)  # over one: FSDP wants no view
+        """Compute values: (N, d) hidden states -> (N,) float32."""
+        return self.value(torch.relu(self.hidden(hidden.detach().float()))).sum(-1)  # over 1 entry: FSDP forbids views
 
 
 class PolicyModel(nn.Module):
-    """A causal language model whose one forward gives the log-probs of response tokens, and their values.
+    """A causal language model whose forward pass returns log-probs of response tokens, and values if it has a critic.
 
-    It is the root that is sharded: body, head, and log-probs run inside one forward, and the head sees response
-    positions only.
+    This is the root module for FSDP: body, head, and log-probs are computed inside one forward pass. The head reads
+    response positions only.
 
     lm: a transformers causal LM with all dropout at 0
-    token_logps: one of the functions of `halos.logps`
-    v_head: the critic of losses that have one
+    token_logps: a function of `halos.logps`
+    v_head: the critic, for losses that have one
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class PolicyModel(nn.Module):
         self.pad_token_id = pad_token_id
         self.packs = False
         self.plain_attention = lm.config._attn_implementation  # private: transformers has a public setter only
-        self.description = ""  # how it runs, for people
+        self.description = ""  # a line for the terminal: packed or padded, and the compute dtype
         self.export_dtype: torch.dtype = lm.dtype
 
     @property
@@ -80,12 +79,12 @@ class PolicyModel(nn.Module):
         return next(self.lm.parameters()).device
 
     def inputs(self, examples: list[TokenizedExample]) -> Inputs:
-        """Packed if this model reads packs, else padded; on the model's device."""
+        """Return model inputs on the model's device: packed if `use_packing(True)` was called, else padded."""
         inputs = pack(examples) if self.packs else pad(examples, self.pad_token_id)
         return inputs.to(self.device)
 
     def forward(self, inputs: Inputs, with_entropy: bool = False) -> PerToken:
-        """The log-probs of `inputs.targets` and, where there is a value head, the values of where they were chosen."""
+        """Return the log-probs of `inputs.targets`, and the values if there is a value head."""
         device = inputs.targets.device
         entropy = torch.empty(len(inputs.targets), dtype=torch.float32, device=device) if with_entropy else None
         way = self._plain_forward if inputs.layout is None else self._packed_forward
@@ -93,7 +92,7 @@ class PolicyModel(nn.Module):
         return PerToken(token_logps, self.v_head(hidden) if self.v_head is not None else None, entropy)
 
     def _packed_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probs, the hidden states that they were computed from); `entropy` is filled in."""
+        """Return log-probs and the hidden states that predict the targets. Fills in `entropy`."""
         body = self.lm.base_model
         output = body(
             input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout, use_cache=False
@@ -104,7 +103,10 @@ class PolicyModel(nn.Module):
         return self.token_logps(hidden, head.weight, inputs.targets, bias, self._softcap, entropy), hidden
 
     def _plain_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same from the model's own logits of a padded batch: what every faster way is compared with."""
+        """Return the same as `_packed_forward`, from the model's own logits of a padded batch.
+
+        This is the reference for every faster implementation.
+        """
         output = self.lm(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
@@ -124,6 +126,6 @@ class PolicyModel(nn.Module):
         return getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
 
     def use_packing(self, packs: bool) -> None:
-        """Read packs, or padded batches with the attention that the model came with."""
+        """Switch between packed inputs and padded inputs. Padded inputs use the attention that the model came with."""
         self.lm.set_attn_implementation(ATTENTION if packs else self.plain_attention)
         self.packs = packs

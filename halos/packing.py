@@ -1,10 +1,11 @@
-"""Examples to model inputs: one packed sequence without padding in which a prompt is shared by its responses.
+"""Lay out examples as model inputs: one packed sequence without padding, in which responses share their prompt.
 
     [prompt | response 1 | response 2 | prompt | response 1 | ...]
 
-Every response attends to its prompt and to itself, and its positions go on where the prompt's end. `pack` lays this
-out, `packed_attention` reads it; transformers calls the latter in every layer, with the layout as a keyword, so no
-model code is changed. `pad` is the plain way, one row per response, behind the same `Inputs`.
+Each response attends to its prompt and to itself, and its positions continue after the prompt. `pack` builds this
+layout, and `packed_attention` reads it. transformers calls `packed_attention` in every layer, with the layout as a
+keyword argument, so no model code is changed. `pad` is the plain alternative with the same `Inputs`: one sequence per
+response. Change this file to add an attention kernel or another layout.
 
 Shape suffixes: T tokens of the pack, H heads, G key/value heads, D head size.
 """
@@ -26,16 +27,16 @@ ATTENTION = "halos_packed"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model reads, and which log-probs are wanted of it."""
+    """Model inputs, and the response tokens whose log-probs are requested."""
 
     input_ids: torch.Tensor  # (batch, seq_len); packed: (1, T)
     position_ids: torch.Tensor  # like input_ids
     attention_mask: torch.Tensor | None  # like input_ids; None when packed
     layout: "Layout | None"  # None when padded
     targets: torch.Tensor  # (n_targets,) response tokens, response after response
-    target_positions: torch.Tensor  # (n_targets,) where in input_ids.flatten() each of them is predicted
-    rows: torch.Tensor  # (n_targets,) the response that each of them belongs to
-    n_rows: int
+    target_positions: torch.Tensor  # (n_targets,) position in input_ids.flatten() that predicts each target
+    rows: torch.Tensor  # (n_targets,) index of the response that each target belongs to
+    n_rows: int  # number of responses
 
     def to(self, device: torch.device | str) -> "Inputs":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -43,13 +44,16 @@ class Inputs:
         return replace(self, **moved)
 
     def sum_by_row(self, per_token: torch.Tensor) -> torch.Tensor:
-        """(n_targets,) -> (n_rows,): the sum over each response's tokens."""
+        """Sum over the tokens of each response: (n_targets,) -> (n_responses,)."""
         return per_token.new_zeros(self.n_rows).index_add(0, self.rows, per_token)
 
 
 class Layout:
-    """Who attends to whom in a pack. Segment i holds the queries [start, end) in causal order; before them it sees
-    the tokens [prefix_start, prefix_end), its shared prompt (empty for the response that stands right behind it)."""
+    """Which tokens attend to which in a pack.
+
+    Segment i has the queries [start, end). They attend causally to each other, and to all tokens of the shared prompt,
+    [prefix_start, prefix_end). The prefix is empty for the response right after its prompt: both are one segment.
+    """
 
     def __init__(self, segments: list[tuple[int, int, int, int]], device: torch.device | str = "cpu"):
         self.segments = segments
@@ -58,7 +62,7 @@ class Layout:
     def to(self, device: torch.device | str) -> "Layout":
         return self if torch.device(device) == self.device else Layout(self.segments, device)
 
-    # Derived once per pack, and not once per layer.
+    # Computed once per pack, not once per layer.
     @cached_property
     def q_lengths(self) -> list[int]:
         return [end - start for start, end, _, _ in self.segments]
@@ -77,7 +81,7 @@ class Layout:
 
     @cached_property
     def key_index(self) -> torch.Tensor:
-        """(n_keys,) for each segment its prefix, then itself."""
+        """(n_keys,) positions of the keys: for each segment its prefix, then the segment itself."""
         parts = [np.arange(*span) for start, end, ps, pe in self.segments for span in ((ps, pe), (start, end))]
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
@@ -86,9 +90,9 @@ class Layout:
 
 
 def pack(examples: list[TokenizedExample]) -> Inputs:
-    """One sequence [1, T]. Equal prompts are laid out once, wherever in the list they come from.
+    """Lay out examples as one sequence [1, T]. Equal prompts are laid out once, even those of different examples.
 
-    The last token of a response predicts nothing, so it is a target and no input.
+    The last token of a response predicts nothing, so it is a target but not an input.
     """
     assert all(len(example.prompt) for example in examples), "the first response token is predicted by the prompt"
     prompts = [example.prompt for example in examples for _ in example.responses]
@@ -125,7 +129,7 @@ def pack(examples: list[TokenizedExample]) -> Inputs:
 
 
 def pad(examples: list[TokenizedExample], pad_token_id: int) -> Inputs:
-    """One row per response, each with its own copy of the prompt, padded at the right to the longest."""
+    """Lay out one sequence per response, each with its own copy of the prompt, right-padded to the longest."""
     pairs = [(example.prompt, response) for example in examples for response in example.responses]
     width = max(len(prompt) + len(response) for prompt, response in pairs)
     input_ids = torch.full((len(pairs), width), pad_token_id)
@@ -160,7 +164,10 @@ def _long(array: np.ndarray) -> torch.Tensor:
 
 
 def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[list[int]]:
-    """The indices of `examples` in runs of at most `max_tokens` packed tokens (a longer example is its own run)."""
+    """Split `examples` into groups of at most `max_tokens` packed tokens, as lists of indices.
+
+    A longer example is a group of its own.
+    """
     runs: list[list[int]] = []
     room = 0
     for index, example in enumerate(examples):
@@ -173,9 +180,10 @@ def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[l
 
 
 def balanced_shares(examples: list[TokenizedExample], n: int) -> list[list[int]]:
-    """The indices of `examples` in n shares of nearly equal numbers of tokens, each in the examples' order.
+    """Split `examples` into n shares with nearly equal numbers of tokens. Returns indices, in the examples' order.
 
-    The longest first, always to the share that has least; so the largest share is at most 4/3 of the best possible.
+    The longest example goes first, always to the share with the fewest tokens. The largest share is then at most 4/3 of
+    the best possible.
     """
     shares: list[list[int]] = [[] for _ in range(n)]
     tokens = [0] * n
@@ -187,10 +195,10 @@ def balanced_shares(examples: list[TokenizedExample], n: int) -> list[list[int]]
 
 
 def schedule(examples: list[TokenizedExample], n: int, max_tokens: int) -> list[list[list[int]]]:
-    """What each of n processes runs: a list of forwards, each the indices of its examples.
+    """Plan the forward passes of n ranks: for each rank a list of forward passes, each a list of example indices.
 
-    Each process has the same number of forwards, since each forward is one that all take part in; one that has less to
-    do has empty ones at its end.
+    All ranks take part in every forward pass, so every rank has equally many. A rank with less to do has empty ones at
+    the end.
     """
     shares = balanced_shares(examples, n)
     runs = [
@@ -217,14 +225,17 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within the segments of a pack, as transformers calls it: (1, H, T, D) in, (1, T, H, D) out.
+    """Compute attention within the segments of a pack, as transformers calls it: (1, H, T, D) in, (1, T, H, D) out.
 
-    sliding_window: a token sees itself and the `sliding_window - 1` before it; softcap: Gemma2's, on the scores
+    sliding_window: a token attends to itself and the `sliding_window - 1` tokens before it
+    softcap: soft cap of the scores, as in Gemma 2
     """
     if layout is None:
         raise RuntimeError(f"{type(module).__name__} does not hand the layout of a pack down to its attention")
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise RuntimeError(f"{type(module).__name__} adds attention sinks or a position bias, which a pack has not")
+        raise RuntimeError(
+            f"{type(module).__name__} adds attention sinks or a position bias, which packing does not support"
+        )
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and (softcap is None or _flash_attn_is_installed()):
         out_THD = _varlen(query, key, value, layout, scaling, sliding_window, softcap)
@@ -237,7 +248,7 @@ def _segment_by_segment(query, key, value, layout, scaling, sliding_window, soft
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # Gathered and split at once: the backward of a slice per segment would fill a tensor of full size for each.
+    # One gather and one split. With a slice per segment, the backward pass would fill a full-size tensor for each.
     queries = query.split(layout.q_lengths, dim=2)
     keys, values = (x.index_select(2, layout.key_index).split(layout.k_lengths, dim=2) for x in (key, value))
     parts = zip(queries, keys, values, strict=True)
@@ -245,12 +256,12 @@ def _segment_by_segment(query, key, value, layout, scaling, sliding_window, soft
 
 
 def _causal(query, key, value, scaling, sliding_window, softcap) -> torch.Tensor:
-    """Causal attention of the last queries of a sequence to all of its keys."""
+    """Compute causal attention of the last queries of a sequence to all of its keys."""
     n_q, n_k = query.shape[2], key.shape[2]
     windowed = sliding_window is not None and n_k > sliding_window
     if n_q == n_k and not windowed and softcap is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    # Lower right: the last query sees every key. With n_q < n_k `is_causal` would align at the upper left.
+    # Aligned at the lower right: the last query sees every key. `is_causal` with n_q < n_k aligns at the upper left.
     mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
     if windowed:
         mask = mask.triu(n_k - n_q - sliding_window + 1)
@@ -263,8 +274,11 @@ def _causal(query, key, value, scaling, sliding_window, softcap) -> torch.Tensor
 
 
 def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
-    """One kernel call for all segments: (1, H, T, D) -> (T, H, D). Keys are gathered with their prefixes, and autograd
-    sums a shared prompt's gradients. Flash kernels align causally at the lower right, as `_causal` does."""
+    """Compute attention for all segments in one kernel call: (1, H, T, D) -> (T, H, D).
+
+    Keys are gathered with their prefixes, and autograd sums the gradients of a shared prompt. Flash kernels align
+    causally at the lower right, as `_causal` does.
+    """
     q_THD = query[0].transpose(0, 1)
     k_THD, v_THD = (x[0].transpose(0, 1).index_select(0, layout.key_index) for x in (key, value))
     left = -1 if sliding_window is None else sliding_window - 1
@@ -288,7 +302,7 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
 
 
 def keep_attention_uncompiled() -> None:
-    """Let torch.compile stop at the attention: it would compile anew for every layout, and give up after a few."""
+    """Exclude the attention from torch.compile, which would recompile for every layout and give up after a few."""
     AttentionInterface.register(ATTENTION, torch.compiler.disable(packed_attention))
 
 
@@ -297,5 +311,5 @@ def _flash_attn_is_installed() -> bool:
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
-# transformers would read the jump of position_ids at a second response as a new document, and build a mask for it.
+# No mask: transformers would take the jump of position_ids at a second response for a new document, and build one.
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)

@@ -1,9 +1,9 @@
-"""Is packing exact for this model? Checked at the start of every run, on the model itself, and never assumed.
+"""Check at the start of every run that packing is exact for this model.
 
-Packed log-probs of a few short sequences are compared with the plain padded forward of the same model: in float32,
-where they must agree to 1e-5 relative (a model that reads a pack in a way of its own shows it there); then in the dtype
-that it will compute in, with the kernels that it will use, where packed may differ from padded float32 at most twice as
-much as padded does. A model that disagrees, or cannot read a pack at all, is run on padded batches.
+Packed log-probs of a few short sequences are compared with the padded forward pass of the same model. In float32 they
+must agree to 1e-5 relative; a model that treats a pack in its own way shows it there. Then the check is repeated in the
+dtype and with the kernels of the run: the error of packed against padded float32 may be at most twice the error of
+padded. A model that disagrees, or cannot read a pack at all, runs on padded batches.
 """
 
 import numpy as np
@@ -18,23 +18,23 @@ FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-5, 2.0
 
 
 def is_wanted(packing: str | bool) -> bool:
-    """Whether there is anything to check: not with `model.packing: false`."""
+    """Return False if `model.packing` is false: then nothing needs to be checked."""
     return packing not in (False, "false")
 
 
 def choose(
     policy, packing: str | bool, dtype: torch.dtype, float32: tuple[torch.Tensor, torch.Tensor | str] | None
 ) -> tuple[bool, str]:
-    """Whether to pack, and the reason in one line.
+    """Decide whether to pack. Returns the decision and the reason in one line.
 
     policy: a `models.PolicyModel`, prepared to compute in `dtype`
     packing: auto, true (a disagreement is an error), or false
-    float32: `in_float32(policy)`, from before the policy was prepared; None if there is nothing to check
+    float32: `in_float32(policy)`, computed before the policy was prepared; None if there is nothing to check
     """
     if float32 is None:
         return False, "model.packing=false"
     agrees, reason = _verdict(policy, dtype, *float32)
-    agrees = all(distributed.gather_objects(agrees))  # all or none: kernels may round differently from run to run
+    agrees = all(distributed.gather_objects(agrees))  # ranks must agree; a kernel may round differently on each
     if not agrees and packing in (True, "true"):
         raise UserError(f"model.packing=true, but this model cannot be packed ({reason}); use model.packing=auto")
     return agrees, reason
@@ -54,10 +54,10 @@ def _verdict(policy, dtype: torch.dtype, oracle: torch.Tensor, packed: torch.Ten
 
 
 def in_float32(policy) -> tuple[torch.Tensor, torch.Tensor | str]:
-    """Padded and packed log-probs of the probe in float32; in place of the packed ones, what the model raised.
+    """Compute padded and packed log-probs of the probe in float32. If packing fails, the second is the error message.
 
-    The weights are as they were afterwards: float32 holds every bfloat16 value. A sharded model is one whose FSDP
-    computes in float32.
+    The weights are unchanged afterwards, since float32 holds every bfloat16 value. A sharded model must be one whose
+    FSDP computes in float32.
     """
     stored = policy.lm.dtype
     if stored == torch.float32 or sharding.is_sharded(policy):
@@ -72,7 +72,7 @@ def in_float32(policy) -> tuple[torch.Tensor, torch.Tensor | str]:
 def _packed_logps(policy) -> torch.Tensor | str:
     try:
         return probe_logps(policy, packs=True)
-    # Whatever an unknown model raises here is the answer to the question, not a failure of the run.
+    # An unknown model may raise any exception here. It means that packing fails, not that the run fails.
     except Exception as problem:
         return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
 
@@ -83,7 +83,7 @@ def _largest(values: torch.Tensor) -> float:
 
 @torch.no_grad()
 def probe_logps(policy, packs: bool) -> torch.Tensor:
-    """(n_targets,) float64 log-probs of the probe; the policy is left as it was."""
+    """Compute (n_targets,) float64 log-probs of the probe. The policy's state is restored."""
     before = policy.packs, policy.training
     policy.use_packing(packs)
     policy.eval()
@@ -96,7 +96,10 @@ def probe_logps(policy, packs: bool) -> torch.Tensor:
 
 
 def probe_examples(vocab_size: int) -> list[TokenizedExample]:
-    """A pair, a single response, and three responses of one prompt, one of a single token, in seeded random tokens."""
+    """Return seeded random examples: a pair, a single response, and three responses to one prompt.
+
+    One of the three has a single token.
+    """
     rng = np.random.default_rng(0)
     shapes = [(9, (7, 12)), (5, (6,)), (17, (1, 8, 30))]
     examples = []
@@ -107,7 +110,7 @@ def probe_examples(vocab_size: int) -> list[TokenizedExample]:
 
 
 def cast_weights(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast the parameters. `lm.to(dtype)` would round the buffers too, rotary frequencies among them."""
+    """Cast the parameters. `lm.to(dtype)` would also round the buffers, such as rotary frequencies."""
     for parameter in lm.parameters():
         parameter.data = parameter.data.to(dtype)
     return lm

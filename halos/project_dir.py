@@ -1,7 +1,7 @@
 """The project directory: where the scripts, trainers.py, dataloaders.py, utils.py, config/ and assets/ are.
 
 In a clone, and after `pip install -e .`, it is the directory that contains halos/. A wheel has a copy of those files in
-halos/project/ (put there by scripts/build_hook.py), so that it adds no top-level name but `halos` to an environment.
+halos/project/ (scripts/build_hook.py puts it there), so that `halos` is the only top-level name that it installs.
 """
 
 import os
@@ -12,7 +12,7 @@ _IN_WHEEL = os.path.join(_HALOS, "project")
 PROJECT = _IN_WHEEL if os.path.isdir(_IN_WHEEL) else os.path.dirname(_HALOS)
 
 
-# What shows that a directory is a project: the files that a researcher edits.
+# A directory that contains these is a project. They are files that a researcher edits.
 MARKS = ("trainers.py", "config/config.yaml", "config/loss")
 
 

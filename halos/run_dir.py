@@ -1,6 +1,6 @@
-"""The run directory: where it is, when it may be used, what its config and model card say.
+"""The run directory `{cache_dir}/{exp_name}/`: when it may be used, its config, and its model card.
 
-A run writes into `{cache_dir}/{exp_name}/` and nowhere else. What is saved there is in `halos/checkpoint.py`.
+Everything that a run produces is there; only caches are elsewhere. Checkpoints are in `halos/checkpoint.py`.
 """
 
 import os
@@ -18,7 +18,7 @@ def path_of(config: DictConfig) -> str:
 
 
 def refuse_existing(config: DictConfig) -> None:
-    """A run never writes into a directory in which something is, unless overwrite=true moves that aside."""
+    """Raise UserError if the run directory is not empty and overwrite is false."""
     path = path_of(config)
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is a file, and the run would be a directory there; choose another exp_name")
@@ -29,7 +29,7 @@ def refuse_existing(config: DictConfig) -> None:
 
 
 def create(config: DictConfig) -> str:
-    """The run's directory, which the main process makes, with its config.yaml; an old run there is renamed."""
+    """Make the run directory with its config.yaml, on rank 0, and return its path. An existing directory is renamed."""
     path = path_of(config)
     if not distributed.is_main():
         return path
@@ -42,7 +42,7 @@ def create(config: DictConfig) -> str:
 
 
 def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
-    """Loss, data, hyperparameters, final metrics, and how to load it."""
+    """Return a model card: loss, data, hyperparameters, final metrics, and how to load the model."""
     model, loss = config.model, config.loss
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["halos", loss.name]}
     if model.name_or_path:

@@ -1,9 +1,9 @@
-"""Batched generation whose text depends on the seed and the prompt, and not on the batch it was made in.
+"""Batched generation. The text depends on the seed and the prompt, not on the batch.
 
-The next token is argmax(log p + Gumbel noise), which is a draw from p. The noise of a response comes from a generator
-seeded by (seed, prompt ids, copy number) and advances with the position, so that a batch of another size, or another
-order, gives the same text in float32. In bfloat16 a batch's shape changes the rounding of log p, and with it a draw now
-and then.
+The next token is argmax(log p + Gumbel noise), which is a sample from p. The noise of a response comes from a generator
+seeded by (seed, prompt ids, copy number) and advances with the position. So a batch of another size or in another order
+gives the same text in float32. In bfloat16 the shape of a batch changes the rounding of log p, and so, occasionally, a
+token.
 """
 
 import hashlib
@@ -21,7 +21,10 @@ from halos.tokens import Encoder
 
 
 class GumbelSampler(LogitsProcessor):
-    """Scores whose argmax is a draw from the model's distribution at `temperature`, within its `top_p` mass."""
+    """Scores whose argmax is a sample from the model's distribution.
+
+    The distribution has the given `temperature` and is restricted to its `top_p` mass.
+    """
 
     def __init__(self, seeds: Sequence[int], top_p: float, temperature: float):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -29,28 +32,28 @@ class GumbelSampler(LogitsProcessor):
         self.temperature = temperature
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores: (batch, vocabulary)"""
+        """Return noisy scores of the same shape. scores: (batch, vocabulary)"""
         if self.temperature == 0:
             return scores
         scores = keep_top_p(scores.float() / self.temperature, self.top_p)
-        # -log of an exponential variable is a Gumbel one. Drawn on the CPU, the same on every device.
+        # -log of an exponential variable is a Gumbel variable. Drawn on the CPU, so it is the same for every device.
         noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
         return scores - noise.log().to(scores.device)
 
 
 def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """-inf for all but the likeliest tokens that together have a probability of at least `top_p`."""
+    """Set all scores to -inf but those of the likeliest tokens whose total probability reaches `top_p`."""
     if top_p >= 1:
         return scores
     ordered, index = scores.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # of the likelier tokens; 0 for the likeliest
+    before = probabilities.cumsum(-1) - probabilities  # total of all likelier tokens
     dropped = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, before >= top_p)
     return scores.masked_fill(dropped, -torch.inf)
 
 
 class OwnLimits(StoppingCriteria):
-    """Each response has a limit of its own, whatever the longest of its batch may have."""
+    """A stopping criterion with one limit per response, in tokens."""
 
     def __init__(self, prompt_width: int, limits: list[int], device: torch.device):
         self.prompt_width = prompt_width
@@ -73,14 +76,14 @@ def sample(
     seed: int,
     description: str = "sampling",
 ) -> list[str]:
-    """One response per prompt, in the prompts' order, up to EOS or to where prompt and response reach max_length.
+    """Sample one response per prompt, in the prompts' order. It ends at EOS, or when the sequence reaches max_length.
 
-    Each process of a run has a whole `lm`, samples for its part of the prompts, and returns the responses to all.
+    Each rank has a whole `lm`, samples for its part of the prompts, and returns all responses.
 
-    prompts: (n,) ids each, with BOS, shorter than max_length
+    prompts: n arrays of ids, with BOS, shorter than max_length
     """
     lm.eval()
-    # What a checkpoint brings along (a repetition penalty, say) would change the distribution.
+    # The checkpoint's own settings (a repetition penalty, for example) would change the distribution.
     lm.generation_config = GenerationConfig()
     seeds = response_seeds(prompts, seed)
     texts: dict[int, str] = {}
@@ -99,7 +102,7 @@ def sample(
 
 
 def _generate(lm, encoder: Encoder, prompts: list[np.ndarray], limits: list[int], sampler) -> list[list[int]]:
-    """The response ids of one batch, padded at the left."""
+    """Generate the response ids of one batch, which is padded at the left."""
     width = max(map(len, prompts))
     pad = encoder.tokenizer.pad_token_id
     input_ids = torch.full((len(prompts), width), pad, device=lm.device)
@@ -120,7 +123,7 @@ def _generate(lm, encoder: Encoder, prompts: list[np.ndarray], limits: list[int]
 
 
 def response_seeds(prompts: Sequence[np.ndarray], seed: int) -> list[int]:
-    """A seed per response, from the run's seed, the prompt's ids, and how often that prompt came before."""
+    """Return a seed per response, from the run's seed, the prompt's ids, and how often that prompt came before."""
     copies: Counter[bytes] = Counter()
     seeds = []
     for prompt in prompts:

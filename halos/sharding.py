@@ -1,4 +1,4 @@
-"""What is done to a model before it trains, in the order in which it must be done."""
+"""Prepare a model for training: activation checkpointing, compilation, and FSDP, in the order that they require."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from halos.errors import UserError, did_you_mean
 
 
 def mesh_of(config: Any, device: torch.device) -> DeviceMesh:
-    """The processes of the run as FSDP sees them: sharded within a node, replicated across nodes, unless configured.
+    """Return the device mesh for FSDP: by default sharded within a node and replicated across nodes.
 
-    `use_fsdp: false` is the case of shards of one process: each holds the whole model.
+    With `use_fsdp: false` each shard group has one rank, which holds the whole model.
     """
     world_size = distributed.world_size()
     replicas = config.hsdp_replicas or distributed.n_nodes()
@@ -37,16 +37,16 @@ def prepare_policy(
     compile: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> None:
-    """Activation checkpointing, compilation of each block, and FSDP; in place.
+    """Apply activation checkpointing, compilation of each block, and FSDP, in place.
 
-    FSDP keeps the weights as they are stored, sharded over the mesh, casts them to `compute_dtype` for each forward,
-    and gives the optimizer gradients that were reduced in float32; so it is the mixed precision of one process, too.
+    FSDP shards the stored weights over the mesh and casts them to `compute_dtype` in each forward pass. It reduces
+    gradients in float32 for the optimizer. So one process uses FSDP as well, for mixed precision.
 
-    policy: a `models.PolicyModel` on its device, or of parameters on the meta device that get their values later
-    mesh: None for one process, which needs FSDP only to compute in another dtype than weights are stored in
+    policy: a `models.PolicyModel` on its device, or with parameters on the meta device that are filled later
+    mesh: None for one process, which needs FSDP only to compute in another dtype than the weights are stored in
     """
     if activation_checkpointing:
-        # Older transformers has only the second name.
+        # Older versions of transformers have only the second name.
         enable = getattr(policy.lm, "activation_checkpointing_enable", None) or policy.lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if mesh is None and policy.lm.dtype != compute_dtype:
@@ -60,14 +60,14 @@ def prepare_policy(
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=precision)
-        if policy.v_head is not None:  # apart, since it computes in float32
+        if policy.v_head is not None:  # its own unit, because it computes in float32
             fully_shard(policy.v_head, mesh=mesh, mp_policy=MixedPrecisionPolicy())
         fully_shard(policy, mesh=mesh, mp_policy=precision)
     policy.train()
 
 
 def prepare_reference(reference: Any, block_name: str | None, mesh: DeviceMesh) -> None:
-    """FSDP for a model that never sees a backward: its root is sharded again right after each forward, too."""
+    """Apply FSDP to a model without backward passes: its root is also resharded right after each forward pass."""
     for block in find_blocks(reference.lm, block_name):
         fully_shard(block, mesh=mesh)
     fully_shard(reference, mesh=mesh, reshard_after_forward=True)
@@ -78,23 +78,25 @@ def is_sharded(model: Any) -> bool:
 
 
 def reshard(policy: Any) -> None:
-    """Free the weights that FSDP keeps gathered at the root after a forward without a backward: until then parameters()
-    are plain tensors in the compute dtype, which an optimizer must not be given."""
+    """Free the weights that FSDP keeps gathered at the root after a forward pass without a backward pass.
+
+    Until then parameters() are plain tensors in the compute dtype, and the optimizer must not get those.
+    """
     if is_sharded(policy):
         policy.reshard()
 
 
 def find_blocks(lm: PreTrainedModel, block_name: str | None) -> list[torch.nn.Module]:
-    """The transformer blocks: modules of the class `block_name`, or of those that the model itself names."""
-    # Private, because transformers has no public name for it; it is what its own FSDP integration reads.
+    """Return the transformer blocks: modules of class `block_name`, or of the classes that the model itself names."""
+    # Private, because transformers has no public name for it. Its own FSDP integration reads the same attribute.
     names = {block_name} if block_name else set(lm._no_split_modules or ())
     blocks = [module for module in lm.modules() if type(module).__name__ in names]
     if not blocks:
-        # A block is repeated, and no leaf: the candidates are what lists of modules hold.
+        # Blocks are repeated, so the candidates for the error message are the modules inside module lists.
         lists = (module for module in lm.modules() if isinstance(module, torch.nn.ModuleList))
         classes = {type(child).__name__ for children in lists for child in children}
         raise UserError(
-            f"model.block_name={block_name} is no module of {type(lm).__name__}; "
+            f"model.block_name={block_name} is not a module of {type(lm).__name__}; "
             f"{did_you_mean(str(block_name), classes)}"
         )
     return blocks

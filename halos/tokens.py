@@ -1,13 +1,13 @@
-"""Texts to token ids: encoded once, kept memory-mapped on disk under the hash of what was encoded, cut to length here.
+"""Encode texts to token ids, store the ids memory-mapped on disk under a hash of the texts, and truncate them.
 
-A training sequence is `[BOS] + ids(prompt) + ids(response) + [EOS]`; prompt and response are encoded apart, BOS is
+A training sequence is `[BOS] + ids(prompt) + ids(response) + [EOS]`. Prompt and response are encoded separately. BOS is
 there only if the tokenizer itself starts texts with one.
 
-**The space that begins a response.** A response's ids are those it has *after other text*. Byte-level BPE (GPT-2,
-NeoX, Llama 3) encodes " Paris" as one token wherever it stands, so nothing is to be done. SentencePiece (Llama 1 and 2)
-puts a space of its own before every text it is given: there " Paris" would become "▁▁Paris", a sequence the model never
-sees. Such tokenizers are given a line break before the response, whose ids are then taken off. For both kinds decoding
-the concatenated ids gives back the concatenated texts.
+**The space that begins a response.** The ids of a response are those it has *after other text*. Byte-level BPE (GPT-2,
+NeoX, Llama 3) encodes " Paris" as one token in every position, so it needs no special treatment. SentencePiece (Llama 1
+and 2) puts its own space before every text. There " Paris" alone would become "▁▁Paris", a sequence the model never
+sees. For such tokenizers a line break is put before the response, and its ids are then removed. For both kinds,
+decoding the concatenated ids returns the concatenated texts.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-ANCHORS = ("\n", ":", "a")  # a response follows one of these where a tokenizer would put a space before it
-BLOCK = 4096  # texts encoded per call: enough for every thread, small enough for the bar to move
+ANCHORS = ("\n", ":", "a")  # encoded before a response, if the tokenizer would add its own space there
+BLOCK = 4096  # texts encoded per call: enough for every thread, few enough for a smooth progress bar
 
 
 class Role(StrEnum):
-    """The part that a response plays in a loss."""
+    """The role of a response in a loss."""
 
     CHOSEN = "chosen"  # or desirable, or to be imitated
     REJECTED = "rejected"  # or undesirable
@@ -37,7 +37,10 @@ class Role(StrEnum):
 
 
 class TokenizedExample(NamedTuple):
-    """A prompt and the responses to it that a loss sees together: two for a preference pair, else one trained one."""
+    """A prompt and its responses that a loss sees together: the two of a preference pair, or one.
+
+    Responses to other prompts (Role.UNRELATED) may come in addition.
+    """
 
     prompt: np.ndarray  # (n,) int32, with BOS
     responses: tuple[np.ndarray, ...]  # (m,) int32 each, EOS last unless it was truncated
@@ -48,11 +51,14 @@ class TokenizedExample(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in a packed forward pass: the prompt once; the last token of a response is never an input."""
+        """Number of tokens in a packed forward pass.
+
+        The prompt counts once. The last token of a response is never an input.
+        """
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
 
     def only(self, kept: Sequence[int]) -> "TokenizedExample":
-        """The example with some of its responses, given by their indices."""
+        """Return the example with only the responses at these indices."""
         if len(kept) == len(self.responses):
             return self
         return self._replace(
@@ -64,7 +70,7 @@ class TokenizedExample(NamedTuple):
 
 
 class Encoder:
-    """A tokenizer as training, evaluation, and sampling use it: no special tokens but the ones we place ourselves."""
+    """Encodes and decodes for training, evaluation, and sampling. It adds special tokens explicitly, and no others."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -77,26 +83,29 @@ class Encoder:
 
     @cached_property
     def anchors(self) -> dict[str, list[int]]:
-        """The anchors and their ids; none if the tokenizer adds no space of its own."""
+        """Each anchor and its ids. Empty if the tokenizer does not add a space of its own."""
         first = self.tokenizer.convert_ids_to_tokens(self._encode(["a"])[0])[0]
         return dict(zip(ANCHORS, self._encode(ANCHORS), strict=True)) if first.startswith("▁") else {}
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """[BOS] + ids; a text that already begins with BOS, as chat templates write it, gets no second one."""
+        """Return [BOS] + ids for each text.
+
+        If a text already begins with BOS, as chat templates write it, none is added.
+        """
         n = len(self.bos)
         return [ids if n and ids[:n] == self.bos else self.bos + ids for ids in self._encode(texts)]
 
     def prompt_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`prompts` as (n,) int32 arrays, as a `TokenStore` gives them."""
+        """Return `prompts` as (n,) int32 arrays, the form that a `TokenStore` returns."""
         return [np.array(ids, np.int32) for ids in self.prompts(texts)]
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """ids + [EOS], as they are after other text."""
+        """Return ids + [EOS] for each text, with the ids that the text has after other text."""
         encoded: dict[int, list[int]] = {}
         for anchor, anchor_ids in self.anchors.items():
             left = [i for i in range(len(texts)) if i not in encoded]
             for i, ids in zip(left, self._encode([anchor + texts[i] for i in left]), strict=True):
-                # Not so where the anchor and the text have merged, as two line breaks may: then the next anchor.
+                # The anchor and the text may merge, for example two line breaks. Then the next anchor is tried.
                 if ids[: len(anchor_ids)] == anchor_ids:
                     encoded[i] = ids[len(anchor_ids) :]
         left = [i for i in range(len(texts)) if i not in encoded]
@@ -104,7 +113,7 @@ class Encoder:
         return [encoded[i] + [self.eos_token_id] for i in range(len(texts))]
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """The text of a response, with the space it begins with, up to and without EOS."""
+        """Decode a response, including its leading space, up to EOS. The text does not contain EOS."""
         ids = list(ids)
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
@@ -122,7 +131,7 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that changes the ids of a text."""
+        """A hash that changes whenever the ids of some text could change."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         name = type(self.tokenizer).__name__
@@ -151,9 +160,9 @@ class TokenStore:
 
 
 def tokenize(texts: Sequence[str], encoder: Encoder, kind: str, cache_dir: str, description: str = "") -> TokenStore:
-    """The ids of `texts`, read from `{cache_dir}/.tokens` if these very texts were encoded before, else made there.
+    """Return the ids of `texts`. They are read from `{cache_dir}/.tokens` if the same texts were encoded before.
 
-    kind: "prompts" or "responses", the method of `encoder` that encodes them.
+    kind: "prompts" or "responses", the method of `encoder` to use
     """
     root = os.path.join(cache_dir, ".tokens")
     directory = os.path.join(root, _content_key(texts, encoder.fingerprint, kind))
@@ -173,7 +182,10 @@ def _content_key(texts: Iterable[str], *parts: str) -> str:
 
 
 def _write(texts: Sequence[str], encode: Callable, root: str, directory: str, description: str) -> None:
-    """Written beside and renamed: another process finds all of it or nothing; whoever is second drops its own."""
+    """Write to a temporary directory and rename it, so that other processes never find a partial store.
+
+    If two processes write the same store, the second one discards its copy.
+    """
     unfinished = os.path.join(root, f"unfinished-{uuid.uuid4().hex}")
     os.mkdir(unfinished)
     try:
@@ -206,10 +218,11 @@ def truncate(
     keep: str,
     n_bos: int,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Cut a prompt and its responses so that the prompt with each response has at most `max_length` tokens.
+    """Cut a prompt and its responses, so that the prompt with each response has at most `max_length` tokens.
 
-    The prompt is cut only when its longest trained response makes the sequence too long, once for all of them, so that
-    they still share it; BOS stays. What is then still too long loses the end of its response, and with it EOS.
+    The prompt is cut only if the sequence with the longest trained response is too long. It is cut once for all
+    responses, so they still share it. BOS is kept. If a sequence is still too long, its response loses its end,
+    including EOS.
     """
     trained = [len(response) for response, role in zip(responses, roles, strict=True) if role is not Role.UNRELATED]
     if len(prompt) + max(trained) > max_length:
@@ -219,7 +232,7 @@ def truncate(
 
 
 def truncate_prompt(prompt: np.ndarray, max_prompt_length: int, keep: str, n_bos: int) -> np.ndarray:
-    """At most `max_prompt_length` tokens, BOS among them, from the start or the end (keep: keep_start or keep_end)."""
+    """Cut a prompt to at most `max_prompt_length` tokens, including BOS. `keep` is keep_start or keep_end."""
     if len(prompt) <= max_prompt_length:
         return prompt
     if keep == "keep_start":

@@ -1,7 +1,8 @@
-"""Weights for a sharded model: each process reads its part of one tensor after the other, and never holds the whole.
+"""Fill a sharded model with weights. Each rank reads its part of one tensor after another, never the whole model.
 
-`fill` gives values to a model whose parameters are on the meta device. Where they come from is one of three classes:
-files that every process can read a part of, or, for weights that exist in no such file, the main process.
+`fill` gives values to a model whose parameters are on the meta device. Three classes provide them: two for files of
+which every rank can read a part, and one for weights that only rank 0 has. Change this file to add another source of
+weights.
 """
 
 import os
@@ -27,11 +28,14 @@ Part = tuple[slice, ...]
 
 class Weights(Protocol):
     def read(self, name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
-        """A part of the weight `name`, which has the shape of `tensor`. Called in the same order in every process."""
+        """Return a part of the weight `name`, which has the shape of `tensor`.
+
+        All ranks must call this in the same order.
+        """
 
 
 class FromPolicyPt:
-    """A checkpoint of this project, memory-mapped: of each tensor only the pages of the part are read."""
+    """A checkpoint of this project, memory-mapped. Only the pages of the requested part are read."""
 
     def __init__(self, path: str):
         self.state = checkpoint.load_state(path)
@@ -41,16 +45,16 @@ class FromPolicyPt:
 
 
 class FromSafetensors:
-    """The files of a directory or a hub repository in Hugging Face's layout."""
+    """Safetensors files of a directory or a hub repository in Hugging Face's layout."""
 
     def __init__(self, files: dict[str, str], names: dict[str, str]):
-        """files: weight -> file; names: name in the model -> name in the files"""
+        """files: name in the files -> file; names: name in the model -> name in the files"""
         self.names = names
         self.opened = {path: safe_open(path, framework="pt") for path in set(files.values())}
         self.files = files
 
     def stored(self, name: str):
-        """The weight in its file, of which a slice can be read."""
+        """Return the weight in its file, of which a slice can be read."""
         name = self.names[name]
         return self.opened[self.files[name]].get_slice(name)
 
@@ -59,8 +63,10 @@ class FromSafetensors:
 
 
 class FromMainProcess:
-    """Weights that the main process alone has, and sends tensor by tensor: those drawn at random, and those of
-    checkpoints that transformers has to convert."""
+    """Weights that only rank 0 has: random weights, and checkpoints that transformers must convert.
+
+    Rank 0 sends them tensor by tensor.
+    """
 
     def __init__(self, lm: PreTrainedModel | None, device: torch.device):
         self.state = lm.state_dict() if lm is not None else {}
@@ -75,14 +81,17 @@ class FromMainProcess:
 
 
 def find_safetensors(source: str, lm: PreTrainedModel) -> FromSafetensors | None:
-    """The files of `source` if they hold the weights of `lm`, under its names or ones that transformers knows to be
-    theirs; None if there are no such files, or if weights would have to be converted."""
+    """Return the files of `source` if they hold the weights of `lm`; else None.
+
+    The weights may have the model's names, or names that transformers knows how to rename. The result is None if there
+    are no such files, if a weight is missing or has another shape, or if weights would have to be converted.
+    """
     files = _weight_files(source)
     state = lm.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(lm)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    stored: dict[int, str] = {}  # by tensor, since a tied weight may be there under one of its names only
+    stored: dict[int, str] = {}  # id(tensor) -> name in the files; a tied weight may have only one of its names there
     for key in files:
         name, converter = rename_source_key(key, renamings, converters, lm.base_model_prefix, state)
         if converter is not None:
@@ -97,7 +106,7 @@ def find_safetensors(source: str, lm: PreTrainedModel) -> FromSafetensors | None
 
 
 def _weight_files(source: str) -> dict[str, str]:
-    """The safetensors file of each weight of `source`; empty if it has none."""
+    """Return the safetensors file of each weight of `source`; empty if it has none."""
     index, single = (_cached(source, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
     if index:
         paths, metadata = get_checkpoint_shard_files(source, index)
@@ -110,21 +119,21 @@ def _weight_files(source: str) -> dict[str, str]:
 
 
 def _cached(source: str, file: str) -> str | None:
-    """The local path of a file of `source`, downloaded if need be; None if there is no such file."""
+    """Return the local path of a file of `source`, downloaded if necessary; None if the file does not exist."""
     return cached_file(
         source, file, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False
     )
 
 
 def empty_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A causal LM whose parameters are on the meta device, in `dtype`, and whose buffers have their values.
+    """Build a causal LM whose parameters are on the meta device, in `dtype`, and whose buffers have their values.
 
-    Buffers such as rotary frequencies are in no checkpoint. Only building the model computes them, so that the whole
-    of it on the meta device, and `to_empty` later, would leave garbage in them.
+    No checkpoint contains buffers such as rotary frequencies; only building the model computes them. If the whole model
+    were built on the meta device, `to_empty` would leave garbage in them.
     """
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        # One that is there already stays the same object: it is tied.
+        # A parameter that is already on the meta device is tied. It must stay the same object.
         return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     hook = register_module_parameter_registration_hook(cast(Callable[..., None], to_meta))  # its type is wrong
@@ -139,13 +148,13 @@ def empty_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
 
 @torch.no_grad()
 def fill(lms: list[PreTrainedModel], weights: Weights, device: torch.device) -> None:
-    """Give sharded models of one architecture their parts of `weights`, in one pass over them."""
+    """Fill sharded models of one architecture with their parts of `weights`, in one pass over them."""
     states: list[dict[str, torch.Tensor]] = [{} for _ in lms]
     filled: list[dict[int, torch.Tensor]] = [{} for _ in lms]
     own = [lm.state_dict(keep_vars=True) for lm in lms]
     for name in own[0]:
         part = distributed.own_slice(own[0][name])
-        if id(own[0][name]) in filled[0]:  # tied: it has its values under another name
+        if id(own[0][name]) in filled[0]:  # tied: already filled under another name
             for state, parameters, tensors in zip(states, filled, own, strict=True):
                 state[name] = parameters[id(tensors[name])]
             continue

@@ -1,7 +1,7 @@
-"""`make demo`: SFT, then another loss from the SFT weights, on the embedded data, and what both are worth.
+"""`make demo`: train SFT, then another loss from the SFT weights, on the embedded data, and compare the two.
 
-Runs the project's own commands and prints them. The table is of true quality: the answers of the demo data can be
-checked, so the judge of compare.py is a function, and no key is needed. Takes some minutes on two cores.
+The script runs the project's own commands and prints them. Its table shows true quality: the answers of the demo data
+can be checked, so the judge of compare.py is a function, and no API key is needed. It takes some minutes on two cores.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from halos.demo import check  # noqa: E402
 from halos.project_dir import PROJECT  # noqa: E402
 
 N_SAMPLES = 512
-# What the demo changes on the command line, per loss; everything else is as in config/.
+# Command-line settings of the demo, per loss; everything else is as in config/.
 SETTINGS = {
     "sft": ["n_epochs=2", "n_examples=30080", "lr_scheduler=cosine", "eval_every=9600"],
     "kto": ["lr=3e-4", "n_examples=16000", "warmup_steps=20", "lr_scheduler=cosine", "eval_every=3200"],
@@ -73,7 +73,10 @@ def run(*command: str) -> None:
 
 
 def table(samples: dict[str, list[dict]], win_rates: dict[str, dict]) -> str:
-    """True accuracy and mean quality, and compare.py's win rate against the data's chosen response, with 95 %."""
+    """Return a table of true accuracy, mean quality, and compare.py's win rate against the chosen response.
+
+    Accuracy and win rate come with their 95 % intervals.
+    """
     chosen = next(iter(samples.values()))
     quality = {name: [check(row["prompt"], row["policy"]) for row in rows] for name, rows in samples.items()}
     quality["(chosen)"] = [check(row["prompt"], row["chosen"]) for row in chosen]
@@ -91,7 +94,7 @@ def won(line: dict) -> str:
 
 
 def percent(values: list[float]) -> str:
-    """The mean and the half-width of its normal 95 % interval."""
+    """Return the mean and the half-width of its normal 95 % interval."""
     n = len(values)
     mean = sum(values) / n
     half_width = 1.96 * (sum((value - mean) ** 2 for value in values) / n / n) ** 0.5

@@ -2,9 +2,9 @@
 
     python scripts/make_tiny_tokenizer.py [OUTPUT_DIR]
 
-Deterministic: the same library version writes the same bytes. Words of small letters merge into one token each;
-capitals and digits never merge, since the questions are about them ("Write KAMI backwards."). Every text can be
-encoded, and comes back from decode() as it was.
+Deterministic: the same library version writes the same bytes. A lowercase word becomes one token. Capitals and digits
+never merge, because the questions are about them ("Write KAMI backwards."). Every text can be encoded, and decode()
+returns it unchanged.
 """
 
 import sys
@@ -22,17 +22,17 @@ from halos.project_dir import PROJECT  # noqa: E402
 VOCAB_SIZE = 1024  # an upper limit
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
-# A token never reaches over the end of a piece. The alternatives are tried in this order at each position.
+# A token never crosses the end of a piece. At each position, the alternatives are tried in this order.
 PIECES = "|".join(
     [
         r"\n+[A-Z][a-z]+:",  # a turn: "\n\nHuman:"
         r"\p{N}",  # one digit
-        r", (?=[\p{Lu}\p{N}])",  # the comma of "17, 42", so that a digit is the same token wherever it stands
+        r", (?=[\p{Lu}\p{N}])",  # the comma of "17, 42", so that a digit is the same token everywhere
         r" ?\p{Lu}?\p{Ll}+",  # a word with the space before it: " The", " answer"
         r"\p{Lu}",  # one capital of KAMI
         r" ?[\p{L}&&[^\p{Lu}\p{Ll}]]+",  # a word of a script without capitals
         r" ?[^\s\p{L}\p{N}]+",  # punctuation
-        r"\s+(?!\S)|\s",  # white space, without the space that belongs to the next word
+        r"\s+(?!\S)|\s",  # whitespace, without the space that belongs to the next word
     ]
 )
 

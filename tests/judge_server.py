@@ -1,13 +1,13 @@
-"""A chat-completions server for tests: a judge behind real HTTP, with the faults that real servers have.
+"""A chat-completions server for tests: a judge behind HTTP, with the faults of real servers.
 
     with serve(delay=0.2, rate_429=0.1, verdict="longer") as server:
         client = openai.AsyncOpenAI(base_url=server.url, api_key="any", max_retries=0)
         ...
         server.stats()["max_in_flight"]
 
-`Settings` says what can be set, `Stats.report` what is counted. The server is one process with one thread. It speaks
-just the HTTP/1.1 that clients of an API send (keep-alive, Content-Length), so that it leaves the cores to the client
-that is measured. By hand: python tests/judge_server.py --port 8000 --verdict first --rate_500 0.05
+`Settings` lists what can be set, `Stats.report` what is counted. The server is one process with one thread. It supports
+only the HTTP/1.1 that clients of an API send (keep-alive, Content-Length), so that it takes little of the CPU.
+To start it by hand: python tests/judge_server.py --port 8000 --verdict first --rate_500 0.05
 """
 
 import argparse
@@ -34,17 +34,17 @@ from http import HTTPStatus
 
 @dataclass
 class Settings:
-    """What the server does. Rates are shares of the requests, drawn by (seed, body, how often it was seen) alone."""
+    """Settings of the server. Rates are shares of the requests, drawn from (seed, body, number of this body) alone."""
 
     port: int = 0  # 0: any free one
     delay: float = 0.2  # seconds until a completion; errors come at once
     jitter: float = 0.0  # at most so many seconds more, drawn
     seed: int = 0
 
-    # The judge: first, second, tie, longer, hash (drawn by the messages), or module:function of the request (a dict),
-    # which returns "1", "2" or "tie".
+    # first, second, tie, longer, hash (a random one that depends on the messages), or module:function, a function of
+    # the request (a dict) that returns "1", "2" or "tie".
     verdict: str = "hash"
-    # What "longer" compares: the last group of each pattern, in the texts of all messages. By default, what stands
+    # "longer" compares the last group of each pattern, in the texts of all messages. By default that is the text
     # between two equal lines below a heading.
     responses: tuple[str, str] = (r"\[Response 1\]\n(.+)\n([\s\S]*?)\n\1", r"\[Response 2\]\n(.+)\n([\s\S]*?)\n\1")
     confidence: float = 0.9  # the probability of the verdict's token
@@ -53,10 +53,10 @@ class Settings:
     rate_429: float = 0.0
     rate_500: float = 0.0
     rate_503: float = 0.0
-    rate_hang: float = 0.0  # no answer until the client goes away
+    rate_hang: float = 0.0  # no answer until the client leaves
     rate_disconnect: float = 0.0  # the connection is closed instead
     rate_malformed: float = 0.0  # a 200 without a verdict
-    broken_share: float = 0.5  # of those, a 200 whose body is no JSON
+    broken_share: float = 0.5  # share of those that are cut-off JSON
     retry_after: float | None = 0.1  # seconds, as the header of every 429 but insufficient_quota
     script: tuple[int | str, ...] = ()  # outcomes of the first requests: statuses, names in ERRORS, hang, ...
 
@@ -72,12 +72,12 @@ class Settings:
     until_stdin_closes: bool = False
 
 
-# ---- What is counted
+#### COUNTS
 
 
 @dataclass
 class Stats:
-    """Counts since the start or the last reset; about 200 bytes per request."""
+    """Counts since the start or the last reset. They take about 200 bytes per request."""
 
     in_flight: int = 0  # requests that have arrived, and have neither an answer nor lost their client
     max_in_flight: int = 0  # a client that gives up and asks again at once can be seen twice for a moment
@@ -92,11 +92,11 @@ class Stats:
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     def completion_id(self) -> str:
-        """The id of the next completion. They are numbered, so that none needs to be stored."""
+        """Make the id of the next completion. Ids are numbered, so that none needs to be stored."""
         return f"chatcmpl-{self.run}-{self.answered[200]}"
 
     def report(self) -> dict:
-        """JSON-ready. `ids` are those of all 200s; `retries` has, per body that was sent again, how often it was."""
+        """Return the counts for JSON. `ids`: of all 200s; `retries`: {body sent more than once: times sent again}."""
         return {
             **{name: getattr(self, name) for name in ("in_flight", "max_in_flight", "connections", "abandoned")},
             "requests": len(self.arrivals),
@@ -111,11 +111,11 @@ class Stats:
 
 
 def messages_digest(messages: list[dict]) -> bytes:
-    """8 bytes; their hex is the key in `paid`."""
+    """Hash messages into 8 bytes, whose hex is the key in `paid`."""
     return hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).digest()
 
 
-# ---- Errors, as OpenAI words them
+#### ERRORS, IN THE WORDS OF OPENAI
 
 # name: (status, message, type, param, code)
 INVALID = "invalid_request_error"
@@ -159,7 +159,7 @@ BY_STATUS = {
 
 
 def error_answer(outcome: int | str) -> tuple[int, dict]:
-    """(status, body) of a name in ERRORS or of any status."""
+    """Make (status, body) for a name in ERRORS or any status."""
     name = BY_STATUS.get(outcome, outcome)
     if name in ERRORS:
         status, message, kind, param, code = ERRORS[name]
@@ -169,7 +169,7 @@ def error_answer(outcome: int | str) -> tuple[int, dict]:
 
 
 def refusal(request: dict, settings: Settings) -> tuple[int, dict] | None:
-    """(status, body) that refuses a parameter of the request, in the form of the server that `style` names."""
+    """Make (status, body) that refuses a parameter of the request, as the server that `style` names does; or None."""
     form = (request.get("response_format") or {}).get("type")
     sent = {name for name in request if not (name == "temperature" and request[name] == 1)} | {form}
     refused = next((name for name in settings.refuse if name in sent), None)
@@ -215,11 +215,11 @@ def _llama_cpp_refusal(name: str, value) -> tuple[int, dict]:
 REFUSALS = {"openai": _openai_refusal, "vllm": _vllm_refusal, "llama.cpp": _llama_cpp_refusal}
 
 
-# ---- The judge
+#### THE JUDGE
 
 
 def verdict_policy(settings: Settings) -> Callable[[dict], str]:
-    """A function of the request that returns "1", "2" or "tie"."""
+    """Make a function of the request that returns "1", "2" or "tie"."""
     fixed = {"first": "1", "second": "2", "tie": "tie"}
     if settings.verdict in fixed:
         return lambda request: fixed[settings.verdict]
@@ -233,7 +233,7 @@ def verdict_policy(settings: Settings) -> Callable[[dict], str]:
 
 
 def _longer(text: str, patterns: list[re.Pattern]) -> str:
-    """Raises ValueError where the responses cannot be found: the test's patterns do not fit its prompts."""
+    """Find the longer response. Raises ValueError if the test's patterns do not fit its prompts."""
     found = [pattern.search(text) for pattern in patterns]
     if None in found:
         raise ValueError(f"no responses in {text[:200]!r}")
@@ -246,7 +246,7 @@ def texts_of(request: dict) -> str:
 
 
 def completion(request: dict, verdict: str, settings: Settings, id: str, cut: bool) -> dict:
-    """A chat completion that states the verdict in the form that the request asks for; a token is four characters."""
+    """Make a completion that states the verdict in the form that the request asks for. A token is four characters."""
     logprobs = None
     if request.get("logprobs"):
         text, logprobs = first_token(verdict, settings.confidence, request.get("top_logprobs") or 0)
@@ -276,14 +276,14 @@ def completion(request: dict, verdict: str, settings: Settings, id: str, cut: bo
 
 
 def first_token(verdict: str, confidence: float, n_top: int) -> tuple[str, dict]:
-    """(text, logprobs) of a reply of one token; a tie is an even chance of both."""
+    """Make (text, logprobs) of a reply of one token. In a tie both tokens are equally likely."""
     p_first = {"1": confidence, "2": 1 - confidence, "tie": 0.5}[verdict]
     likely = sorted({"1": p_first, "2": 1 - p_first}.items(), key=lambda item: -item[1])
     top = [{"token": token, "logprob": math.log(max(p, 1e-9)), "bytes": list(token.encode())} for token, p in likely]
     return top[0]["token"], {"content": [{**top[0], "top_logprobs": top[:n_top]}], "refusal": None}
 
 
-# ---- What becomes of a request
+#### REQUESTS
 
 
 class JudgeServer:
@@ -291,13 +291,13 @@ class JudgeServer:
         self.reset(settings)
 
     def reset(self, settings: Settings) -> None:
-        """Forget what was counted. Requests under way still end as they were decided, and count for the old run."""
+        """Reset the counts. Requests in flight still end as they were decided, and count for the old run."""
         self.settings, self.stats, self.policy = settings, Stats(), verdict_policy(settings)
         self.admitted: deque[float] = deque()  # arrivals within the window that were let through
         self.to_cut = settings.cut_first
 
     def draw(self, body: bytes) -> tuple[float, float, float]:
-        """Three numbers in [0, 1) by (seed, body, how often this body was seen), whatever came in between."""
+        """Draw three numbers in [0, 1) from (seed, body, number of this body), whatever the requests between them."""
         key = hashlib.blake2b(body, digest_size=8).digest()
         seed = f"{self.settings.seed} {self.stats.asked[key]} ".encode()
         self.stats.asked[key] += 1
@@ -305,7 +305,7 @@ class JudgeServer:
         return tuple(int.from_bytes(drawn[at : at + 8], "big") / 2**64 for at in (0, 8, 16))
 
     def outcome(self, draw: float, draw_broken: float) -> int | str:
-        """200, an error's status or name, or: hang, disconnect, malformed, broken."""
+        """Decide the outcome: 200, an error's status or name, hang, disconnect, malformed, or broken."""
         settings, n = self.settings, len(self.stats.arrivals)
         if settings.error and n > settings.error_after:
             return settings.error
@@ -320,7 +320,7 @@ class JudgeServer:
         return 200
 
     def admit(self, now: float) -> bool:
-        """The limit of requests in a sliding window; those beyond it do not count."""
+        """Whether the request is within the limit of a sliding window; requests beyond it do not count."""
         while self.admitted and self.admitted[0] <= now - self.settings.window:
             self.admitted.popleft()
         if len(self.admitted) >= self.settings.rpm:
@@ -332,7 +332,7 @@ class JudgeServer:
         return self.settings.retry_after if outcome in (429, "rate_limit_exceeded") else None
 
     def refused(self, request: dict) -> tuple[int, dict] | None:
-        """(status, body) of an error that this request would get again."""
+        """Make (status, body) of an error that this request gets each time; or None."""
         text = texts_of(request)
         if self.settings.filtered and self.settings.filtered in text:
             return error_answer("content_filter")
@@ -341,7 +341,7 @@ class JudgeServer:
         return refusal(request, self.settings)
 
     def completed(self, request: dict, outcome: int | str, stats: Stats) -> bytes:
-        """The body of a 200, counted as paid."""
+        """Make the body of a 200, and count it as paid."""
         cut = outcome == 200 and self.to_cut > 0
         self.to_cut -= cut
         answer = completion(request, self.policy(request), self.settings, stats.completion_id(), cut)
@@ -352,11 +352,11 @@ class JudgeServer:
         return data[: len(data) // 2] if outcome == "broken" else data
 
 
-# ---- HTTP
+#### HTTP
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection: a request at a time is parsed, decided, and answered."""
+    """One connection of a client. It takes one request at a time."""
 
     def __init__(self, server: JudgeServer):
         self.server, self.buffer, self.waiting, self.stats = server, bytearray(), None, None
@@ -429,7 +429,7 @@ class Connection(asyncio.Protocol):
         self.answer(200, self.server.completed(request, outcome, self.stats))
 
     def answer(self, status: int, body: dict | bytes, retry_after: float | None = None) -> None:
-        """Counted before it is written, so that the client's next request cannot come first."""
+        """Count the answer and write it, in this order, so that the client's next request cannot be counted first."""
         self.stats.answered[status] += 1
         self.end()
         self.write(status, body, retry_after)
@@ -451,7 +451,7 @@ class Connection(asyncio.Protocol):
 
 
 def crash(loop: asyncio.AbstractEventLoop, context: dict) -> None:
-    """A mistake in a test's settings or function: end here, rather than leave a client waiting."""
+    """End the process after a mistake in a test's settings or function, rather than leave a client waiting."""
     loop.default_exception_handler(context)
     os._exit(1)
 
@@ -481,11 +481,11 @@ def _json_or_text(value: str):
         return value
 
 
-# ---- For tests
+#### FOR TESTS
 
 
 class Server:
-    """A server in a process of its own, which ends with this process, however that ends."""
+    """A server in a process of its own. It ends when this process ends."""
 
     def __init__(self, **settings):
         words = [f"--{name}={json.dumps(value)}" for name, value in {**settings, "until_stdin_closes": True}.items()]
@@ -499,15 +499,15 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def stats(self) -> dict:
-        """See Stats.report. Keys are strings, as in JSON: stats()["answered"]["200"]."""
+        """Return `Stats.report`. Keys are strings, as in JSON: stats()["answered"]["200"]."""
         return self._request("GET", "/stats")
 
     def reset(self, **settings) -> None:
-        """Count from 0 again; the settings given replace those before."""
+        """Reset the counts, and replace these settings."""
         self._request("POST", "/reset", json.dumps(settings))
 
     def stop(self) -> None:
-        """At once, with requests under way left unanswered."""
+        """Kill the server; requests in flight get no answer."""
         self.process.kill()
         self.process.communicate()
 
@@ -522,7 +522,7 @@ class Server:
 
 @contextmanager
 def serve(**settings) -> Iterator[Server]:
-    """A server with these settings, stopped at the end."""
+    """Start a server with these settings, and stop it at the end."""
     server = Server(**settings)
     try:
         yield server

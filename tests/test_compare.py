@@ -1,17 +1,36 @@
-"""compare.py as a user runs it: against a real server on this machine, with its faults, kills, limits and mistakes."""
+"""compare.py in this process, against a real server: its results, faults, limits and mistakes.
+
+What takes a process of its own (kills, signals, pipes) is in test_compare_process.py.
+"""
 
 import json
 import os
-import random
-import signal
-import subprocess
-import time
 from collections import defaultdict
 
 import pytest
 
-from comparing import command, compare, environment, journal, kept, last_line, numbers, results, rows_of, write_samples
-from judge_server import serve
+from comparing import FakeClock, compare, journal, kept, last_line, numbers, results, rows_of, write_samples
+from halos.judge import gate, run
+from halos.judge.journal import Journal
+from judge_server import Settings, serve
+
+
+@pytest.fixture(scope="module")
+def running():
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def start(running, monkeypatch):
+    """start(**settings): the server of this file with these settings, by default without delay, and counts of 0."""
+    monkeypatch.setattr(run, "BACKOFF", (0.01, 0.1))
+
+    def set_up(**settings):
+        running.reset(**vars(Settings(**{"delay": 0.0, **settings})))
+        return running
+
+    return set_up
 
 
 @pytest.fixture
@@ -24,12 +43,12 @@ def at(server, *words: str) -> list[str]:
     return ["--judge", "test-judge", "--base_url", server.url, *words]
 
 
-# ---- What comes out
+#### WHAT COMES OUT
 
 
-def test_the_line_has_the_keys_of_the_original_script(samples):
-    with serve(delay=0.0, verdict="longer") as server:
-        done = compare(samples, *at(server))
+def test_the_line_has_the_keys_of_the_original_script(samples, start):
+    server = start(verdict="longer")
+    done = compare(samples, *at(server))
     assert done.returncode == 0, done.stderr
     (line,) = results(samples)
     rows = rows_of(40)
@@ -43,59 +62,59 @@ def test_the_line_has_the_keys_of_the_original_script(samples):
     assert f"{wins} / {40 - wins} / 0" in done.stdout
 
 
-def test_a_finished_command_again_makes_no_call_and_says_the_same(samples):
-    with serve(delay=0.0) as server:
-        for words in ([], [], ["--stats_only"]):
-            assert compare(samples, *at(server, *words)).returncode == 0
-        assert server.stats()["requests"] == 80
+def test_a_finished_command_again_makes_no_call_and_says_the_same(samples, start):
+    server = start()
+    for words in ([], [], ["--stats_only"]):
+        assert compare(samples, *at(server, *words)).returncode == 0
+    assert server.stats()["requests"] == 80
     first, second, third = map(numbers, results(samples))
     assert first == second == third
 
 
-def test_statistics_do_not_depend_on_concurrency(samples):
-    with serve(delay=0.01) as server:
-        for n in (1, 8, 32, 128):
-            done = compare(samples, *at(server, "--concurrency", str(n), "--cache", str(samples / f"cache{n}")))
-            assert done.returncode == 0, done.stderr
+def test_statistics_do_not_depend_on_concurrency(samples, start):
+    server = start(delay=0.01)
+    for n in (1, 8, 32, 128):
+        done = compare(samples, *at(server, "--concurrency", str(n), "--cache", str(samples / f"cache{n}")))
+        assert done.returncode == 0, done.stderr
     lines = [numbers(line) for line in results(samples)]
     assert len(lines) == 4 and all(line == lines[0] for line in lines)
 
 
-def test_a_judge_that_always_says_one(samples):
+def test_a_judge_that_always_says_one(samples, start):
     """Each pair is won once and lost once: a tie, and the first slot won everything."""
-    with serve(delay=0.0, verdict="first") as server:
-        assert compare(samples, *at(server)).returncode == 0
+    server = start(verdict="first")
+    assert compare(samples, *at(server)).returncode == 0
     (line,) = results(samples)
     assert (line["win_rate"], line["ties"], line["position"]["first_slot_share"]) == (0.5, 40, 1.0)
 
 
-def test_one_order_asks_half_and_depends_on_the_seed_alone(samples):
-    with serve(delay=0.0, verdict="longer") as server:
-        assert compare(samples, *at(server, "--order", "one")).returncode == 0
-        assert server.stats()["requests"] == 40
-        orders = {record["row"]: record["order"] for record in kept(journal(samples), "sent")}
-        assert set(orders.values()) == {0, 1}
-        assert compare(samples, *at(server, "--order", "one", "--concurrency", "1")).returncode == 0
-        assert server.stats()["requests"] == 40
-        compare(samples, *at(server, "--order", "one", "--seed", "1"))
-        assert 40 < server.stats()["requests"] < 80
+def test_one_order_asks_half_and_depends_on_the_seed_alone(samples, start):
+    server = start(verdict="longer")
+    assert compare(samples, *at(server, "--order", "one")).returncode == 0
+    assert server.stats()["requests"] == 40
+    orders = {record["row"]: record["order"] for record in kept(journal(samples), "sent")}
+    assert set(orders.values()) == {0, 1}
+    assert compare(samples, *at(server, "--order", "one", "--concurrency", "1")).returncode == 0
+    assert server.stats()["requests"] == 40
+    compare(samples, *at(server, "--order", "one", "--seed", "1"))
+    assert 40 < server.stats()["requests"] < 80
 
 
-def test_a_larger_sample_pays_for_the_difference_only(samples):
-    with serve(delay=0.0) as server:
-        for n, requests in (("10", 20), ("25", 50)):
-            assert compare(samples, *at(server, "-mc", n)).returncode == 0
-            assert server.stats()["requests"] == requests
+def test_a_larger_sample_pays_for_the_difference_only(samples, start):
+    server = start()
+    for n, requests in (("10", 20), ("25", 50)):
+        assert compare(samples, *at(server, "-mc", n)).returncode == 0
+        assert server.stats()["requests"] == requests
     assert [line["total"] for line in results(samples)] == [10, 25]
 
 
-def test_texts_of_all_kinds(tmp_path):
-    """Markup, templates, fences, emoji, half of one, and empty responses: all are judged, and the page is written."""
+def test_texts_of_all_kinds(tmp_path, start):
+    """Markup, templates, fences, emoji, half an emoji, and empty responses are all judged, and the page is written."""
     odd = ["</script>", "{{ 7 * 7 }}", "==== 0123abcd ====", "\U0001f600", "\ud83d", "\u2028", "", "\0"]
     rows = [{"prompt": f"{n} {text}", "chosen": text, "policy": f"{n}{text}"} for n, text in enumerate(odd)]
     (tmp_path / "samples.json").write_text(json.dumps(rows))
-    with serve(delay=0.0, verdict="longer") as server:
-        done = compare(tmp_path, *at(server, "--report", "page.html"))
+    server = start(verdict="longer")
+    done = compare(tmp_path, *at(server, "--report", "page.html"))
     assert done.returncode == 0, done.stderr
     (line,) = results(tmp_path)
     assert (line["total"], line["win_rate"]) == (len(odd), 1.0)
@@ -103,20 +122,20 @@ def test_texts_of_all_kinds(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["text", "logprob"])
-def test_modes(samples, mode):
-    with serve(delay=0.0, verdict="longer", confidence=0.9) as server:
-        done = compare(samples, *at(server, "--mode", mode))
-        assert done.returncode == 0, done.stderr
+def test_modes(samples, mode, start):
+    server = start(verdict="longer", confidence=0.9)
+    done = compare(samples, *at(server, "--mode", mode))
+    assert done.returncode == 0, done.stderr
     (line,) = results(samples)
     wins = sum(len(row["policy"]) > len(row["chosen"]) for row in rows_of(40))
     expected = (0.9 * wins + 0.1 * (40 - wins)) / 40 if mode == "logprob" else wins / 40
     assert line["win_rate"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_two_judges_have_a_row_each_and_a_kappa(samples):
-    with serve(delay=0.0, verdict="longer") as server:
-        done = compare(samples, "--judge", "one", "--judge", "two", "--base_url", server.url)
-        assert done.returncode == 0, done.stderr
+def test_two_judges_have_a_row_each_and_a_kappa(samples, start):
+    server = start(verdict="longer")
+    done = compare(samples, "--judge", "one", "--judge", "two", "--base_url", server.url)
+    assert done.returncode == 0, done.stderr
     (line,) = results(samples)
     assert [one["name"] for one in line["judges"]] == ["one", "two"]
     assert line["agreement"]["kind"] == "cohen" and line["agreement"]["kappa"] == 1.0
@@ -135,48 +154,49 @@ def test_a_python_function_judges_without_a_key(samples):
     assert pairwise["position"]["first_slot_share"] == 0.5 and scored["position"]["first_slot_share"] is None
 
 
-def test_two_files_are_compared_on_their_common_prompts(tmp_path):
+def test_two_files_are_compared_on_their_common_prompts(tmp_path, start):
     write_samples(tmp_path, 30)
     other = [{**row, "policy": row["policy"] + " and more"} for row in rows_of(40)[10:]]
     (tmp_path / "other.json").write_text(json.dumps(other))
-    with serve(delay=0.0, verdict="longer") as server:
-        words = ["-f", "samples.json", "-f2", "other.json"]
-        done = compare(tmp_path, *at(server, *words))
+    server = start(verdict="longer")
+    words = ["-f", "samples.json", "-f2", "other.json"]
+    done = compare(tmp_path, *at(server, *words))
     assert done.returncode == 0 and "20 prompts are in both files" in done.stdout, done.stderr
     (line,) = results(tmp_path)
     assert (line["total"], line["candidate"]["wins"], line["baseline"]["wins"]) == (20, 0, 20)
 
 
-def test_human_labels(tmp_path):
+def test_human_labels(tmp_path, start):
     rows = rows_of(20)
     for row in rows[:10]:
         row["person"] = "candidate" if len(row["policy"]) > len(row["chosen"]) else "baseline"
     (tmp_path / "samples.json").write_text(json.dumps(rows))
-    with serve(delay=0.0, verdict="longer") as server:
-        assert compare(tmp_path, *at(server, "--human", "person")).returncode == 0
+    server = start(verdict="longer")
+    assert compare(tmp_path, *at(server, "--human", "person")).returncode == 0
     (line,) = results(tmp_path)
     assert (line["human"]["n"], line["human"]["agreement"]) == (10, 1.0)
 
 
-def test_picture_and_page_are_written_and_never_over_others(samples):
+def test_picture_and_page_are_written_and_never_over_others(samples, start):
     (samples / "out.png").write_text("mine")
-    with serve(delay=0.0) as server:
-        done = compare(samples, *at(server, "--plot", "out.png", "--report", "deep/out.html"))
+    server = start()
+    done = compare(samples, *at(server, "--plot", "out.png", "--report", "deep/out.html"))
     assert done.returncode == 0, done.stderr
     assert (samples / "out.png").read_bytes()[:4] == b"\x89PNG"
     assert (samples / "out.png.bak-1").read_text() == "mine"
     assert "</html>" in (samples / "deep" / "out.html").read_text()
 
 
-# ---- Nothing lost, nothing paid twice
+#### NOTHING LOST, NOTHING PAID TWICE
 
 
-def test_a_bad_day(samples):
-    """Faults of every kind: every unit gets its verdict, and everything that was answered is in the journal."""
+def test_a_bad_day(samples, start):
+    """With faults of every kind, every unit gets its verdict, and every reply of the server is in the journal."""
     faults = {"rate_429": 0.1, "rate_500": 0.05, "rate_503": 0.03, "rate_hang": 0.02, "rate_malformed": 0.05}
-    with serve(delay=0.01, retry_after=0.05, **faults) as server:
-        done = compare(samples, *at(server, "--timeout", "1"))
-        stats = server.stats()
+    server = start(seed=1, delay=0.01, retry_after=0.05, **faults)
+    done = compare(samples, *at(server, "--timeout", "0.5"))
+    stats = server.stats()
+    assert set(stats["outcomes"]) == {"200", "429", "500", "503", "hang", "malformed", "broken"}
     assert done.returncode == 0, done.stderr
     records = journal(samples)
     keys = [record["verdict"] for record in kept(records, "verdict")]
@@ -193,81 +213,34 @@ def test_a_bad_day(samples):
     assert max(map(len, attempts.values())) > 1
 
 
-def test_killed_five_times_and_finished(tmp_path):
-    """Each kill may cost the calls in flight once more, and no others; the next command says how many."""
-    write_samples(tmp_path, 100)
-    rng = random.Random(0)
-    with serve(delay=0.1) as server:
-        words = at(server, "--concurrency", "8")
-        for _ in range(5):
-            process = subprocess.Popen(
-                command(tmp_path, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            started, before = time.monotonic(), server.stats()["requests"]
-            while server.stats()["requests"] < before + 5 and time.monotonic() < started + 60:
-                time.sleep(0.05)
-            time.sleep(rng.uniform(0, 0.4))
-            process.kill()
-            process.wait()
-        assert len(kept(journal(tmp_path), "verdict")) < 200
-        done = compare(tmp_path, *words)
-        stats = server.stats()
-    assert done.returncode == 0, done.stderr
-    keys = [record["verdict"] for record in kept(journal(tmp_path), "verdict")]
-    assert len(keys) == len(set(keys)) == 200
-    repaid = sum(stats["paid"].values()) - len(stats["paid"]) + stats["abandoned"]
-    (line,) = results(tmp_path)
-    listed = line["calls"]["possibly_billed"]
-    assert 0 < listed <= 5 * 8 and repaid <= listed
-    assert f"{listed} earlier calls were possibly billed" in done.stdout
-
-
-def test_ctrl_c_lets_calls_end_and_the_next_run_goes_on(samples):
-    with serve(delay=0.3) as server:
-        words = at(server, "--concurrency", "4")
-        process = subprocess.Popen(
-            command(samples, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        while server.stats()["answered"].get("200", 0) < 8:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-        assert process.returncode == 130 and "run the same command again" in said
-        assert not (samples / "result.jsonl").exists()
-        assert compare(samples, *words).returncode == 0
-        assert server.stats()["requests"] == 80  # nothing twice
-    assert results(samples)[0]["calls"]["possibly_billed"] == 0
-
-
-def test_a_torn_last_line_is_repaired(samples):
-    with serve(delay=0.0) as server:
-        compare(samples, *at(server))
-        path = samples / "judgments" / "journal.jsonl"
-        data = path.read_bytes()
-        path.write_bytes(data[:-7])  # of the last verdict
-        done = compare(samples, *at(server))
-        assert done.returncode == 0 and "the torn last line (" in done.stdout
-        assert server.stats()["requests"] == 80  # its reply is in the journal
+def test_a_torn_last_line_is_repaired(samples, start):
+    server = start()
+    compare(samples, *at(server))
+    path = samples / "judgments" / "journal.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data[:-7])  # of the last verdict
+    done = compare(samples, *at(server))
+    assert done.returncode == 0 and "the torn last line (" in done.stdout
+    assert server.stats()["requests"] == 80  # its reply is in the journal
     assert len(kept(journal(samples), "verdict")) == 80
 
 
-def test_a_second_process_on_a_journal_exits_with_5(samples):
-    with serve(delay=0.5) as server:
-        first = subprocess.Popen(
-            command(samples, *at(server)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while server.stats()["requests"] == 0:
-            time.sleep(0.05)
+def test_a_journal_that_is_in_use_exits_with_5(samples, start):
+    """The lock belongs to the open file, so this process can stand for another one. The journal is not harmed."""
+    server = start()
+    with Journal(str(samples / "judgments")):
         second = compare(samples, *at(server))
         assert second.returncode == 5 and "in use by another compare.py" in last_line(second)
-        assert first.wait(timeout=60) == 0
+        assert compare(samples, *at(server, "--dry_run")).returncode == 0  # only reads
+        assert server.stats()["requests"] == 0
+    assert compare(samples, *at(server)).returncode == 0
 
 
-# ---- Limits and failures
+#### LIMITS AND FAILURES
 
 
 def test_what_was_given_up_says_why_and_is_asked_again(samples):
-    """Another run may mend it: the page shows the reason, and nothing is final."""
+    """A failure that another run may repair is not final; the page shows its reason."""
     (samples / "mine.py").write_text(
         "import os\n\ndef judge(prompt, first, second):\n"
         "    if 'Human: 3 ' in prompt and not os.path.exists('mended'):\n        raise RuntimeError('no light')\n"
@@ -283,23 +256,23 @@ def test_what_was_given_up_says_why_and_is_asked_again(samples):
     assert results(samples)[1]["failed_units"] == 0
 
 
-def test_dry_run_prints_calls_and_cost_and_makes_none(samples):
-    with serve(delay=0.0) as server:
-        done = compare(samples, *at(server, "--dry_run", "--price", "2,8"))
-        assert server.stats()["requests"] == 0
+def test_dry_run_prints_calls_and_cost_and_makes_none(samples, start):
+    server = start()
+    done = compare(samples, *at(server, "--dry_run", "--price", "2,8"))
+    assert server.stats()["requests"] == 0
     assert done.returncode == 0 and "80 to ask for" in done.stdout and "$" in done.stdout
     assert not (samples / "judgments").exists() and not (samples / "result.jsonl").exists()
 
 
-def test_max_cost_stops_in_time_and_resumes(samples):
-    with serve(delay=0.0) as server:
-        words = at(server, "--price", "2,8")
-        stopped = compare(samples, *words, "--max_cost", "0.05")
-        assert stopped.returncode == 3 and "--max_cost 0.05" in last_line(stopped), stopped.stderr
-        paid = server.stats()["requests"]
-        assert 0 < paid < 80
-        assert compare(samples, *words, "--max_cost", "1").returncode == 0
-        assert server.stats()["requests"] == 80
+def test_max_cost_stops_in_time_and_resumes(samples, start):
+    server = start()
+    words = at(server, "--price", "2,8")
+    stopped = compare(samples, *words, "--max_cost", "0.05")
+    assert stopped.returncode == 3 and "--max_cost 0.05" in last_line(stopped), stopped.stderr
+    paid = server.stats()["requests"]
+    assert 0 < paid < 80
+    assert compare(samples, *words, "--max_cost", "1").returncode == 0
+    assert server.stats()["requests"] == 80
     cost = results(samples)[0]["calls"]["cost"]
     assert cost * paid / 80 <= 0.05
 
@@ -310,45 +283,47 @@ def test_max_cost_without_a_known_price_is_an_error(samples):
 
 
 @pytest.mark.parametrize(("error", "code"), [("invalid_api_key", 2), ("model_not_found", 2), ("insufficient_quota", 3)])
-def test_hopeless_errors_stop_at_once(samples, error, code):
-    with serve(delay=0.0, error=error) as server:
-        done = compare(samples, *at(server))
-        assert server.stats()["requests"] <= 32
+def test_hopeless_errors_stop_at_once(samples, error, code, start):
+    server = start(error=error)
+    done = compare(samples, *at(server))
+    assert server.stats()["requests"] <= 32
     assert done.returncode == code and last_line(done).startswith("error: test-judge"), done.stderr
 
 
-def test_failures_are_counted_and_bounded(samples):
-    """The content filter refuses one prompt: final, counted, and both bounds on the win rate are given."""
-    with serve(delay=0.0, verdict="longer", filtered="Human: 7 ") as server:
-        done = compare(samples, *at(server))
-        assert done.returncode == 4 and "2 of 80 verdicts failed" in last_line(done)
-        done = compare(samples, *at(server, "--max_fail", "0.05"))
-        assert done.returncode == 0, done.stderr
-        assert server.stats()["requests"] == 80  # a final failure is not asked again
+def test_failures_are_counted_and_bounded(samples, start):
+    """The content filter refuses one prompt. The failure is final and counted, and the win rate has two bounds."""
+    server = start(verdict="longer", filtered="Human: 7 ")
+    done = compare(samples, *at(server))
+    assert done.returncode == 4 and "2 of 80 verdicts failed" in last_line(done)
+    done = compare(samples, *at(server, "--max_fail", "0.05"))
+    assert done.returncode == 0, done.stderr
+    assert server.stats()["requests"] == 80  # a final failure is not asked again
     (line,) = results(samples)
     assert (line["n_judged"], line["failures"], line["failed_units"]) == (39, 1, 2)
     worst, best = line["bounds"]
     assert best - worst == pytest.approx(1 / 40) and worst < line["win_rate"] < best
 
 
-def test_parameters_are_negotiated_once(samples):
+def test_parameters_are_negotiated_once(samples, start):
     refused = ("max_tokens", "temperature", "response_format")
-    with serve(delay=0.0, refuse=refused, verdict="longer") as server:
-        done = compare(samples, *at(server))
-        answered = server.stats()["answered"]
+    server = start(refuse=refused, verdict="longer")
+    done = compare(samples, *at(server))
+    answered = server.stats()["answered"]
     assert done.returncode == 0, done.stderr
     assert answered == {"200": 80, "400": 4}  # max_tokens, temperature, json_schema, json_object
 
 
-def test_pace(samples):
-    with serve(delay=0.0) as server:
-        assert compare(samples, *at(server, "-mc", "6", "-st", "0.1")).returncode == 0
-        arrivals = server.stats()["arrivals"]
-    gaps = [later - earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
-    assert len(gaps) == 11 and sum(gaps) >= 11 * 0.1 - 0.05
+@pytest.mark.parametrize("words", [["-st", "0.5"], ["--rpm", "120"]])
+def test_pace(samples, start, monkeypatch, words):
+    """12 calls, each half a second after the one before, take exactly 5.5 s on the gate's clock."""
+    server, clock = start(), FakeClock()
+    began = clock.time
+    monkeypatch.setattr(gate, "Clock", lambda: clock)
+    assert compare(samples, *at(server, "-mc", "6", *words)).returncode == 0
+    assert clock.time - began == 11 * 0.5 and server.stats()["requests"] == 12
 
 
-# ---- Mistakes
+#### MISTAKES
 
 
 @pytest.mark.parametrize(
@@ -387,7 +362,7 @@ def test_bad_samples_are_one_line(tmp_path, content, said):
         (["--price", "2"], "IN,OUT"),
         (["--template", "missing.txt"], "no such file"),
         (["--moed", "text"], "--moed"),
-        (["--base_url", "localhost:8000"], "no address"),
+        (["--base_url", "localhost:8000"], "not an address"),
     ],
 )
 def test_bad_flags_are_one_line(samples, words, said):
@@ -396,10 +371,10 @@ def test_bad_flags_are_one_line(samples, words, said):
     assert said in done.stderr
 
 
-def test_a_template_must_show_the_responses(samples):
+def test_a_template_must_show_the_responses(samples, start):
     (samples / "mine.txt").write_text("{{ prompt }} {{ first }} {{ instruction }}")
     done = compare(samples, "--template", "mine.txt", OPENAI_API_KEY="any")
     assert done.returncode == 2 and "{{ second }}" in done.stderr
     (samples / "mine.txt").write_text("{{ prompt }} [1] {{ first }} [2] {{ second }} {{ instruction }}")
-    with serve(delay=0.0, verdict="first") as server:
-        assert compare(samples, *at(server, "--template", "mine.txt")).returncode == 0
+    server = start(verdict="first")
+    assert compare(samples, *at(server, "--template", "mine.txt")).returncode == 0

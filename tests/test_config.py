@@ -573,7 +573,7 @@ REFUSED = [
     ),
     (
         "model.policy_dtype=float16",
-        "model.policy_dtype=float16 needs loss scaling, which there is not; use bfloat16 or float32",
+        "model.policy_dtype=float16 needs loss scaling, which is not supported; use bfloat16 or float32",
     ),
     (
         "model.policy_dtype=null",
@@ -621,11 +621,11 @@ REFUSED = [
     ),
     (
         "exp_name=",
-        "exp_name= is no name for a directory; use letters, such as exp_name=run_1",
+        "exp_name= is not a directory name; use letters, such as exp_name=run_1",
     ),
     (
         "exp_name=7",
-        "exp_name=7 is no name for a directory; use letters, such as exp_name=run_1",
+        "exp_name=7 is not a directory name; use letters, such as exp_name=run_1",
     ),
     (
         "cache_dir=/dev/null/x",
@@ -638,12 +638,12 @@ REFUSED = [
     ),
     (
         "loss.trainer=helper",
-        "loss.trainer=helper is no subclass of BasicTrainer in trainers.py; choose one of: AnyTrainer, "
+        "loss.trainer=helper is not a subclass of BasicTrainer in trainers.py; choose one of: AnyTrainer, "
         "CDPOTrainer, DPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer, SLiCTrainer",
     ),
     (
         "loss.trainer=BasicTrainer",
-        "loss.trainer=BasicTrainer is no subclass of BasicTrainer in trainers.py; did you mean "
+        "loss.trainer=BasicTrainer is not a subclass of BasicTrainer in trainers.py; did you mean "
         "'SLiCTrainer'? (one of: AnyTrainer, CDPOTrainer, DPOTrainer, KTOTrainer, PPOTrainer, "
         "SFTTrainer, SLiCTrainer)",
     ),
@@ -665,8 +665,7 @@ REFUSED = [
     *(
         (
             f"loss={loss} loss.use_reference_model=false",
-            f"loss.use_reference_model=false: loss.trainer={trainer} cannot do without; "
-            "use loss.use_reference_model=true",
+            f"loss.use_reference_model=false: loss.trainer={trainer} needs it; use loss.use_reference_model=true",
         )
         for loss, trainer in (("dpo", "DPOTrainer"), ("cdpo", "CDPOTrainer"), ("kto", "KTOTrainer"))
     ),
@@ -678,7 +677,7 @@ REFUSED = [
     ("loss=ppo loss.kl_estimator=k2", "loss.kl_estimator=k2 must be k3 or k1"),
     (
         "loss=ppo loss.use_value_head=false",
-        "loss.use_value_head=false: loss.trainer=PPOTrainer cannot do without; use loss.use_value_head=true",
+        "loss.use_value_head=false: loss.trainer=PPOTrainer needs it; use loss.use_value_head=true",
     ),
     (
         "loss=dpo loss.dataloader=UnpairedPreferenceDataLoader",
@@ -747,7 +746,7 @@ REFUSED = [
     ),
     (
         "++model.architecture.hiden_size=8",
-        "model.architecture.hiden_size=8 is no field of LlamaConfig; did you mean 'hidden_size'?",
+        "model.architecture.hiden_size=8 is not a field of LlamaConfig; did you mean 'hidden_size'?",
     ),
     (
         "model.architecture.model_type=lama",
@@ -759,7 +758,7 @@ REFUSED = [
     ),
     (
         "optimizer=lr_scheduler",
-        "optimizer=lr_scheduler is no subclass of Optimizer in torch.optim; ...",
+        "optimizer=lr_scheduler is not a subclass of Optimizer in torch.optim; ...",
     ),
     (
         "++optimizer_kwargs.lr=0.1",
@@ -792,7 +791,7 @@ REFUSED = [
     ),
     (
         "++optimizer_kwargs.weight_decy=0.1",
-        "optimizer_kwargs.weight_decy=0.1 is no argument of AdamW; did you mean 'weight_decay'? (one of: ...",
+        "optimizer_kwargs.weight_decy=0.1 is not an argument of AdamW; did you mean 'weight_decay'? (one of: ...",
     ),
 ]
 

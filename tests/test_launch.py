@@ -252,7 +252,7 @@ def test_other_ends(failure, tmp_path):
     code, err = failure("crash")
     assert code == 1 and "process 1 of 2 was killed by SIGSEGV\n" in err and ", line" in err and "in crash\n" in err
     code, err = failure("silent")
-    assert code == 7 and err == "process 1 of 2 ended with exit code 7, and said no more than what is above\n"
+    assert code == 7 and err == "process 1 of 2 ended with exit code 7; its own output is above\n"
     code, err = failure("exit without code")
     assert code == 1 and err.startswith("process 0 of 2 failed:\nTraceback") and "are lost" in err
 
@@ -332,7 +332,7 @@ def words(rank: int, time: float, exit_code: int, **fields) -> launch_module._En
         "silence, and others that lost a process": (
             [words(0, 3, 1, lost_others=True), words(1, 4, 9, silent=True)],
             9,
-            "process 1 of 2 ended with exit code 9, and said no more than what is above",
+            "process 1 of 2 ended with exit code 9; its own output is above",
         ),
     }.values(),
 )
@@ -496,8 +496,8 @@ def busy_port():
         ({"MASTER_PORT": None}, ["MASTER_ADDR:MASTER_PORT=127.0.0.1:None", "MASTER_PORT expected"]),
         ({"MASTER_PORT": "99999"}, ["MASTER_PORT=127.0.0.1:99999"]),
         ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2 does not fit WORLD_SIZE=2"]),
-        ({"RANK": "one"}, ["RANK=one in the environment is no number"]),
-        ({"RANK": "-1"}, ["RANK=-1 in the environment is no number"]),
+        ({"RANK": "one"}, ["RANK=one in the environment is not a number"]),
+        ({"RANK": "-1"}, ["RANK=-1 in the environment is not a number"]),
         ({"WORLD_SIZE": None}, ["WORLD_SIZE=nothing in the environment", "start with torchrun or srun"]),
         ({"LOCAL_WORLD_SIZE": "2"}, ["LOCAL_WORLD_SIZE=2 does not fit WORLD_SIZE=1"]),
         ({"LOCAL_RANK": "1"}, ["LOCAL_RANK=1 does not fit LOCAL_WORLD_SIZE=1"]),

@@ -1,28 +1,37 @@
-"""Every loss as a plain function of four vectors: hand-computed values, gradients, and properties of all losses.
+"""Every loss as a plain function: hand-computed values, gradients, and what all losses must keep.
 
-`loss_of` gives a loss a `self` that has only `config.loss`, so a loss that reads anything else fails. The generic tests
-run on each file of config/loss/, and so on a new loss, too.
+A loss runs on an instance of its trainer that has `config.loss` and nothing else: a loss that reads anything else fails
+here. The generic tests run on each file of config/loss/, so a new loss is tested without a new test: if it defines
+`loss`, as a function of four vectors, and in any case as a function of a batch.
 """
 
 import glob
 import math
 import os
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 import trainers
-from helpers import CONFIG_DIR
+from halos.engine import Batch, Outcome
+from halos.models import PerToken
+from helpers import CONFIG_DIR, example
+from small_runs import batches_for
 from trainers import CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, SLiCTrainer
 
 
+def bare(trainer, /, **hyper):
+    """A trainer that has its hyperparameters and nothing else."""
+    instance = trainer.__new__(trainer)
+    instance.config = OmegaConf.create({"loss": hyper})
+    return instance
+
+
 def loss_of(trainer, /, **hyper):
-    """Return the loss as a plain function, with a `self` that has only config.loss."""
-    stub = SimpleNamespace(config=SimpleNamespace(loss=SimpleNamespace(**hyper)))
-    return partial(trainer.loss, stub)
+    """The loss as a plain function of four vectors."""
+    return bare(trainer, **hyper).loss
 
 
 def vector(*values: float, grad: bool = False) -> torch.Tensor:
@@ -38,24 +47,27 @@ def close(actual, expected, **kwargs) -> None:
 
 
 def yaml_losses() -> dict[str, dict]:
-    """Return the settings of each file in config/loss/ whose trainer has a loss of four vectors."""
+    """The files of config/loss/."""
     found = {}
     for path in sorted(glob.glob(f"{CONFIG_DIR}/loss/*.yaml")):
         with open(path) as file:
-            settings = yaml.safe_load(file)
-        if getattr(trainers, settings["trainer"]).loss is not trainers.BasicTrainer.loss:
-            found[os.path.splitext(os.path.basename(path))[0]] = settings
+            found[os.path.splitext(os.path.basename(path))[0]] = yaml.safe_load(file)
     return found
 
 
+def trainer_of(name: str) -> type:
+    return getattr(trainers, LOSSES[name]["trainer"])
+
+
 LOSSES = yaml_losses()
-every_loss = pytest.mark.parametrize("name", LOSSES)
+OF_FOUR_VECTORS = [name for name in LOSSES if trainer_of(name).loss is not trainers.BasicTrainer.loss]
+every_loss = pytest.mark.parametrize("name", OF_FOUR_VECTORS)
+every_batch_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def settings_of(name: str):
     settings = LOSSES[name]
-    trainer = getattr(trainers, settings["trainer"])
-    return loss_of(trainer, **settings), trainer.data_format, settings["use_reference_model"]
+    return loss_of(trainer_of(name), **settings), trainer_of(name).data_format, settings["use_reference_model"]
 
 
 def arguments(
@@ -69,8 +81,8 @@ def arguments(
     return [*policy, *(drawn[2:] if with_reference else (None, None))]
 
 
-def test_the_five_losses_are_found():
-    assert {"sft", "dpo", "cdpo", "kto", "slic"} <= set(LOSSES)
+def test_the_losses_are_found():
+    assert {"sft", "dpo", "cdpo", "kto", "slic", "ppo"} <= set(LOSSES)
 
 
 @every_loss
@@ -127,6 +139,86 @@ def test_order_of_the_batch_does_not_matter(name):
     close(p_losses.mean(), losses.mean())
     close(p_chosen_rewards, chosen_rewards[order])
     close(p_rejected_rewards, rejected_rewards[order] if len(rejected_rewards) else rejected_rewards)
+
+
+#### EVERY LOSS OF A BATCH
+
+
+def a_batch(name: str, seed: int = 0) -> Batch:
+    """Eight rows of the loss's own loader, with random log-probs, values and entropies of their tokens."""
+    examples = batches_for(name, 1, seed=seed)[0]
+    n_tokens = sum(len(response) for one in examples for response in one.responses)
+    generator = torch.Generator().manual_seed(seed)
+    logps, reference, values, entropy = torch.randn(4, n_tokens, generator=generator)
+    policy = PerToken((logps - 3).requires_grad_(), values.requires_grad_(), entropy.abs())
+    return Batch(examples, policy, reference - 3 if LOSSES[name]["use_reference_model"] else None)
+
+
+def outcome_of(name: str, batch: Batch) -> Outcome:
+    return bare(trainer_of(name), **LOSSES[name]).batch_loss(batch)
+
+
+def permuted(batch: Batch, order: list[int]) -> Batch:
+    """The batch with its examples in another order."""
+    lengths = [sum(map(len, one.responses)) for one in batch.examples]
+
+    def moved(vector):
+        return None if vector is None else torch.cat([vector.detach().split(lengths)[i] for i in order])
+
+    policy = PerToken(*(moved(vector) for vector in batch.policy))
+    return Batch([batch.examples[i] for i in order], policy, moved(batch.reference_logps))
+
+
+@every_batch_loss
+def test_outcomes(name):
+    """One reward and one log-prob per trained response, detached rewards, finite losses that depend on the policy."""
+    batch = a_batch(name)
+    outcome = outcome_of(name, batch)
+    n_chosen, n_rejected = int(batch.chosen.sum()), int(batch.rejected.sum())
+    assert outcome.chosen_rewards.shape == outcome.chosen_logps.shape == (n_chosen,)
+    assert outcome.rejected_logps.shape == (n_rejected,) and len(outcome.rejected_rewards) in (0, n_rejected)
+    assert outcome.losses.ndim == 1 and outcome.losses.isfinite().all() and outcome.losses.dtype == torch.float32
+    assert not outcome.chosen_rewards.requires_grad and not outcome.rejected_rewards.requires_grad
+    outcome.losses.sum().backward()
+    assert batch.policy.logps.grad.isfinite().all() and batch.policy.logps.grad.any()
+
+
+@every_batch_loss
+def test_trained_responses_have_gradients(name):
+    """Most of them: a hinge may be inactive. An unrelated response has none: `Forward` would not pass it on."""
+    batch = a_batch(name)
+    outcome_of(name, batch).losses.mean().backward()
+    moves = batch.sum_by_response(batch.policy.logps.grad.abs()) > 0
+    assert moves[batch.chosen | batch.rejected].float().mean() > 0.5
+    assert not moves[batch.unrelated].any()
+
+
+@every_batch_loss
+def test_order_of_the_examples_does_not_matter(name):
+    """A permuted batch has the same mean loss and mean rewards."""
+    batch = a_batch(name)
+    one, other = (outcome_of(name, b) for b in (batch, permuted(batch, [3, 0, 5, 1, 7, 4, 6, 2])))
+    close(other.losses.mean(), one.losses.mean())
+    close(other.chosen_rewards.mean(), one.chosen_rewards.mean())
+
+
+@every_batch_loss
+def test_metrics_are_numbers(name):
+    """Two batches as one: every metric of a loss is finite, in training and, under another name, in evaluation."""
+    trainer = bare(trainer_of(name), **LOSSES[name])
+    outcomes = [trainer.batch_loss(a_batch(name, seed=seed)) for seed in (0, 1)]
+    values, in_evaluation = trainer.summarize(outcomes, "train"), trainer.summarize(outcomes, "eval")
+    assert all(isinstance(value, float) and math.isfinite(value) for value in values.values())
+    assert values["loss/train"] == pytest.approx(torch.cat([o.losses for o in outcomes]).mean().item(), rel=1e-5)
+    assert set(outcomes[0].metrics) <= set(values)
+    assert {key.replace("/", "_eval/", 1) for key in outcomes[0].metrics} <= set(in_evaluation)
+
+
+@every_batch_loss
+def test_a_yaml_keeps_the_rules_of_its_trainer(name):
+    trainer = trainer_of(name)
+    assert all(rule.allows(LOSSES[name][key]) for key, rule in trainer.rules.items())
+    assert all(LOSSES[name][key] for key in trainer.needs)
 
 
 #### SFT
@@ -318,6 +410,15 @@ def test_kto_kl_is_that_of_the_whole_batch():
     close(losses[2:], (0.5,))
     losses, *_ = kto_of_logratios((0,), (2,))
     close(losses[1:], (0.9,))
+
+
+def test_kto_logs_its_kl_before_the_clamp():
+    """Chosen ratios -1 and -3 have the mean -2, rejected ones 1 and 2 the mean 1.5: one half of two is clamped."""
+    examples = [example([5], [6], chosen=(flag,)) for flag in (True, True, False, False)]
+    batch = Batch(examples, PerToken(torch.tensor([-8.0, -10.0, -6.0, -5.0]), None, None), torch.full((4,), -7.0))
+    trainer = bare(KTOTrainer, beta=0.5)
+    values = trainer.summarize([trainer.batch_loss(batch)], "train")
+    assert [values[key] for key in ("kl/chosen", "kl/rejected", "clamped/kl")] == pytest.approx([-2, 1.5, 0.5])
 
 
 #### SIGNS

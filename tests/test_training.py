@@ -688,7 +688,7 @@ def test_a_truncated_policy_pt(run, tmp_path, share):
     data = (run[0] / "run/LATEST/policy.pt").read_bytes()
     (tmp_path / "policy.pt").write_bytes(data[: int(share * len(data))])
     with pytest.raises(
-        UserError, match=r"policy.pt is damaged, or no policy.pt of this project \(.*another checkpoint"
+        UserError, match=r"policy.pt is damaged, or not a policy.pt of this project \(.*another checkpoint"
     ):
         load(tmp_path, "policy.pt")
 
@@ -696,7 +696,7 @@ def test_a_truncated_policy_pt(run, tmp_path, share):
 @pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, 7], ids=str)
 def test_another_file_that_torch_wrote(tmp_path, content):
     torch.save(content, tmp_path / "policy.pt")
-    with pytest.raises(UserError, match="no policy.pt of this project"):
+    with pytest.raises(UserError, match="not a policy.pt of this project"):
         load(tmp_path, "policy.pt")
 
 
@@ -733,7 +733,7 @@ def test_the_first_differing_key_is_named(run, tmp_path):
     message = changed(run, tmp_path, lambda state: state.pop("model.layers.0.self_attn.k_proj.weight"))
     assert "it has no model.layers.0.self_attn.k_proj.weight" in message
     message = changed(run, tmp_path, lambda state: state.update({"v_head.weight": torch.zeros(1)}))
-    assert "it has v_head.weight, which the model has not" in message
+    assert "it has v_head.weight, which the model does not have" in message
     message = changed(run, tmp_path, narrow)
     assert "it has model.layers.1.mlp.up_proj.weight of shape (7, 32), the model of (48, 32)" in message
 

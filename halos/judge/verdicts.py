@@ -1,15 +1,19 @@
-"""From a judge's raw reply to its verdict. A verdict that is read wrongly costs more than one that is not read: the
-judge is asked again. So every form is matched narrowly, and what contradicts itself is not read at all.
+"""Verdicts: reading the verdict out of the text of a judge's reply.
 
-1. Reasoning goes: it weighs one side after the other, and one that never ended has no answer yet.
-2. A reply that is one JSON object says what its verdict key says; its other texts are not looked at.
-3. Quotations go, for what is quoted is mostly a response, which may hold a verdict of its own.
-4. What states a verdict by its form is collected: a label ("Verdict: 1"), a JSON key, [[A]], <answer>1</answer>,
+A verdict that is read wrongly costs more than one that is not read, since the judge is then asked again. So all forms
+are matched narrowly, and a reply that contradicts itself is not read at all. `parse_verdict` works in six steps:
+
+1. Remove the reasoning, which weighs one side after the other. If it never ended, there is no answer yet.
+2. If the reply is one JSON object, read its verdict key, and nothing else.
+3. Remove quotations. They mostly quote a response, which may contain a verdict of its own.
+4. Collect what states a verdict by its form: a label ("Verdict: 1"), a JSON key, [[A]], <answer>1</answer>,
    \\boxed{1}, and a first or last line that is nothing but a verdict ("1", "Output (b)").
-5. Sentences are collected that compare the two responses as a whole ("I prefer 2 over 1"). A small grammar matches
-   them, in which only known adverbs stand between subject, verb and comparative, and only known openings before: a
-   negation, a condition, or somebody else's opinion does not fit.
-6. All of 4 and 5 must agree. The last one stands against earlier ones only where the judge says that it corrects them.
+5. Collect sentences that compare the two responses as a whole ("I prefer 2 over 1"). A small grammar matches them. It
+   allows only known adverbs between subject, verb and comparative, and only known words before them, so that a
+   negation, a condition, or somebody else's opinion does not match.
+6. All claims of 4 and 5 must agree. The last one wins over earlier ones only if the judge says that it corrects them.
+
+To read a new form of reply, add it to the tables in tests/test_judge_verdicts.py first.
 """
 
 import json
@@ -19,17 +23,17 @@ from typing import Any, NamedTuple
 
 
 class Claim(NamedTuple):
-    """What a sentence states: 1, 2, 0, or None where it states something that cannot be read."""
+    """A verdict that a sentence states: 1, 2, 0, or None for a verdict that cannot be read. sentence: its index."""
 
     sentence: int
     verdict: int | None
 
 
-LONGEST_ANSWER = 20_000  # characters without the reasoning; a longer one repeats itself, or copies the responses
+LONGEST_ANSWER = 20_000  # characters without reasoning; a longer answer repeats itself or copies the responses
 
 
 def parse_verdict(text: str) -> int | None:
-    """1 or 2 for the better response, 0 for a tie; None for a reply that is empty, unclear or contradictory.
+    """Read 1 or 2 for the better response, or 0 for a tie; None if the reply is empty, unclear or contradictory.
 
     Takes any text, in time linear in its length, and never raises.
     """
@@ -46,7 +50,7 @@ def parse_verdict(text: str) -> int | None:
 
 
 def _agreed(claims: list[Claim], sentences: list[str] | None = None) -> int | None:
-    """What all claims say; or the last one, where it corrects all that say something else."""
+    """Return what all claims say, or the last claim if it corrects all others; None if neither holds."""
     if not claims:
         return None
     sentences = sentences or [""]
@@ -59,6 +63,7 @@ def _agreed(claims: list[Claim], sentences: list[str] | None = None) -> int | No
 
 
 def _corrects(sentences: list[str], last: int, others: list[int]) -> bool:
+    """Whether the judge says that its last claim corrects the others, or is the final one. Arguments are indices."""
     if last in others:
         return False
     since = sentences[max(others) + 1 : last + 1]
@@ -74,7 +79,7 @@ CORRECTION = re.compile(
 FINAL = re.compile(r"\b(?:final|overall)\b", re.IGNORECASE)
 
 
-# ---- 1 and 3: what belongs to the answer
+#### THE ANSWER WITHOUT REASONING AND QUOTATIONS (1 AND 3)
 
 NOUN = "(?:response|answer|assistant|output|option|reply|completion|candidate|model|choice|summary)"
 
@@ -89,11 +94,11 @@ PLAIN = str.maketrans(
 )
 FENCE = re.compile(r"```[^\n`]*\n?(.*?)```", re.DOTALL)
 TAG = re.compile(r"<(verdict|answer|final_answer|winner|choice)>\s?([^<>]{1,40}?)\s?</\1>", re.IGNORECASE)
-OUR_FENCE = re.compile(r"^==== [0-9a-f]+ ====$", re.MULTILINE)  # of halos/judge.py; a judge may repeat its prompt
+OUR_FENCE = re.compile(r"^==== [0-9a-f]+ ====$", re.MULTILINE)  # of prompts.py; a judge may repeat its prompt
 BLOCK_QUOTE = re.compile(r"^ ?>.*$", re.MULTILINE)
-# An opening quote stands before a word, and not behind one, as that of 5" does; one that never closes quotes the rest.
+# An opening quote comes before a word, and not after one, as in 5". If it is never closed, it quotes all that follows.
 QUOTATION = re.compile(r'(?<![\w"\\])"(?=[^\s"])((?:[^"\\]|\\.)*)("?)', re.DOTALL)
-# "Response 2 says:", or "This is the end of Response 2:" and a verdict; where the quotation ends is anybody's guess.
+# "Response 2 says:", or "This is the end of Response 2:" and a verdict. The end of such a quotation is unknown.
 SLOT = rf"(?:{NOUN} ?#?[(\[]?[12AB]|(?:first|second) {NOUN})\b"
 ANNOUNCED = re.compile(
     rf"(?:\b(?:says|said|reads|writes|wrote|states|quotes|(?:ends|begins|starts) with)\b[^\n:]{{0,40}}:$|"
@@ -104,7 +109,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n")
 
 
 def _without_reasoning(text: str) -> str:
-    """What follows the reasoning; nothing where that has not ended."""
+    """Return what follows the reasoning; nothing if the reasoning has not ended."""
     if "<|channel|>" in text:
         text = FINAL_CHANNEL.split(text)[-1] if FINAL_CHANNEL.search(text) else ""
     answer = REASONING_END.split(text)[-1]
@@ -112,7 +117,7 @@ def _without_reasoning(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """One kind of quotes and dashes, no emphasis, no runs of white space, no code but that which is the answer."""
+    """Normalise quotes, dashes and white space, and remove emphasis and code, unless the code is the answer."""
     text = TAG.sub(r"\nVerdict: \2\n", OUR_FENCE.split(text)[-1])
     text = FENCE.sub(lambda block: f"{block[1]}\n" if _is_answer(block) else "…", text)
     text = text.translate(PLAIN).replace("__", "")
@@ -124,7 +129,7 @@ def _is_answer(block: re.Match) -> bool:
 
 
 def _without_quotations(text: str) -> str:
-    """Names and values stay, as in "verdict": "1"."""
+    """Remove quoted texts; names and values stay, as in "verdict": "1"."""
     text = ANNOUNCED.sub("…", BLOCK_QUOTE.sub("…", text))
     return QUOTATION.sub(lambda quote: quote[0] if _is_name(quote) else '"…"', text)
 
@@ -133,13 +138,13 @@ def _is_name(quote: re.Match) -> bool:
     return bool(quote[2]) and len(quote[1]) < 40 and (quote[1].isidentifier() or _value(quote[1]) is not None)
 
 
-# ---- 2 and 4: what states a verdict by its form
+#### VERDICTS BY THEIR FORM (2 AND 4)
 
 NUMBERED = rf"(?:the )?{NOUN} ?(?:#|no\. ?|number )?"
 FIRST = rf"(?:{NUMBERED}[(\[]?(?:1|one|a)[)\]]?|(?:the )?(?:first|1st)(?: one| {NOUN})?|[(\[]?[1a][)\]]?)"
 SECOND = rf"(?:{NUMBERED}[(\[]?(?:2|two|b)[)\]]?|(?:the )?(?:second|2nd)(?: one| {NOUN})?|[(\[]?[2b][)\]]?)"
 TIE = r"(?:(?:a |it's a )?(?:tie|tied|draw)|neither(?: one)?(?: is better)?|both|equal|equally good)"
-VALUES = [re.compile(value, re.IGNORECASE) for value in (TIE, FIRST, SECOND)]  # at the index of their verdict
+VALUES = [re.compile(value, re.IGNORECASE) for value in (TIE, FIRST, SECOND)]  # index = verdict
 ORDERING = re.compile(rf"(?:{NOUN} )?([12ab]) ?([<>=])\2{{0,2}} ?(?:{NOUN} )?([12ab])", re.IGNORECASE)
 HEADING = re.compile(r" ?[.:)(-]")
 REASON = re.compile(r",? (?:because|since|as it|as the) | ?[,;:(-] ?", re.IGNORECASE)
@@ -156,23 +161,23 @@ LABEL = (
     r"preference|choice|pick|decision|judge?ment"
 )
 LABELLED = re.compile(rf"[#\-{{ ]{{0,8}}{QUALIFIER}({LABEL}|conclusion)) ?(is:?|[:=-]|$) ?(.*)", re.IGNORECASE)
-# What it says and cannot be read must not be overruled by what can be read elsewhere.
+# If a label of these has a value that cannot be read, no other statement may overrule it.
 BINDING = re.compile("verdict|winner|decision|judg", re.IGNORECASE)
-# Of "The answer is 2" nobody knows the question, unless the reply ends with it. The same goes for a box.
+# "The answer is 2" may answer the prompt's own question, unless the reply ends with it. So may a box.
 ANSWER = re.compile(r"[#\- ]{0,8}(?:the |my )?(?:final )?answer ?: ?(.*)", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed ?\{(?:\\[a-z]{1,8} ?\{)?([^{}]{1,40})\}")
 JSON_LABEL = re.compile(rf"{QUALIFIER}{LABEL}|(?:final )?answer)", re.IGNORECASE)
 JSON_KEY = re.compile(r"""["'](\w{1,30})["'] ?: ?(["']?)([^"',}]*)\2 ?(?:[,}]|$)|["'](\w{1,30})["'] ?:""")
-# A judge that tells of an attempt to sway it may show it; its own verdict then comes at the end.
+# A judge that reports a manipulation may quote it. Then only the end of the reply counts.
 SWAYED = re.compile(r"\b(?:inject|manipulat|forg(?:ed|es|ing)\b|hijack|tamper)", re.IGNORECASE)
 BRACKETS = re.compile(r"(?<!rating: )(?<!score: )\[\[([^\[\]]{1,20})\]\]", re.IGNORECASE)
 
 
 def _json(text: str) -> Any:
-    """The (key, value) pairs of an object, a key that occurs twice included, or a text; None if it is neither."""
+    """Parse a JSON object into (key, value) pairs, repeated keys included, or a JSON string; None if it is neither."""
     try:
         return json.loads(text, strict=False, object_pairs_hook=list) if text.startswith(("{", '"')) else None
-    except (ValueError, RecursionError):  # it may have been cut off, or be no JSON at all
+    except (ValueError, RecursionError):  # cut off, or not JSON
         return None
 
 
@@ -187,7 +192,7 @@ def _json_value(value: Any) -> int | None:
 
 
 def _value(text: str) -> int | None:
-    """The verdict that a text is, and is nothing more than."""
+    """Read a text that is a verdict and nothing more."""
     text = text[:80].strip(" \"'!}").removesuffix(".").rstrip(" \"'")
     for verdict, value in enumerate(VALUES):
         if value.fullmatch(text):
@@ -202,7 +207,7 @@ def _value(text: str) -> int | None:
 
 
 def _stated(text: str) -> int | None:
-    """The verdict that a label's text begins with, or comes to."""
+    """Read the verdict with which the text after a label begins, or at which it arrives."""
     text = BRACKETS.sub(r"\1", BOXED.sub(r"\1", text))
     if _value(text) is not None:
         return _value(text)
@@ -218,9 +223,9 @@ def _stated(text: str) -> int | None:
 
 
 def _edge_lines(answer: str, n: int) -> Iterator[Claim]:
-    """A first or last line that is nothing but a verdict; n: number of sentences.
+    """Find a first or last line that is nothing but a verdict. n: number of sentences.
 
-    In longer replies "1." may begin a list, and "Response 1" a section, above all where other lines begin with "2".
+    In longer replies "1." may begin a list, and "Response 1" a section, above all if other lines begin with "2".
     """
     lines = [line.strip("# ") for line in answer.split("\n")]
     for number, sentence in {0: 0, len(lines) - 1: n - 1}.items():
@@ -234,6 +239,7 @@ def _edge_lines(answer: str, n: int) -> Iterator[Claim]:
 
 
 def _statements(sentences: list[str]) -> Iterator[Claim]:
+    """Find labels, JSON keys, brackets and boxes that state a verdict."""
     only_last = any(SWAYED.search(sentence) for sentence in sentences)
     for index, sentence in enumerate(sentences):
         is_last = index == len(sentences) - 1
@@ -256,10 +262,10 @@ def _statements(sentences: list[str]) -> Iterator[Claim]:
                 yield Claim(index, verdict)
 
 
-# ---- 5: sentences that compare the two responses
+#### SENTENCES THAT COMPARE THE TWO RESPONSES (5)
 
-# In a sentence, ① and ② stand for all names of the two responses. 1, A and the like alone are names at the end of a
-# phrase, or before a word that compares; so is a small "a", an article elsewhere, behind a noun.
+# In a sentence, ① and ② stand for all names of the two responses. 1, A and the like alone are names only at the end of
+# a phrase, or before a word that compares. A small "a" is a name only after a noun; elsewhere it is an article.
 ENDS = r"(?=[.,;!)]*$|[,;] | (?:is|wins|beats|outperforms|over|to|than|because|since|as)\b)"
 NAME = (
     rf"\b(?i:{NUMBERED})(?:[{{bare}}]|[(\[](?i:[{{bare}}])[)\]]|(?i:{{number}})|(?i:[{{bare}}]){ENDS})"
@@ -292,7 +298,7 @@ FORMS = (
     "(?:it is|it's|this is|i(?: would|'d)? (?:call|consider|declare) (?:it|this)) a (?:tie|draw)",
     "there is no (?:clear )?(?:winner|preference)",
 )
-# What may follow a form, so that "better written", "better at small talk" or "better than nothing" is none.
+# What may follow a form: "better written", "better at small talk" and "better than nothing" must not match.
 END = (
     r"(?=$|[.,;:!)]| -| (?:because|since|as (?:it|the|①|②)|due to|for (?:its|these|several|being|the following)|"
     r"overall|here|in my opinion|by far|of the two|to (?:this|the) (?:question|prompt)|"
@@ -301,7 +307,7 @@ END = (
 
 
 def _grammar(better: str, worse: str, good: str, equal: str) -> list[re.Pattern]:
-    """FORMS for these words; the groups won and lost are ① or ②, and a tie has neither."""
+    """Compile FORMS for these words. The groups won and lost are ① or ②; in a tie both are None."""
     words = {"better": better, "worse": worse, "good": good, "equal": equal, "adverbs": ADVERBS}
     words |= {"noun": f"(?: one| choice| {NOUN})?", "nouns": f"{NOUN}s"}
     slots = {"won": "(?P<won>[①②])", "lost": f"(?:(?P<lost>[①②])|the other(?: one| {NOUN})?)"}
@@ -326,7 +332,7 @@ SUMMARY = re.compile(
     r"all things considered|for (?:this reason|these reasons)|based on (?:this|the above)|as a result|"
     r"(?:of|between) the two|after careful consideration|after weighing both),? "
 )
-# What may stand before a form: nothing but the words of somebody who sums up, or a clause that concedes or concludes.
+# What may come before a form: words that sum up, or a clause that concedes or concludes.
 OPENING = re.compile(
     r"(?:^|^(?:(?:and|but) )?(?:although|though|even though|while|despite|since|because|given|considering)\b.*, |"
     r"; |\b(?:but|yet|so|and|thus|therefore|hence),? )"
@@ -335,7 +341,7 @@ OPENING = re.compile(
     r"(?:i (?:think|believe|find|feel)|i(?:'d| would) (?:say|argue))(?: that)?|"
     r"(?:overall|explanation|comparison|conclusion|reasoning|verdict|winner):),? ){0,4}$"
 )
-# What may not stand beside one: "better, but I prefer the other".
+# What may not come after a form: "better, but I prefer the other".
 RESERVED = re.compile(
     r"\b(?:however|but|yet|(?:al)?though|nevertheless|despite|that said|on the other hand)\b", re.IGNORECASE
 )
@@ -345,13 +351,13 @@ COMPARED = re.compile(
     r"(?:short|long|clear|simpl|saf|brief|kind|friendli)e?r)\b",
     re.IGNORECASE,
 )
-# What makes a sentence speak of one aspect, under a condition, or for others.
+# Words of a sentence that speaks of one aspect only, under a condition, or for somebody else.
 DOUBTFUL = re.compile(
     r"\b(?:if|unless|whether|when|maybe|perhaps|possibly|might|may|could|arguably|depends|depending|in terms of|"
     r"in some|first glance|says?|said|kidding|or so|hard to|difficult to|or (?:①|②|both)|not sure|unsure)\b|\?$"
 )
 CAUSE = re.compile(r"\b(?:because|since|as|due to|for its)\b")
-LENGTHS = range(6, 600)  # characters of what can be trusted to be a sentence
+LENGTHS = range(6, 600)  # characters of a sentence that is trusted
 
 
 def _comparisons(sentences: list[str], grammar: list[re.Pattern]) -> Iterator[Claim]:
@@ -360,14 +366,14 @@ def _comparisons(sentences: list[str], grammar: list[re.Pattern]) -> Iterator[Cl
 
 
 def _overall(sentences: list[str]) -> list[Claim]:
-    """Which response is better; nothing, if what follows begins with a reservation."""
+    """Find which response is better; nothing if a later sentence begins with a reservation."""
     claims = [*_comparisons(sentences, OVERALL)]
     rest = sentences[claims[-1].sentence + 1 :] if claims else []
     return [] if any(RESERVED.match(sentence) for sentence in rest) else claims
 
 
 def _helpful(sentences: list[str]) -> list[Claim]:
-    """That a response is more helpful decides where nothing else is compared: not "more helpful, but less concise"."""
+    """Find which response is more helpful; nothing if they differ otherwise, as in "more helpful, but less concise"."""
     claims = []
     for index, sentence in enumerate(sentences):
         matches = list(_matches(sentence, HELPFUL))
@@ -387,7 +393,7 @@ def _matches(sentence: str, grammar: list[re.Pattern]) -> Iterator[re.Match]:
 
 
 def _with_names(sentence: str) -> str:
-    """In small letters, with ① and ② for the names of the two responses."""
+    """Write a sentence in lower case, with ① and ② for the names of the two responses."""
     sentence = sentence.replace('"', "")
     for mark, name in NAMES.items():
         sentence = name.sub(mark, sentence)
@@ -402,7 +408,7 @@ def _winner(match: re.Match) -> int | None:
 
 
 def _is_meant(match: re.Match) -> bool:
-    """Whether the sentence around a form states it as it stands."""
+    """Whether the sentence asserts the form, without doubt, condition or reservation."""
     sentence = match.string
     cause = CAUSE.search(sentence, match.end())
     if DOUBTFUL.search(sentence[: cause.start()] if cause else sentence):

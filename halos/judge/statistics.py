@@ -1,8 +1,8 @@
-"""What the verdicts of judges say, and how surely: pure functions of arrays of scores, without files and without calls.
+"""Statistics: the numbers of a comparison, as pure functions of arrays of scores, without files and without calls.
 
-A pair's score is the candidate's: 1 won, 0 lost, 0.5 tied, or between, as the mean over orders and judges; NaN where
-the pair is not complete. `summarize` puts everything together; each number has a function of its own below it.
-All intervals are two-sided, at 95 %. What cannot be computed is None, with a reason beside it, and never NaN.
+The score of a pair is the candidate's: 1 won, 0.5 tied, 0 lost, or between, averaged over orders and judges; NaN if a
+verdict is missing. `summarize` puts all numbers together; each number has a function of its own below it.
+All intervals are two-sided, at 95 %. A number that cannot be computed is None, with a reason beside it, and never NaN.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, betaincinv, expit, log_expit, ndtri  # scipy.stats takes a second to import
 
-from halos.comparisons import JudgeScores
+from halos.judge.judges import JudgeScores
 
 CONFIDENCE = 0.95
 Z = float(ndtri(0.5 + CONFIDENCE / 2))
@@ -29,17 +29,18 @@ def summarize(
     baseline_lengths: ArrayLike,
     human: Sequence[str | None] | None = None,
 ) -> dict:
-    """All numbers of a comparison, ready for JSON.
+    """Compute all numbers of a comparison, as a dict that JSON can hold.
 
     candidate_lengths, baseline_lengths: (n_pairs,), in characters
-    human: (n_pairs,), candidate, baseline, tie, or None where nobody said
+    human: (n_pairs,), a person's choice: candidate, baseline, tie, or None
 
-    n_pairs; n_judged: pairs with a verdict for every unit that was asked; failures: pairs without; failed_units
+    Its keys, and the functions that explain them:
+    n_pairs; n_judged: pairs with all verdicts that were asked for; failures: pairs without; failed_units: their number
     win_rate, interval, n_eff: `win_rate`
     wins, losses, ties, decided_rate, decided_interval, sign_test_p: `outcome_counts`
     length_controlled: `length_controlled`; position: `position_bias`; bounds: `bounds`
-    human: `human_agreement`, or None if nobody said anything
-    judges: all of the above for each judge alone, over the pairs that are complete for that judge, and its name
+    human: `human_agreement`, or None without any choice
+    judges: name, and all of the above, for each judge alone, over the pairs with all verdicts of that judge
     agreement: `judge_agreement`
     """
     data = (np.asarray(candidate_lengths, dtype=float), np.asarray(baseline_lengths, dtype=float), human)
@@ -73,15 +74,15 @@ def _summary(
 
 
 def pair_scores(judges: list[JudgeScores]) -> np.ndarray:
-    """(n_pairs,): the mean over judges of each judge's mean over orders, so that judges count alike.
+    """Average the scores of each judge over orders, and then over judges, so that all judges have the same weight.
 
-    NaN where a unit that was asked has no verdict.
+    Returns (n_pairs,); NaN where a verdict that was asked for is missing.
     """
     return np.mean([_filled_scores(judge, np.nan) for judge in judges], axis=0)
 
 
 def _filled_scores(judge: JudgeScores, missing: float) -> np.ndarray:
-    """(n_pairs,): a judge's mean over the orders that were asked, with `missing` in place of what has no verdict."""
+    """Average a judge's scores over the orders that were asked, with `missing` for a missing verdict: (n_pairs,)."""
     verdicts = np.where(np.isnan(judge.scores), missing, judge.scores)
     n_asked = judge.asked.sum(axis=1)
     total = np.where(judge.asked, verdicts, 0.0).sum(axis=1)
@@ -89,7 +90,7 @@ def _filled_scores(judge: JudgeScores, missing: float) -> np.ndarray:
 
 
 def outcomes(scores: np.ndarray) -> np.ndarray:
-    """Scores of any shape -> 1 where the candidate won, 0 tied, -1 lost; NaN where there is no score.
+    """Turn scores of any shape into 1 (the candidate won), 0 (tied) and -1 (lost); NaN stays NaN.
 
     >>> outcomes(np.array([0.75, 0.3 + 0.2, 0.0])).tolist()
     [1.0, 0.0, -1.0]
@@ -99,9 +100,9 @@ def outcomes(scores: np.ndarray) -> np.ndarray:
 
 
 def bounds(judges: list[JudgeScores]) -> list[float] | None:
-    """[worst, best]: the win rate over all pairs, if each missing verdict had gone against the candidate, or for it.
+    """Compute [worst, best]: the win rate of all pairs if the candidate had lost, or won, every missing verdict.
 
-    The win rate of the complete pairs alone may lie outside, where the verdicts of incomplete pairs tell against it.
+    The win rate of the complete pairs alone may lie outside, since incomplete pairs have verdicts, too.
     """
     filled = [np.mean([_filled_scores(judge, missing) for judge in judges], axis=0) for missing in (0.0, 1.0)]
     asked = np.isfinite(filled[0])
@@ -112,7 +113,7 @@ def bounds(judges: list[JudgeScores]) -> list[float] | None:
 
 
 def win_rate(scores: np.ndarray) -> dict:
-    """The mean score with its Wilson interval: {win_rate, interval, n_eff}. scores: (n_pairs,); NaN is left out."""
+    """Compute the mean score and its Wilson interval: {win_rate, interval, n_eff}. scores: (n_pairs,), NaN left out."""
     scores = scores[np.isfinite(scores)]
     if not len(scores):
         return {"win_rate": None, "interval": None, "n_eff": None}
@@ -121,10 +122,11 @@ def win_rate(scores: np.ndarray) -> dict:
 
 
 def effective_n(scores: np.ndarray) -> float:
-    """How many wins and losses would fix their mean m as well as these scores do: n m (1 - m) / var(s).
+    """Compute the number of wins and losses whose mean would be as certain as that of these scores: n m (1 - m) / var.
 
-    Wins and losses alone give n; ties and other scores between vary less, and give more. The variance is the
-    population's; where it is 0 (all won, all lost, all tied), n. scores: (n,), n > 0, none NaN.
+    m is the mean, var the variance (of the population). Wins and losses alone give n. Ties and scores between vary
+    less, and give more. If all scores are equal, var is 0, and the result is n.
+    scores: (n,), n > 0, without NaN
     """
     if np.ptp(scores) < TOLERANCE:
         return float(len(scores))
@@ -133,7 +135,7 @@ def effective_n(scores: np.ndarray) -> float:
 
 
 def wilson(mean: float, n_eff: float) -> list[float]:
-    """Score interval of a proportion (Wilson, 1927), for a sample size that need not be whole."""
+    """Compute the score interval of a proportion (Wilson, 1927); `n_eff` may be a fraction."""
     shrink = 1 + Z**2 / n_eff
     center = (mean + Z**2 / (2 * n_eff)) / shrink
     half = Z * np.sqrt(mean * (1 - mean) / n_eff + Z**2 / (4 * n_eff**2)) / shrink
@@ -141,9 +143,9 @@ def wilson(mean: float, n_eff: float) -> list[float]:
 
 
 def outcome_counts(scores: np.ndarray) -> dict:
-    """{wins, losses, ties, decided_rate, decided_interval, sign_test_p}: the last three leave out the ties.
+    """Count {wins, losses, ties, decided_rate, decided_interval, sign_test_p}; the last three leave the ties out.
 
-    scores: (n_pairs,); NaN is left out
+    scores: (n_pairs,), NaN left out
     """
     outcome = outcomes(scores)
     wins, losses, ties = (int((outcome == value).sum()) for value in (1, -1, 0))
@@ -159,14 +161,14 @@ def outcome_counts(scores: np.ndarray) -> dict:
 
 
 def clopper_pearson(k: int, n: int) -> list[float]:
-    """Exact interval of a proportion (Clopper and Pearson, 1934), k of n > 0."""
+    """Compute the exact interval of a proportion, k of n > 0 (Clopper and Pearson, 1934)."""
     tail = (1 - CONFIDENCE) / 2
     low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
     return [low, float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0]
 
 
 def sign_test(wins: int, losses: int) -> float | None:
-    """Exact two-sided p of so uneven a split if both were as likely; None if there is nothing to split."""
+    """Compute the exact two-sided p of the hypothesis that wins and losses are equally likely; None without any."""
     n = wins + losses
     return min(1.0, 2 * float(bdtr(min(wins, losses), n, 0.5))) if n else None
 
@@ -175,15 +177,15 @@ def sign_test(wins: int, losses: int) -> float | None:
 
 
 def length_controlled(scores: np.ndarray, candidate_lengths: ArrayLike, baseline_lengths: ArrayLike) -> dict:
-    """The win rate at equal lengths, by fractional logistic regression (Papke and Wooldridge, 1996).
+    """Estimate the win rate at equal lengths by fractional logistic regression (Papke and Wooldridge, 1996).
 
     E[score] = logistic(intercept + slope * tanh(d / sd(d))), where d is the candidate's length minus the baseline's and
-    sd has ddof 1, as in https://arxiv.org/abs/2404.04475; the win rate is logistic(intercept). Maximum likelihood, with
-    intervals from the sandwich covariance (HC0), the win rate's through the logistic; with 50 pairs they are a little
-    narrow, and cover 93 to 94 %.
+    sd has ddof 1, as in https://arxiv.org/abs/2404.04475. The win rate is logistic(intercept). The fit is by maximum
+    likelihood; intervals come from the sandwich covariance (HC0), that of the win rate through the logistic. With 50
+    pairs the intervals are a little too narrow: they cover 93 to 94 %.
 
-    scores: (n_pairs,); NaN is left out. Lengths: (n_pairs,), in characters.
-    Returns {win_rate, interval, intercept, slope, slope_interval, reason}: reason is None, or why the others are.
+    scores: (n_pairs,), NaN left out; lengths: (n_pairs,), in characters
+    Returns {win_rate, interval, intercept, slope, slope_interval, reason}: either reason is None, or all others are.
     """
     judged = np.isfinite(scores)
     differences = np.asarray(candidate_lengths, dtype=float) - np.asarray(baseline_lengths, dtype=float)
@@ -208,13 +210,13 @@ def length_controlled(scores: np.ndarray, candidate_lengths: ArrayLike, baseline
 
 
 def _length_covariate(differences: np.ndarray) -> np.ndarray:
-    """tanh(d / sd(d)): (n,), in [-1, 1]; zeros where d does not vary."""
+    """Compute tanh(d / sd(d)): (n,), in [-1, 1]; zeros if d does not vary."""
     deviation = differences.std(ddof=1) if len(differences) > 1 else 0.0
     return np.tanh(differences / deviation) if deviation else np.zeros(len(differences))
 
 
 def _cannot_fit(covariate: np.ndarray, scores: np.ndarray) -> str | None:
-    """Why the regression has no solution, or None."""
+    """Say why the regression has no solution; None if it has one."""
     if len(scores) < 3:
         return "fewer than 3 pairs were judged"
     if np.ptp(scores) < TOLERANCE:
@@ -227,12 +229,12 @@ def _cannot_fit(covariate: np.ndarray, scores: np.ndarray) -> str | None:
 
 
 def is_separable(covariate: np.ndarray, scores: np.ndarray) -> bool:
-    """Whether the likelihood has no maximum, for a covariate that varies: separation, quasi-separation included.
+    """Whether wins and losses are separable (or quasi-separable), so that the likelihood has no maximum.
 
-    A score s weighs as s of a win and 1 - s of a loss. The maximum exists unless a line a + b x is at least 0 at every
-    win and at most 0 at every loss (Albert and Anderson, 1984). With one covariate this means that one of the two is
-    missing, or that the ranges of x at wins and at losses have at most an end in common. Scores between 0 and 1 are in
-    both ranges.
+    A score s counts as s of a win and 1 - s of a loss. The maximum exists unless a line a + b x is at least 0 at every
+    win and at most 0 at every loss (Albert and Anderson, 1984). With one covariate x that varies, there is such a line
+    if there are no wins, or no losses, or if the ranges of x at wins and at losses share at most an end point. Scores
+    between 0 and 1 are in both ranges.
     """
     wins, losses = covariate[scores > TOLERANCE], covariate[scores < 1 - TOLERANCE]
     if not len(wins) or not len(losses):
@@ -241,10 +243,10 @@ def is_separable(covariate: np.ndarray, scores: np.ndarray) -> bool:
 
 
 def _fit_logistic(covariate: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray] | str:
-    """(intercept, slope) of maximum likelihood with their standard errors (HC0), or why there are none.
+    """Fit (intercept, slope) by maximum likelihood, with standard errors (HC0); or say why there is no fit.
 
-    Newton's method, with its step halved while it loses likelihood: where few pairs hold the slope, a whole step can
-    jump to where the likelihood is flat.
+    By Newton's method. A step is halved while it lowers the likelihood: if few pairs determine the slope, a whole step
+    can jump to where the likelihood is flat.
     """
     design = np.stack([np.ones_like(covariate), covariate], axis=1)
     coefficients, gain = np.zeros(2), np.inf
@@ -269,7 +271,7 @@ def _fit_logistic(covariate: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray
 
 
 def _log_likelihood(logits: np.ndarray, scores: np.ndarray) -> float:
-    """Of scores under Bernoulli means, up to a constant for scores between 0 and 1."""
+    """Log-likelihood of the scores under Bernoulli means, up to a constant for scores between 0 and 1."""
     return float(scores @ log_expit(logits) + (1 - scores) @ log_expit(-logits))
 
 
@@ -277,14 +279,14 @@ def _log_likelihood(logits: np.ndarray, scores: np.ndarray) -> float:
 
 
 def position_bias(judges: list[JudgeScores]) -> dict:
-    """Whether judges favour a slot, of the judges that see two responses; counts are summed over them.
+    """Measure whether the judges that see both responses prefer a slot. Counts are summed over these judges.
 
-    first_slot_share: of the single verdicts that are no tie, those for the response shown first; 0.5 without bias, if
-        every pair is judged in both orders
-    consistent, inconsistent: pairs whose two orders have the same outcome, or not
-    first_twice, second_twice: of the inconsistent ones, those that the first slot won in both orders, or the second;
-        in the others one order is a tie
-    mcnemar_p: `mcnemar` of these two, for one judge (verdicts of several on the same pair are not independent)
+    first_slot_share: share of the verdicts (ties left out) for the response shown first; 0.5 without bias, if every
+        pair is judged in both orders
+    consistent, inconsistent: pairs whose two orders have the same outcome, and other pairs
+    first_twice, second_twice: inconsistent pairs that the first slot won in both orders, and that the second slot won;
+        in the other inconsistent pairs one order is a tie
+    mcnemar_p: `mcnemar` of these two, for one judge (verdicts of several judges on a pair are not independent)
     reason: why any of these is None, or None
     """
     slots = [outcomes(judge.scores) * (1, -1) for judge in judges if judge.has_positions]  # 1 where the first slot won
@@ -307,7 +309,7 @@ def position_bias(judges: list[JudgeScores]) -> dict:
 
 
 def _position_reason(n_judges: int, verdicts: np.ndarray, p: float | None) -> str | None:
-    """Why something about positions is None. verdicts: (n, 2), of `n_judges` judges."""
+    """Say why a number about positions is None. verdicts: (n, 2), of `n_judges` judges."""
     if not n_judges:
         return "responses were scored one by one, so there are no positions"
     if np.isnan(verdicts).all():
@@ -322,7 +324,7 @@ def _position_reason(n_judges: int, verdicts: np.ndarray, p: float | None) -> st
 
 
 def mcnemar(b: int, c: int) -> float | None:
-    """Exact two-sided p of b discordant pairs one way and c the other (McNemar, 1947); None if there are none."""
+    """Compute the exact two-sided p of b discordant pairs one way and c the other (McNemar, 1947); None without any."""
     return sign_test(b, c)
 
 
@@ -330,9 +332,9 @@ def mcnemar(b: int, c: int) -> float | None:
 
 
 def judge_agreement(judges: list[JudgeScores]) -> dict:
-    """{kind, kappa, n, reason}: kappa of the judges' outcomes (win, tie, loss), over the n pairs complete for all.
+    """Compute kappa of the judges' outcomes (win, tie, loss) over the n pairs that have all verdicts of all judges.
 
-    kind: cohen for two judges, fleiss for more; None for one
+    Returns {kind, kappa, n, reason}; kind is cohen for two judges, fleiss for more, None for one.
     """
     if len(judges) < 2:
         return {"kind": None, "kappa": None, "n": 0, "reason": "there is one judge"}
@@ -347,7 +349,7 @@ def judge_agreement(judges: list[JudgeScores]) -> dict:
 
 
 def human_agreement(scores: np.ndarray, human: Sequence[str | None]) -> dict:
-    """How often the outcome is the one that people chose, over the n pairs with a score and a label.
+    """Compute how often the outcome is a person's choice, over the n pairs with both.
 
     human: (n_pairs,), candidate, baseline, tie or None
     Returns {n, agreement, interval, kappa, reason}: the share, its Clopper-Pearson interval, Cohen's kappa.
@@ -373,12 +375,14 @@ def _kappa_reason(n: int, kappa: float | None) -> str | None:
 
 
 def _cross_table(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(3, 3) counts of two arrays of outcomes."""
+    """Count the pairs of outcomes in two arrays: (3, 3)."""
     return np.array([[np.sum((one == a) & (other == b)) for b in (1, 0, -1)] for a in (1, 0, -1)])
 
 
 def cohen_kappa(table: ArrayLike) -> float | None:
-    """Agreement of two raters beyond chance (Cohen, 1960). table: (k, k) counts; None if chance alone gives 1.
+    """Compute the agreement of two raters beyond chance (Cohen, 1960); None if chance alone gives 1.
+
+    table: (k, k) counts
 
     >>> round(cohen_kappa([[40, 10], [5, 45]]), 9)
     0.7
@@ -391,9 +395,9 @@ def cohen_kappa(table: ArrayLike) -> float | None:
 
 
 def fleiss_kappa(counts: ArrayLike) -> float | None:
-    """Agreement of several raters beyond chance (Fleiss, 1971); None if chance alone gives 1.
+    """Compute the agreement of several raters beyond chance (Fleiss, 1971); None if chance alone gives 1.
 
-    counts: (n, k), how many raters put a subject into a category; all rows have the same sum, of at least 2
+    counts: (n, k), number of raters who put subject i into category j; all rows have the same sum, of at least 2
     """
     counts = np.asarray(counts, dtype=float)
     if not len(counts):

@@ -1,37 +1,22 @@
 """Chat models as judges, behind any OpenAI-compatible server.
 
-`ChatJudge.ask` is one call, without retries. What a server refuses is negotiated here; what an error means for the
-request, and for all the others, is in `classified`. Waiting, retrying and stopping are in halos/judging.py.
+`ChatJudge.ask` is one call, without retries. If the server refuses a parameter, the parameter is replaced here
+(`refused_parameter`, `replacement`); `classified` says what an error means for the request and for the whole run.
+Waiting and retrying are in run.py. Change PRICES for new models, and MODES for another way of asking for a verdict.
 """
 
-import argparse
 import asyncio
 import json
 import math
-import os
 import re
 import time
 from email.utils import parsedate_to_datetime
 
-from halos.comparisons import Pair, digest, slots
-from halos.errors import UserError
-from halos.judge import (
-    INSTRUCTIONS,
-    REMINDER,
-    FunctionJudge,
-    Judge,
-    PromptTemplate,
-    Reply,
-    Stop,
-    Unanswerable,
-    Unavailable,
-    is_python,
-    load_template,
-)
-from halos.replies import parse_verdict
+from halos.judge.judges import Judge, Reply, Stop, Unanswerable, Unavailable
+from halos.judge.prompts import INSTRUCTIONS, REMINDER, PromptTemplate
+from halos.judge.samples import Pair, digest, slots
+from halos.judge.verdicts import parse_verdict
 
-# A snapshot, so that numbers of different months can be compared.
-DEFAULT_JUDGE = "gpt-5.4-mini-2026-03-17"
 # US dollars per million input and output tokens at OpenAI, as published in June 2026; --price overrides them.
 PRICES = {
     "gpt-5.5": (5.0, 30.0),
@@ -46,14 +31,35 @@ PRICES = {
 OPENAI_URL = "https://api.openai.com/v1"
 
 
-# ---- Models behind a server
+POOL_SIZE = 8  # connections per client
+MAX_TOKENS = 8192  # of a reply, however often its limit is raised
+
+# What is asked of the server, by mode.
+SCHEMA = {
+    "type": "object",
+    "properties": {"explanation": {"type": "string"}, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}},
+    "required": ["explanation", "verdict"],
+    "additionalProperties": False,
+}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA}}
+MODES: dict[str, dict] = {
+    "json": {"response_format": JSON_SCHEMA},
+    "text": {},
+    "logprob": {"logprobs": True, "top_logprobs": 20, "max_tokens": 1},
+}
 
 
 class ChatJudge(Judge):
     """A chat model behind an OpenAI-compatible server.
 
-    What the server does not support is found out by the first call: the parameter that it refuses is replaced, for all
-    calls after it. Keys of requests are those of what was wished for, so that a restart finds its answers.
+    The first call finds out which parameters the server supports. A parameter that it refuses is replaced, for all
+    later calls. Keys of requests cover the parameters of the first call, so that a restart finds its replies.
+
+    mode: json, text or logprob
+    api_key: sent as it is; servers without keys take any
+    price: US dollars per million input and output tokens
+    connections: most calls in flight
+    timeout: seconds for one call
     """
 
     def __init__(
@@ -67,7 +73,6 @@ class ChatJudge(Judge):
         connections: int = 32,
         timeout: float = 60.0,
     ):
-        """price: US dollars per million input and output tokens; connections: calls in flight; timeout: seconds."""
         self.name, self.mode, self.template, self.price, self.timeout = model, mode, template, price, timeout
         self.base_url, self.api_key, self.connections = base_url, api_key, connections
         self.parameters: dict = {"temperature": 0, "max_tokens": 512, **MODES[mode]}
@@ -77,6 +82,7 @@ class ChatJudge(Judge):
         self.calls = 0
 
     def request(self, pair: Pair, order: int) -> list[dict]:
+        """Make the chat messages."""
         return self.template.messages(pair.prompt, *slots(pair, order), INSTRUCTIONS[self.mode])
 
     def key(self, request: list[dict]) -> str:
@@ -98,7 +104,7 @@ class ChatJudge(Judge):
         return None if winner is None else (0.5, 1.0, 0.0)[winner]
 
     async def ask(self, request: list[dict], unread: Reply | None = None) -> Reply:
-        """One answer. unread: the previous reply, in which no verdict was found."""
+        """Make one call. After an unread reply, allow more tokens if it was cut off, else ask for the verdict alone."""
         if unread is not None and unread.finish == "length":
             self._raise_limit(unread)
         elif unread is not None:
@@ -107,7 +113,7 @@ class ChatJudge(Judge):
         return await self._negotiate(request)
 
     async def _negotiate(self, request: list[dict]) -> Reply:
-        """Ask, each time with one parameter less or another instead, until the server takes them all."""
+        """Send the request, and replace one refused parameter at a time until the server accepts them all."""
         from openai import APIStatusError
 
         while True:
@@ -118,11 +124,11 @@ class ChatJudge(Judge):
                 refused = refused_parameter(error, parameters)
                 if refused is None:
                     raise classified(error, self) from error
-                if self.parameters is parameters:  # nobody else has replaced it meanwhile
+                if self.parameters is parameters:  # no other call has replaced it meanwhile
                     self.parameters = replacement(parameters, refused)
 
     async def _post(self, body: dict) -> Reply:
-        """One HTTP request. The answer is wanted as it came, so it is read here and not by the client's models."""
+        """Send one HTTP request. The journal keeps the body as it came, so it is not parsed by the client's models."""
         import httpx2
         import openai
 
@@ -140,7 +146,7 @@ class ChatJudge(Judge):
         return read_completion(response.text, time.perf_counter() - started)
 
     async def open(self) -> None:
-        """A client for every few calls in flight: a pool looks through all its connections for each call."""
+        """Make one client per POOL_SIZE calls in flight: a pool looks through all its connections for each call."""
         import httpx2
         import openai
 
@@ -158,7 +164,7 @@ class ChatJudge(Judge):
         ]
 
     def _raise_limit(self, cut: Reply) -> None:
-        """A reply ended before its verdict, as reasoning models' do: allow twice what it took."""
+        """Allow twice the tokens of a reply that was cut off before its verdict, as those of reasoning models are."""
         for name in ("max_tokens", "max_completion_tokens"):
             if name in self.parameters:
                 taken = cut.usage[1] if cut.usage else self.parameters[name]
@@ -170,27 +176,15 @@ class ChatJudge(Judge):
             await client.close()
 
 
-POOL_SIZE = 8
-MAX_TOKENS = 8192
-SCHEMA = {
-    "type": "object",
-    "properties": {"explanation": {"type": "string"}, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}},
-    "required": ["explanation", "verdict"],
-    "additionalProperties": False,
-}
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA}}
-MODES: dict[str, dict] = {
-    "json": {"response_format": JSON_SCHEMA},
-    "text": {},
-    "logprob": {"logprobs": True, "top_logprobs": 20, "max_tokens": 1},
-}
+#### PARAMETERS THAT A SERVER REFUSES
 
 
 def refused_parameter(error, parameters: dict) -> str | None:
-    """The parameter that an error is about, of those that were sent.
+    """Find the parameter that an error is about, among those that were sent; None if it is about something else.
 
-    OpenAI names it in `param`, others in their message only; 403 is how OpenAI refuses logprobs, 422 how servers built
-    on FastAPI refuse what they do not know.
+    error: an openai.APIStatusError
+    OpenAI names the parameter in `param`, other servers in their message only. OpenAI refuses logprobs with a 403;
+    servers built on FastAPI refuse unknown parameters with a 422.
     """
     detail = error.body if isinstance(error.body, dict) else {}
     if error.status_code not in (400, 403, 422) or ABOUT_THE_TEXTS.search(error.response.text):
@@ -203,27 +197,30 @@ def refused_parameter(error, parameters: dict) -> str | None:
     return next((name for word, name in words.items() if name in parameters and word in said), None)
 
 
-# Errors about this pair's texts; some of them name max_tokens, which does not make it unsupported.
+# Errors about the texts of this request. Some of them name max_tokens, which is supported nevertheless.
 ABOUT_THE_TEXTS = re.compile(
     r"content.?(filter|policy|management)|invalid_prompt|context.?(length|window|size)|too (long|large)", re.IGNORECASE
 )
 
 
 def replacement(parameters: dict, refused: str) -> dict:
-    """The parameters without the one that was refused, or with what takes its place."""
+    """Leave a refused parameter out, or put what the server may accept in its place."""
     rest = {name: value for name, value in parameters.items() if name != refused}
     if refused == "max_tokens":
         return {**rest, "max_completion_tokens": parameters[refused]}
     if refused == "response_format" and parameters[refused] == JSON_SCHEMA:
         return {**rest, "response_format": {"type": "json_object"}}
-    if refused in ("logprobs", "top_logprobs"):  # what is left is a text, and a token is not enough for everyone's
+    if refused in ("logprobs", "top_logprobs"):  # the verdict is then read from a text, which needs more than a token
         rest = {name: value for name, value in rest.items() if name not in ("logprobs", "top_logprobs")}
         return {name: 512 if name.startswith("max_") else value for name, value in rest.items()}
     return rest
 
 
+#### ERRORS
+
+
 def classified(error, judge: ChatJudge) -> Exception:
-    """What an HTTP error means for the request, and for all others."""
+    """Turn an HTTP error (openai.APIStatusError) into Stop, Unavailable or Unanswerable."""
     status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
     code = str(body.get("code") or body.get("type") or "")
     reason = f"{status} {' '.join(str(body.get('message') or error.response.text or code).split())[:300]}"
@@ -244,7 +241,7 @@ REMEDIES = {
 
 
 def retry_after(headers) -> float | None:
-    """Seconds to wait, from Retry-After-Ms or Retry-After (seconds, or a date)."""
+    """Read the seconds to wait from Retry-After-Ms or Retry-After (seconds, or a date); None without a valid one."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:
@@ -261,14 +258,17 @@ def retry_after(headers) -> float | None:
 
 
 def _unconnected(error: BaseException) -> bool:
-    """Whether no connection was made, so that nothing can have been billed."""
+    """Whether no connection was made, so that nothing was billed."""
     import httpx2
 
     return isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol)
 
 
+#### REPLIES
+
+
 def read_completion(body: str, latency: float) -> Reply:
-    """A chat completion's JSON, or anything else, which has no verdict."""
+    """Read the JSON of a chat completion; a body that is anything else becomes a broken Reply. latency: seconds."""
     try:
         answer = json.loads(body)
         choice = answer["choices"][0]
@@ -288,7 +288,7 @@ def read_completion(body: str, latency: float) -> Reply:
 
 
 def _p_first(choice: dict) -> float | None:
-    """P("1") / (P("1") + P("2")) of the first token, or None where neither is among the likely ones."""
+    """Compute P("1") / (P("1") + P("2")) of the first token; None if neither is among the most likely tokens."""
     try:
         likely = choice["logprobs"]["content"][0]["top_logprobs"]
         masses = {"1": 0.0, "2": 0.0}
@@ -301,43 +301,11 @@ def _p_first(choice: dict) -> float | None:
     return masses["1"] / total if total > 0 else None
 
 
+#### PRICES
+
+
 def published_price(model: str, base_url: str) -> tuple[float, float] | None:
-    """The published price of a model at OpenAI; a dated snapshot costs what its family costs."""
+    """Look up the price of a model at OpenAI. A dated snapshot costs what its family costs. None if it is not known."""
     if base_url != OPENAI_URL:
         return None
     return PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
-
-
-def make_judges(args: argparse.Namespace) -> list[Judge]:
-    """One for each --judge of compare.py; what a judge lacks is a UserError before anything is asked."""
-    names = args.judge or [DEFAULT_JUDGE]
-    if len(set(names)) < len(names):
-        raise UserError(f"--judge {max(names, key=names.count)} is given twice; give each judge once")
-    prices = args.price or [None]
-    if len(prices) not in (1, len(names)):
-        raise UserError(f"--price is given {len(prices)} times for {len(names)} judges; give it once, or for each")
-    template = load_template(args.template)
-    prices = prices * len(names) if len(prices) == 1 else prices
-    return [_make_judge(name, price, template, args) for name, price in zip(names, prices, strict=True)]
-
-
-def _make_judge(
-    name: str, price: tuple[float, float] | None, template: PromptTemplate, args: argparse.Namespace
-) -> Judge:
-    if is_python(name):
-        return FunctionJudge(name, scores=args.judge_kind == "score")
-    if args.judge_kind == "score":
-        raise UserError(
-            f"--judge_kind score is for Python functions, and --judge {name} is none; give pkg.module:function"
-        )
-    base_url = (args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-    if not re.match(r"https?://[^/]", base_url):
-        raise UserError(f"--base_url {base_url} is no address; give one such as http://localhost:8000/v1")
-    price = price or published_price(name, base_url)
-    if args.max_cost is not None and price is None:
-        raise UserError(f"--max_cost {args.max_cost:g}: no price of {name} is known; give --price IN,OUT")
-    api_key = os.environ.get("OPENAI_API_KEY", "")
-    if not api_key and base_url == OPENAI_URL and not (args.dry_run or args.stats_only):
-        remedy = "set it, or give the --base_url of another server, or a Python function as --judge"
-        raise UserError(f"--judge {name}: OPENAI_API_KEY is not set; {remedy}")
-    return ChatJudge(name, args.mode, template, base_url, api_key or "none", price, args.concurrency, args.timeout)

@@ -1,13 +1,14 @@
-"""The journal of a judge's work: an append-only file from which nothing paid is ever lost.
+"""The journal: an append-only file of all calls and verdicts, so that nothing that was paid for is lost.
 
-A line is a JSON object about one key (a request to a judge, see halos/judge.py):
+A line is a JSON object about one key. A key identifies a request to a judge (`Judge.key`).
 
-    {"sent": KEY, ...}      a call is about to be made; one that has neither of the next two was possibly billed
-    {"got": KEY, ...}       what came back, as it came, whether there is a verdict in it or not
-    {"error": KEY, ...}     nothing came back, and why
-    {"verdict": KEY, ...}   final: the score of the first slot, or the permanent reason why there is none
+    {"sent": KEY, ...}      a call is about to be made; if no reply or error follows, it was possibly billed
+    {"got": KEY, ...}       the reply, as it came, with or without a verdict in it
+    {"error": KEY, ...}     the call failed, and why
+    {"verdict": KEY, ...}   final: the score of the first slot, or why there will never be one
 
-Lines go to the operating system at once, so that they survive the death of the process, and to the disk in groups.
+Lines are handed to the operating system at once, so that they survive the death of the process. They are synced to the
+disk in groups. Journals of earlier versions must stay readable: add fields, and never change one.
 """
 
 import asyncio
@@ -19,24 +20,28 @@ from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
 from halos.errors import UserError
-from halos.judge import Reply
+from halos.judge.judges import Reply
 
 NAME = "journal.jsonl"
 SECONDS_BETWEEN_SYNCS = 0.5
+REPLY_FIELDS = tuple(Reply.__dataclass_fields__)
 
 
 class JournalLocked(UserError):
+    """Another process writes this journal."""
+
     code = 5
 
 
 @dataclass(slots=True)
 class Entry:
-    """What the journal knows of a key.
+    """All that the journal says about one key.
 
-    sent: calls so far; open: those of which nothing is known; lost: those that failed, and may have been billed
-    error: why the last one failed, if it did
-    answers: replies of the judge so far; tokens: input and output tokens of all that came back
-    reply_at: where the line of the last answer starts, or -1
+    score: the verdict, score of the first slot in [0, 1]; failed: or why there will never be one
+    sent: number of calls; open: calls without a reply or error; lost: failed calls that may have been billed
+    error: why the last call failed, or None
+    answers: number of replies that are chat completions; tokens: (input, output) of all replies
+    reply_at: position in the file of the last such reply, or -1
     """
 
     score: float | None = None
@@ -55,17 +60,23 @@ class Entry:
 
     @property
     def possibly_billed(self) -> int:
+        """Number of calls that may have been billed without a reply."""
         return self.open + self.lost
 
 
 class Journal:
-    """One process writes a journal at a time; `read_only` neither locks nor repairs, and sees what is there now."""
+    """The journal of a directory. One process writes it at a time.
+
+    read_only: do not lock or repair the file; see what is there now
+    damaged: numbers of lines that cannot be read; torn: bytes of a last line that was cut off, or 0
+    Raises JournalLocked if another process writes it, and UserError if the directory cannot be used.
+    """
 
     def __init__(self, directory: str, read_only: bool = False):
         self.path = os.path.join(directory, NAME)
         self.entries: dict[str, Entry] = {}
-        self.damaged: list[int] = []  # line numbers
-        self.torn = 0  # bytes of a last line that was cut off
+        self.damaged: list[int] = []
+        self.torn = 0
         self.read_only = read_only
         self.synced = True
         try:
@@ -88,17 +99,17 @@ class Journal:
             ) from error
         return file
 
-    # ---- Reading
+    #### READING
 
     def _load(self) -> int:
-        """Index the file and return its size; a torn last line, as a crash leaves it, is cut off."""
+        """Index the file and return its size in bytes. A torn last line, as a crash leaves it, is cut off."""
         if self.file is None:
             return 0
         position = 0
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
-                    if not self.read_only:  # otherwise somebody may be writing it
+                    if not self.read_only:  # else another process may be writing it
                         self.torn = len(line)
                         self.file.truncate(position)
                     break
@@ -110,6 +121,7 @@ class Journal:
         return position
 
     def _index(self, record: dict, position: int) -> None:
+        """Add one line, which starts at `position`, to the entry of its key."""
         kind = next(kind for kind in ("sent", "got", "error", "verdict") if kind in record)
         entry = self.entries.setdefault(record[kind], Entry())
         if kind == "sent":
@@ -131,10 +143,11 @@ class Journal:
             entry.score, entry.failed = record.get("score"), record.get("failed")
 
     def entry(self, key: str) -> Entry:
+        """Look up a key; the entry of an unknown one is empty."""
         return self.entries.get(key) or Entry()
 
     def reply(self, key: str) -> Reply | None:
-        """The last reply to a key, as it came."""
+        """Read the last reply to a key from the file, or None."""
         position = self.entry(key).reply_at
         if position < 0 or self.file is None:
             return None
@@ -144,9 +157,10 @@ class Journal:
         usage = record["usage"] and tuple(record["usage"])
         return Reply(**{**{name: record[name] for name in REPLY_FIELDS}, "usage": usage})
 
-    # ---- Writing
+    #### WRITING
 
     def sent(self, key: str, **what) -> None:
+        """Write that a call is about to be made. what: more that people may want to know of it."""
         self._append({"sent": key, "at": round(time.time(), 3), **what})
 
     def got(self, key: str, reply: Reply, attempt: int) -> None:
@@ -177,7 +191,7 @@ class Journal:
         self.synced = False
 
     async def sync_regularly(self) -> None:
-        """Bring to the disk what was written, group by group, until cancelled."""
+        """Sync new lines to the disk every half second, until cancelled."""
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_SYNCS)
             if not self.synced and self.file is not None:
@@ -196,6 +210,3 @@ class Journal:
                 os.fsync(self.file.fileno())
             self.file.close()
             self.file = None
-
-
-REPLY_FIELDS = tuple(Reply.__dataclass_fields__)

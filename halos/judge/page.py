@@ -1,6 +1,7 @@
-"""The page of a comparison: its numbers, and a browser of its pairs with every verdict and raw reply.
+"""The page of --report: the numbers of a comparison, and a browser of its pairs with every verdict and raw reply.
 
-The numbers are those of halos/statistics.py; layout, style and behaviour are in assets/report.html.
+The numbers come from statistics.py. Layout, style and behaviour of the page are in page.html; change `_column`
+to show another number.
 """
 
 import base64
@@ -14,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from halos import statistics
-from halos.comparisons import JudgeScores, Pair
 from halos.files import finished
-from halos.project_dir import PROJECT
+from halos.judge import statistics
+from halos.judge.judges import JudgeScores
+from halos.judge.samples import Pair
 
-SKELETON = Path(PROJECT) / "assets" / "report.html"
-CHUNK = 100  # pairs in one island of the page's data: what is parsed to show one of them
+SKELETON = Path(__file__).with_name("page.html")
+CHUNK = 100  # pairs in one island of data; the page parses a whole island to show one of its pairs
 
 
 def write_html(
@@ -32,15 +33,16 @@ def write_html(
     reply: Callable[[int, int, int], str | None],
     command: str,
 ) -> None:
-    """One self-contained page: the numbers of `summary`, and a browser of all pairs with every verdict and raw reply.
+    """Write one self-contained page: the numbers of `summary`, and all pairs with every verdict and raw reply.
 
-    reply: (judge, pair, order) -> the raw text of that reply, or why there is none, or None; order 0 shows the
-        candidate first. It is called once per asked unit, in the order of the pairs, while the page is being written.
-    command: what made the results, shown as it is
+    summary: as `statistics.summarize` returns it
+    reply: (judge, pair, order) -> raw text of the reply, or why there is none, or None; order 0 shows the candidate
+        first. Called once per unit that was asked, pair by pair, while the page is being written.
+    command: shown as the origin of the results
 
-    Texts are never part of the markup. They are JSON in <script> islands, `CHUNK` pairs each, which the page's own
-    script parses on demand and shows through textContent; the Content-Security-Policy admits that one script, by its
-    hash. The page is written island by island, so memory does not grow with the texts.
+    Texts are never part of the markup. They are JSON in <script> islands of `CHUNK` pairs. The page's own script parses
+    them on demand and shows them through textContent. The Content-Security-Policy admits that one script, by its hash.
+    The page is written island by island, so that memory does not grow with the texts.
     """
     skeleton = SKELETON.read_text(encoding="utf-8")
     blanks = {
@@ -49,9 +51,9 @@ def write_html(
         "<!--NUMBERS-->": _numbers(summary, command),
     }
     head, tail = skeleton.split("<!--DATA-->")
-    # What is filled in is escaped, so no value can hold the mark of another.
+    # Values are escaped, so that no value contains the mark of another one.
     head = re.sub("|".join(blanks), lambda mark: blanks[mark.group()], head)
-    # Lone surrogates in names become a character reference, which browsers show as U+FFFD.
+    # Lone surrogates in names become character references, which browsers show as U+FFFD.
     with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
         file.write(head)
         file.write(f'<script type="application/json" id="index">{island(_index(pairs, judges))}</script>\n')
@@ -62,7 +64,7 @@ def write_html(
 
 
 def island(value: Any) -> str:
-    r"""JSON that can stand inside a <script> element: ASCII without `<`, so nothing in it can end or begin markup.
+    r"""Write JSON for the inside of a <script> element: ASCII without `<`, so that nothing in it begins or ends markup.
 
     >>> island("</script>")
     '"\\u003c/script>"'
@@ -71,11 +73,11 @@ def island(value: Any) -> str:
 
 
 def filters(judges: list[JudgeScores]) -> dict[str, np.ndarray]:
-    """The page's filters, each (n_pairs,) bool.
+    """Compute the page's filters, name -> (n_pairs,) bool.
 
-    win, tie, loss: the outcome of pairs that are complete
-    disagreement: two orders of one judge, or two judges that each are complete, with different outcomes
-    failure: a unit that was asked has no verdict
+    win, tie, loss: the outcome of pairs with all their verdicts
+    disagreement: two orders of one judge, or two judges with all their verdicts, have different outcomes
+    failure: a verdict that was asked for is missing
     """
     outcomes = statistics.outcomes(statistics.pair_scores(judges))
     by_judge = [statistics.outcomes(statistics.pair_scores([judge])) for judge in judges]
@@ -89,13 +91,13 @@ def filters(judges: list[JudgeScores]) -> dict[str, np.ndarray]:
 
 
 def _differ(outcomes: np.ndarray) -> np.ndarray:
-    """outcomes: (n_pairs, k), NaN where there is none -> (n_pairs,) bool, whether two of a row are different."""
+    """Find the rows of (n_pairs, k) outcomes, NaN if missing, in which two differ: (n_pairs,) bool."""
     missing = np.isnan(outcomes)
     return np.where(missing, -np.inf, outcomes).max(axis=1) > np.where(missing, np.inf, outcomes).min(axis=1)
 
 
 def _index(pairs: list[Pair], judges: list[JudgeScores]) -> dict:
-    """What the page filters and sorts on: an array over the pairs each; bit k of `flags` is the k-th of `filters`."""
+    """Collect what the page filters and sorts on, as arrays over pairs. Bit k of `flags` is the k-th of `filters`."""
     masks = filters(judges)
     flags = sum((mask.astype(int) << bit for bit, mask in enumerate(masks.values())), np.zeros(len(pairs), int))
     return {
@@ -111,7 +113,7 @@ def _index(pairs: list[Pair], judges: list[JudgeScores]) -> dict:
 
 
 def _texts(pair: Pair, i: int, judges: list[JudgeScores], reply: Callable[[int, int, int], str | None]) -> dict:
-    """A pair with each judge's two units, None where a unit was not asked."""
+    """Collect the texts of a pair, and each judge's verdict and reply in both orders; None where it was not asked."""
     units = [
         [
             {"score": _number(judge.scores[i, order]), "reply": reply(j, i, order)} if judge.asked[i, order] else None
@@ -128,7 +130,7 @@ def _number(score: float) -> float | None:
 
 
 def _policy(skeleton: str) -> str:
-    """A Content-Security-Policy that admits the skeleton's own script and style and nothing else, from nowhere."""
+    """Make a Content-Security-Policy that admits the skeleton's own script and style, and nothing else."""
 
     def source(tag: str) -> str:
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", skeleton, re.DOTALL)
@@ -138,11 +140,11 @@ def _policy(skeleton: str) -> str:
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
-#### ITS NUMBERS
+#### THE NUMBERS ON THE PAGE
 
 
 def _numbers(summary: dict, command: str) -> str:
-    """The page's header: the win rate as a figure, the command, and a table of all numbers, a column for each judge."""
+    """Make the page's header: the win rate, the command, and a table of all numbers with a column per judge."""
     judges = summary["judges"] if len(summary["judges"]) > 1 else []
     columns = [_column(part) for part in (summary, *judges)]
     rows = [f"<tr><th>{label}</th>{''.join(f'<td>{c[label]}</td>' for c in columns)}</tr>" for label in columns[0]]
@@ -158,7 +160,7 @@ def _numbers(summary: dict, command: str) -> str:
 
 
 def _headline(summary: dict) -> str:
-    """The win rate in large figures over a bar of the outcomes, with the interval as a whisker under the bar."""
+    """Make the win rate in large figures, and a bar of the outcomes with the interval as a whisker under it."""
     if summary["win_rate"] is None:
         return '<h2>Win rate</h2><div class="rate">–</div><p>no pair was judged</p>'
     low, high = (f"{100 * bound:.1f}" for bound in summary["interval"])
@@ -183,7 +185,7 @@ def _bar(counts: dict[str, int], summary: dict) -> str:
 
 
 def _column(summary: dict) -> dict[str, str]:
-    """label -> cell, of one judge or of all together."""
+    """Make the cells {label: HTML} of one judge, or of all judges together."""
     controlled, position = summary["length_controlled"], summary["position"]
     share = position["first_slot_share"]
     cells = {
@@ -242,11 +244,11 @@ def _note(template: str, *numbers: float | None) -> str | None:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}\u00a0%"  # a space that does not break
+    return "–" if share is None else f"{100 * share:.1f}\u00a0%"  # a no-break space
 
 
 def estimate(share: float | None, interval: list[float] | None) -> str:
-    """A share with its interval in %, with spaces that do not break; a dash where there is none."""
+    """Format a share and its interval, both in [0, 1], in percent with no-break spaces; None becomes a dash."""
     if interval is None:
         return _percent(share)
     low, high = interval

@@ -1,19 +1,22 @@
-"""The figure of a comparison: outcomes, win rate against length, and position bias, as halos/statistics.py has them."""
+"""The picture of --plot: outcomes, win rate against length, and position bias, one function per panel.
+
+The numbers come from statistics.py. Change `plot` to add a panel.
+"""
 
 import textwrap
 from typing import Any
 
 import numpy as np
 
-from halos import statistics
 from halos.files import finished
+from halos.judge import statistics
 
 BLUE, ORANGE, PURPLE, GREEN = "#2b66a8", "#c4691b", "#7a5aa6", "#3d8577"
 PALE, GREY, MUTED, INK = "#e6e8ec", "#c6cad0", "#6c737d", "#1b1f26"
 FIGURE_STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "text.color": INK,
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -27,10 +30,10 @@ FIGURE_STYLE: dict[Any, Any] = {
 
 
 def plot(path: str, title: str, summary: dict, scores: np.ndarray, length_differences: np.ndarray) -> None:
-    """A PNG of three panels: the outcomes, the win rate against the difference in length, and the position bias.
+    """Draw a PNG of three panels: outcomes, win rate against the difference in length, and position bias.
 
-    summary: of `statistics.summarize`
-    scores: (n_pairs,), the candidate's score in [0, 1]; NaN where a pair is incomplete
+    summary: as `statistics.summarize` returns it
+    scores: (n_pairs,), score of the candidate in [0, 1]; NaN where a verdict is missing
     length_differences: (n_pairs,), candidate minus baseline, in characters
     """
     import matplotlib
@@ -53,7 +56,7 @@ def plot(path: str, title: str, summary: dict, scores: np.ndarray, length_differ
 
 
 def _draw_outcomes(axis, rows: list[tuple[str, dict]]) -> None:
-    """A bar of wins, ties and losses for each row, and under it the win rates with their intervals."""
+    """Draw a bar of wins, ties and losses for each row, and the win rates with their intervals under it."""
     axis.set_title("Outcomes and win rate")
     if not any(row["n_judged"] for _, row in rows):
         return _say(axis, "no pair was judged")
@@ -81,7 +84,7 @@ def _draw_estimate(axis, y: float, rate: float, interval: list[float], marker: s
 
 
 def _draw_lengths(axis, controlled: dict, scores: np.ndarray, differences: np.ndarray) -> None:
-    """Pairs in bins of equal size by the difference in length: mean score and Wilson interval; the fitted curve."""
+    """Draw mean score and Wilson interval of pairs in bins of equal size by the difference in length; and the fit."""
     from scipy.special import expit
 
     axis.set_title("Win rate against length")
@@ -114,7 +117,7 @@ def _draw_lengths(axis, controlled: dict, scores: np.ndarray, differences: np.nd
 
 
 def _draw_positions(axis, rows: list[tuple[str, dict]]) -> None:
-    """For each judge: how often the response shown first won, and what became of pairs judged in both orders."""
+    """Draw for each judge how often the first slot won, and whether the two orders of a pair agree."""
     axis.set_title("Position")
     positions = [row["position"] for _, row in rows]
     if all(position["first_slot_share"] is None for position in positions):
@@ -135,7 +138,7 @@ def _draw_positions(axis, rows: list[tuple[str, dict]]) -> None:
 
 
 def _draw_share(axis, y: float, position: dict) -> None:
-    """The first slot's share as a distance from 50 %; in words on the other side, where there is room."""
+    """Draw the first slot's share as a distance from 50 %, and write it on the other side, where there is room."""
     share, p = 100 * position["first_slot_share"], position["mcnemar_p"]
     axis.plot([50, share], [y, y], color=INK, linewidth=1.6)
     axis.plot(share, y, "o", color=INK, markersize=5.5)
@@ -145,7 +148,7 @@ def _draw_share(axis, y: float, position: dict) -> None:
 
 
 def _draw_stack(axis, y: float, counts: list[int], colors: tuple[str, ...], height: float) -> None:
-    """Counts as shares of their sum, side by side, with the number in each part that has room for it."""
+    """Draw counts side by side as shares of their sum, with the number in each part that has room for it."""
     left = 0.0
     for n, color in zip(counts, colors, strict=True):
         width = 100 * n / sum(counts)
@@ -165,7 +168,7 @@ def _share_axis(axis, names: list[str], label: str) -> None:
 
 
 def _legend(axis, labels: list[tuple[str, str, str]]) -> None:
-    """Under the axis and its label. labels: (marker or line, colour, text)."""
+    """Draw a legend under the axis and its label. labels: (marker, or "-" for a line, colour, text)."""
     from matplotlib.lines import Line2D
     from matplotlib.transforms import ScaledTranslation
 
@@ -182,14 +185,14 @@ def _legend(axis, labels: list[tuple[str, str, str]]) -> None:
 
 
 def _say(axis, message: str) -> None:
-    """An empty panel that says why."""
+    """Leave the panel empty and write why."""
     axis.axis("off")
     lines = "\n".join(textwrap.wrap(_shorten(message, 400), 46))
     axis.text(0, 0.6, lines, transform=axis.transAxes, va="center", color=MUTED)
 
 
 def _shorten(text: str, width: int) -> str:
-    """One line of at most `width` characters that a font can draw: the middle gives way, lone surrogates too."""
+    """Make one line of at most `width` characters, without its middle if need be, and without lone surrogates."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     if len(text) <= width:
         return text

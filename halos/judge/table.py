@@ -1,40 +1,29 @@
-"""What a comparison leaves: a table for the terminal, a line in the results file, a picture, and a page."""
+"""What a comparison leaves: a table in the terminal, a line in the results file, and, if wanted, a picture and a page.
 
-import argparse
+`table` is what people read first; `line` is what programs read. The numbers come from statistics.py.
+"""
+
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from datetime import datetime
 
-from halos import figure, statistics
-from halos.comparisons import JudgeScores, Pair, lengths
 from halos.errors import UserError
 from halos.files import make_room
-from halos.report import estimate, write_html
+from halos.judge import figure, statistics
+from halos.judge.judges import JudgeScores
+from halos.judge.page import estimate, write_html
+from halos.judge.samples import Pair, lengths
+from halos.judge.settings import Settings
 
-
-def check_paths(args: argparse.Namespace) -> None:
-    """Before anything is paid: the results file, --plot and --report can be written."""
-    for flag in ("results_file", "plot", "report"):
-        path = getattr(args, flag)
-        if path is None:
-            continue
-        directory = os.path.dirname(path) or "."
-        try:
-            os.makedirs(directory, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{flag} {path}: {error.strerror}; give a path that can be written") from error
-        if os.path.isdir(path) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
-            raise UserError(f"--{flag} {path} is no file that can be written; give another path")
-
-
-# ---- The table
+#### THE TABLE
 
 
 def table(summary: dict, candidate: str, baseline: str) -> str:
-    """The numbers that a person wants first, one a line, each with its uncertainty or the reason why it is missing."""
+    """Format the main numbers, one per line, each with its uncertainty or the reason why it is missing.
+
+    candidate, baseline: names of the two sides
+    """
     rows = [
         (f"{candidate} against {baseline}", f"{summary['n_judged']} of {summary['n_pairs']} prompts judged"),
         ("win rate", _rate(summary["win_rate"], summary["interval"], f"n_eff {summary['n_eff'] or 0:.1f}")),
@@ -98,58 +87,74 @@ def _calls(calls: dict) -> str:
     return text + f"; {calls['possibly_billed']} possibly billed without an answer" * bool(calls["possibly_billed"])
 
 
-# ---- Files
+#### FILES
 
 
-def line(args: argparse.Namespace, pairs: list[Pair], summary: dict) -> dict:
-    """A line of the results file: the keys of the original script, and `summary` beside them.
+def check_paths(settings: Settings) -> None:
+    """Raise UserError, before anything is paid for, if the results file, --plot or --report cannot be written."""
+    for flag in ("results_file", "plot", "report"):
+        path = getattr(settings, flag)
+        if path is None:
+            continue
+        directory = os.path.dirname(path) or "."
+        try:
+            os.makedirs(directory, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{flag} {path}: {error.strerror}; give a path that can be written") from error
+        if os.path.isdir(path) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
+            raise UserError(f"--{flag} {path} is not a file that can be written; give another path")
 
-    `total` and the wins count pairs that were judged; `lengths` are words, one number per sample.
+
+def line(settings: Settings, pairs: list[Pair], summary: dict) -> dict:
+    """Make a line of the results file: the keys of the original script, then those of `summary`.
+
+    `total` and the wins count judged pairs; `lengths` are in words, one number per pair.
     """
 
     def side(key: str, file: str, wins: int, texts: list[str]) -> dict:
         return {"name": key, "wins": wins, "lengths": [len(text.split()) for text in texts], "file": file}
 
-    settings = ("judge_kind", "mode", "template", "order", "max_comp", "base_url")
+    ours, theirs = [pair.candidate for pair in pairs], [pair.baseline for pair in pairs]
+    kept = ("judge_kind", "mode", "template", "order", "max_comp", "base_url")
     return {
         "date": str(datetime.now()),
         "total": summary["n_judged"],
-        "seed": args.seed,
-        "expname": args.file,
-        "candidate": side(args.candidate_key, args.file, summary["wins"], [pair.candidate for pair in pairs]),
-        "baseline": side(
-            args.baseline_key, args.file2 or args.file, summary["losses"], [pair.baseline for pair in pairs]
-        ),
+        "seed": settings.seed,
+        "expname": settings.file,
+        "candidate": side(settings.candidate_key, settings.file, summary["wins"], ours),
+        "baseline": side(settings.baseline, settings.file2 or settings.file, summary["losses"], theirs),
         **summary,
-        "settings": {name: getattr(args, name) for name in settings},
+        "settings": {name: getattr(settings, name) for name in kept},
     }
 
 
 def write_all(
-    args: argparse.Namespace,
+    settings: Settings,
     pairs: list[Pair],
     scores: list[JudgeScores],
     summary: dict,
     reply: Callable[[int, int, int], str | None],
+    command: str,
 ) -> None:
-    """The picture and the page, where they are wanted, and then the line, unless --stats_only finds verdicts missing.
+    """Write the picture and the page, if wanted, and then the line, and say what was written.
 
-    An earlier picture or page is set aside.
+    An earlier picture or page is renamed. No line is written if more verdicts are missing than `max_fail` allows, as
+    with --stats_only before the end of a comparison.
+    reply, command: see `page.write_html`
     """
-    title = f"{args.file}: {args.candidate_key} against {args.baseline_key}"
+    title = f"{settings.file}: {settings.candidate_key} against {settings.baseline}"
     ours, theirs = lengths(pairs)
-    if args.plot:
-        make_room(args.plot)
-        figure.plot(args.plot, title, summary, statistics.pair_scores(scores), ours - theirs)
-    if args.report:
-        make_room(args.report)
-        command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-        write_html(args.report, title, summary, pairs, scores, reply, command)
-    complete = summary["failed_units"] <= args.max_fail * sum(int(one.asked.sum()) for one in scores)
+    if settings.plot:
+        make_room(settings.plot)
+        figure.plot(settings.plot, title, summary, statistics.pair_scores(scores), ours - theirs)
+    if settings.report:
+        make_room(settings.report)
+        write_html(settings.report, title, summary, pairs, scores, reply, command)
+    complete = summary["failed_units"] <= settings.max_fail * sum(int(one.asked.sum()) for one in scores)
     if complete:
-        with open(args.results_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line(args, pairs, summary)) + "\n")
+        with open(settings.results_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line(settings, pairs, summary)) + "\n")
     else:
-        print(f"{summary['failed_units']} verdicts are missing: no line is added to {args.results_file}")
-    written = [path for path in (args.results_file if complete else None, args.plot, args.report) if path]
+        print(f"{summary['failed_units']} verdicts are missing: no line is added to {settings.results_file}")
+    written = [path for path in (settings.results_file if complete else None, settings.plot, settings.report) if path]
     print(f"written to {', '.join(written)}" if written else "nothing was written")

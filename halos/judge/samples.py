@@ -1,7 +1,7 @@
-"""What a judge compares: pairs of responses from sample files, and what judges said of them.
+"""Samples: reading pairs of responses from files, taking a sample of them, and the order in which they are shown.
 
-Which pairs are sampled, and which response is shown first, are functions of a hash of (seed, prompt, both responses):
-they depend neither on the order of the file nor on the order of the calls.
+Which pairs are in a sample, and which response is shown first, are functions of a hash of (seed, prompt, both
+responses). They do not depend on the order of the file or of the calls. Change `read_pairs` to read another format.
 """
 
 import hashlib
@@ -20,7 +20,11 @@ HUMAN_LABELS = ("candidate", "baseline", "tie")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with two responses. `row` counts the file's rows from 1; `human` is candidate, baseline, tie or None."""
+    """A prompt with the two responses that are compared.
+
+    row: number of its row in the file, from 1
+    human: a person's choice: candidate, baseline, tie, or None
+    """
 
     row: int
     prompt: str
@@ -29,23 +33,7 @@ class Pair:
     human: str | None = None
 
 
-@dataclass
-class JudgeScores:
-    """What one judge said of every pair.
-
-    scores: (n_pairs, 2) float64, the candidate's score: 1 won, 0.5 tied, 0 lost, in logprob mode between; column 0 with
-    the candidate shown first, column 1 with the baseline first; NaN where there is no verdict.
-    asked: (n_pairs, 2) bool, what was to be judged; asked and NaN has failed, or is missing.
-    has_positions: False for a judge that scores responses one by one (only column 0 is asked).
-    """
-
-    name: str
-    scores: np.ndarray
-    asked: np.ndarray
-    has_positions: bool = True
-
-
-# ---- Reading
+#### READING
 
 
 def read_pairs(
@@ -56,10 +44,12 @@ def read_pairs(
     human_key: str | None = None,
     baseline_file: str | None = None,
 ) -> list[Pair]:
-    """The pairs of a sample file, as eval.py writes it, or as .jsonl or .parquet.
+    """Read the pairs of a sample file, in the order of its rows.
 
-    baseline_file: the baseline of a prompt is in its row of this file instead; prompts that only one of the two files
-    has are left out. A row without a key, a prompt that occurs twice and baselines without any text are UserErrors.
+    file: .json as eval.py writes it, .jsonl or .parquet
+    candidate_key, baseline_key, prompt_key, human_key: keys of a row
+    baseline_file: read the baselines from this file; prompts that are in one file only are left out
+    Raises UserError if a row lacks a key, a prompt occurs twice, all baselines are empty, or no row has a human label.
     """
     keys = [prompt_key, candidate_key] + [baseline_key] * (baseline_file is None)
     rows = _rows(file, keys, human_key)
@@ -83,7 +73,7 @@ def read_pairs(
 
 
 def _rows(file: str, keys: list[str], human_key: str | None = None) -> list[tuple[int, list[str], str | None]]:
-    """(row number, texts of the keys, human label) of every row; the first key is the prompt's, which is unique."""
+    """Read (row number, texts of the keys, human label) of every row. The first key is the prompt's."""
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such file; give the samples that eval.py wrote, as in -f samples/NAME.json")
     if not file.endswith(SUFFIXES):
@@ -100,9 +90,10 @@ def _rows(file: str, keys: list[str], human_key: str | None = None) -> list[tupl
 
 
 def _text(place: str, row: dict, key: str) -> str:
-    """A text, or the text of chat messages: ROLE: CONTENT, with blank lines between them.
+    """Read a text, or write chat messages as one: ROLE: CONTENT, with blank lines between them.
 
-    Half a surrogate pair, as a sample that was cut in an emoji has it, cannot be sent: it becomes U+FFFD.
+    place: of the row, for errors
+    Half a surrogate pair, as in a sample that was cut inside an emoji, cannot be sent. It becomes U+FFFD.
     """
     if key not in row:
         raise UserError(f"{place}: no key {key!r}; {did_you_mean(key, row)}")
@@ -115,7 +106,7 @@ def _text(place: str, row: dict, key: str) -> str:
 
 
 def _human_label(place: str, row: dict, key: str) -> str | None:
-    """The label of a row; a row without one, or with null, is not labelled."""
+    """Read the label of a row; None if the key is absent or null."""
     label = row.get(key)
     if label is not None and label not in HUMAN_LABELS:
         raise UserError(f"{place}: {key!r} is {label!r:.40}; give {', '.join(HUMAN_LABELS)} or null")
@@ -123,6 +114,7 @@ def _human_label(place: str, row: dict, key: str) -> str | None:
 
 
 def _refuse_empty(pairs: list[Pair], file: str, baseline_key: str) -> None:
+    """Raise UserError if all baselines are empty; say how many are."""
     empty = sum(not pair.baseline.strip() for pair in pairs)
     if empty == len(pairs):
         raise UserError(
@@ -134,15 +126,15 @@ def _refuse_empty(pairs: list[Pair], file: str, baseline_key: str) -> None:
 
 
 def lengths(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
-    """Characters of the candidates and of the baselines."""
+    """Count the characters of the candidates and of the baselines: two arrays of (n_pairs,)."""
     return np.array([len(pair.candidate) for pair in pairs]), np.array([len(pair.baseline) for pair in pairs])
 
 
-# ---- Sampling, and positions
+#### SAMPLING AND POSITIONS
 
 
 def sample_pairs(pairs: list[Pair], n: int | None, seed: int) -> list[Pair]:
-    """`n` of the pairs, in the order of the file; a larger sample contains the smaller ones of the same seed."""
+    """Take a sample of `n` pairs, in the order of the file. A larger sample contains the smaller ones of its seed."""
     if n is None or n >= len(pairs):
         return pairs
     ranked = sorted(range(len(pairs)), key=lambda index: pair_hash(pairs[index], seed))
@@ -150,16 +142,17 @@ def sample_pairs(pairs: list[Pair], n: int | None, seed: int) -> list[Pair]:
 
 
 def orders(pair: Pair, both: bool, seed: int) -> tuple[int, ...]:
-    """Which orders a pair is judged in: 0 shows the candidate first, 1 the baseline."""
+    """List the orders in which a pair is judged, both or a random one: 0 shows the candidate first, 1 the baseline."""
     return (0, 1) if both else (pair_hash(pair, seed)[-1] & 1,)
 
 
 def pair_hash(pair: Pair, seed: int) -> bytes:
+    """Hash a pair and a seed into 16 bytes, which decide all that is random about the pair."""
     return digest(str(seed), pair.prompt, pair.candidate, pair.baseline)
 
 
 def digest(*texts: str) -> bytes:
-    """16 bytes that identify a sequence of texts; lengths are hashed too, so that no two sequences run together."""
+    """Hash a sequence of texts into 16 bytes. Lengths are hashed too: ("ab", "c") and ("a", "bc") differ."""
     hashed = hashlib.blake2b(digest_size=16)
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -169,5 +162,5 @@ def digest(*texts: str) -> bytes:
 
 
 def slots(pair: Pair, order: int) -> tuple[str, str]:
-    """The responses as they are shown: first, second."""
+    """Put the responses in the order in which they are shown: (first, second)."""
     return (pair.baseline, pair.candidate) if order else (pair.candidate, pair.baseline)

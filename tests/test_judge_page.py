@@ -1,4 +1,4 @@
-"""The figure and the page: what they hold, what hostile texts can do in them, and, in Chromium, what clicks show."""
+"""The picture and the page: their contents, hostile texts in them, and the behaviour of the page in Chromium."""
 
 import json
 import math
@@ -12,9 +12,11 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from halos import figure, report
-from halos.comparisons import JudgeScores, Pair
-from halos.statistics import pair_scores, summarize
+from halos.judge import figure
+from halos.judge import page as page_room
+from halos.judge.judges import JudgeScores
+from halos.judge.samples import Pair
+from halos.judge.statistics import pair_scores, summarize
 
 HOSTILE = [
     "</script><script>window.pwned = 1</script>",
@@ -35,7 +37,7 @@ FILTERS = ["win", "tie", "loss", "disagreement", "failure"]
 
 
 def make_pairs(n: int) -> list[Pair]:
-    """Pairs of made-up words, the hostile texts first; rows have gaps, as a sample of a file has."""
+    """Make pairs of random words, the hostile texts first. Row numbers have gaps, as those of a sample have."""
     rng = np.random.default_rng(0)
     words = "water Number people (first) sound time called [down] find long part over new work".split()
 
@@ -48,7 +50,7 @@ def make_pairs(n: int) -> list[Pair]:
 
 
 def make_judges(n: int) -> list[JudgeScores]:
-    """A judge asked in both orders that likes what is first, and a rule that scores responses; each fails at times."""
+    """Make a judge that prefers the first slot, asked in both orders, and a rule that scores; both fail at times."""
     rng = np.random.default_rng(1)
     both = rng.choice([0.0, 0.5, 1.0], n)[:, None] * np.ones(2)
     both[rng.random(n) < 0.2] = (1.0, 0.0)
@@ -70,7 +72,7 @@ def summary_of(pairs: list[Pair], judges: list[JudgeScores]) -> dict:
 
 def write(path, pairs: list[Pair], judges: list[JudgeScores], reply=reply_of) -> None:
     title, command = "policy </title><script>window.pwned = 5</script> \udead", "compare.py -f '<img>' && \ud801"
-    report.write_html(str(path), title, summary_of(pairs, judges), pairs, judges, reply, command)
+    page_room.write_html(str(path), title, summary_of(pairs, judges), pairs, judges, reply, command)
 
 
 def sign(score: float) -> int:
@@ -78,7 +80,7 @@ def sign(score: float) -> int:
 
 
 def filters_in_words(judges: list[JudgeScores], i: int) -> set[str]:
-    """What `report.filters` says of pair i, one unit at a time."""
+    """Compute the filters of pair i in plain Python."""
     units = [[judge.scores[i, k] for k in (0, 1) if judge.asked[i, k]] for judge in judges]
     complete = [scores for scores in units if not any(map(math.isnan, scores))]
     orders = [{sign(score) for score in scores if not math.isnan(score)} for scores in units]
@@ -102,10 +104,10 @@ WORDS = [filters_in_words(JUDGES, i) for i in range(57)]
 
 
 def test_filters_of_single_pairs():
-    """Both orders won; won when first only; won and tied; lost once, the other order failed; both failed."""
+    """The pairs: won twice; won when shown first only; won and tied; lost and failed; failed twice."""
     nan = np.nan
     scores = np.array([[1, 1], [1, 0], [1, 0.5], [0, nan], [nan, nan]])
-    masks = report.filters([JudgeScores("a", scores, np.ones((5, 2), bool))])
+    masks = page_room.filters([JudgeScores("a", scores, np.ones((5, 2), bool))])
     assert list(masks) == FILTERS
     expected = {"win": [0, 2], "tie": [1], "loss": [], "disagreement": [1, 2], "failure": [3, 4]}
     assert {name: mask.nonzero()[0].tolist() for name, mask in masks.items()} == expected
@@ -116,20 +118,20 @@ def test_two_judges_disagree_though_each_is_sure():
     a, b = (
         JudgeScores(name, np.array([[1.0, 1.0], [x, x]]), np.ones((2, 2), bool)) for name, x in (("a", 1), ("b", 0))
     )
-    masks = report.filters([a, b])
+    masks = page_room.filters([a, b])
     assert masks["disagreement"].tolist() == [False, True] and masks["tie"].tolist() == [False, True]
 
 
 def test_an_order_that_was_not_asked_is_no_failure():
-    """As with --order one: one verdict for each pair, in either column."""
+    """With --order one, each pair has one verdict, in either column."""
     scores, asked = np.array([[1, np.nan], [np.nan, 0]]), np.array([[True, False], [False, True]])
-    masks = report.filters([JudgeScores("a", scores, asked)])
+    masks = page_room.filters([JudgeScores("a", scores, asked)])
     assert masks["win"].tolist() == [True, False] and masks["loss"].tolist() == [False, True]
     assert not masks["failure"].any() and not masks["disagreement"].any()
 
 
 def test_filters_count_what_the_summary_counts():
-    masks, summary = report.filters(JUDGES), summary_of(PAIRS, JUDGES)
+    masks, summary = page_room.filters(JUDGES), summary_of(PAIRS, JUDGES)
     counts = [int(masks[name].sum()) for name in ("win", "tie", "loss", "failure")]
     assert counts == [summary[key] for key in ("wins", "ties", "losses", "failures")] and min(counts) > 0
     for name, mask in masks.items():
@@ -150,8 +152,8 @@ def islands(page: str) -> list[dict]:
 
 
 def test_texts_come_back_from_the_page_as_they_were(tmp_path, monkeypatch):
-    """Out of islands of 20 pairs; and no text became markup."""
-    monkeypatch.setattr(report, "CHUNK", 20)
+    """The page is written in islands of 20 pairs. No text became markup."""
+    monkeypatch.setattr(page_room, "CHUNK", 20)
     write(tmp_path / "page.html", PAIRS, JUDGES)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     index, *chunks = islands(page)
@@ -169,7 +171,7 @@ def test_texts_come_back_from_the_page_as_they_were(tmp_path, monkeypatch):
 
 
 def test_page_shows_the_numbers(tmp_path):
-    """45 wins, 30 losses, 25 ties: 57.5 % [49.0, 65.5], as the definitions of the interval say."""
+    """45 wins, 30 losses, 25 ties are 57.5 % [49.0, 65.5]; derived in test_judge_statistics.py."""
     scores = np.repeat([1, 0, 0.5], [45, 30, 25])[:, None] * np.ones(2)
     judges = [JudgeScores("a", scores, np.ones((100, 2), bool))]
     write(tmp_path / "page.html", make_pairs(100), judges)
@@ -179,7 +181,7 @@ def test_page_shows_the_numbers(tmp_path):
 
 
 def nothing(names: tuple[str, ...] = ()) -> dict:
-    """A summary of no pairs, in which everything that can be None is."""
+    """Make a summary of no pairs, with None wherever a summary can have it."""
     reason = "no pair was judged"
     keys = ("win_rate", "interval", "n_eff", "decided_rate", "decided_interval", "sign_test_p", "bounds")
     counts = ("n_pairs", "n_judged", "failures", "failed_units", "wins", "losses", "ties")
@@ -196,7 +198,7 @@ def nothing(names: tuple[str, ...] = ()) -> dict:
 @pytest.mark.parametrize("names", [("a",), ("a", "b")])
 def test_nothing_but_nulls(tmp_path, names):
     judges = [JudgeScores(name, np.empty((0, 2)), np.empty((0, 2), bool)) for name in names]
-    report.write_html(str(tmp_path / "page.html"), "none", nothing(names), [], judges, reply_of, "compare.py")
+    page_room.write_html(str(tmp_path / "page.html"), "none", nothing(names), [], judges, reply_of, "compare.py")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert islands(page)[0]["counts"] == dict.fromkeys(FILTERS, 0)
     assert (
@@ -209,7 +211,7 @@ def test_nothing_but_nulls(tmp_path, names):
 
 
 def test_summaries_with_all_units_failed(tmp_path):
-    """What `summarize` makes of it, not a summary made up here."""
+    """Here the summary is made by `summarize`."""
     failed = [JudgeScores("a", np.full((57, 2), np.nan), np.ones((57, 2), bool))]
     write(tmp_path / "page.html", PAIRS, failed)
     summary = summary_of(PAIRS, failed)
@@ -218,7 +220,7 @@ def test_summaries_with_all_units_failed(tmp_path):
 
 
 def pixels_of(path) -> np.ndarray:
-    """(height, width) of 0xRRGGBB."""
+    """Read an image as (height, width) integers 0xRRGGBB."""
     return (255 * image.imread(path)[..., :3]).round().astype(int) @ [1 << 16, 1 << 8, 1]
 
 
@@ -227,7 +229,7 @@ def test_plot_is_a_figure_with_the_colours_of_its_panels(tmp_path, n_judges):
     judges = JUDGES[:n_judges]
     differences = np.array([len(pair.candidate) - len(pair.baseline) for pair in PAIRS])
     path = tmp_path / "plot.png"
-    title = "policy against $chosen, \\frac \ud800 100 %"  # which is no formula
+    title = "policy against $chosen, \\frac \ud800 100 %"  # which must not be read as a formula
     figure.plot(str(path), title, summary_of(PAIRS, judges), pair_scores(judges), differences)
     pixels = pixels_of(path)
     assert pixels.shape[1] == 1950 and 450 < pixels.shape[0] < 800
@@ -237,7 +239,7 @@ def test_plot_is_a_figure_with_the_colours_of_its_panels(tmp_path, n_judges):
 
 
 def test_length_panel_draws_the_scores_and_the_fit(tmp_path, monkeypatch):
-    """60 pairs in 5 bins of 12: their points average to the win rate; the curve at 0 is the length-controlled one."""
+    """60 pairs in 5 bins of 12: the points average to the win rate, and the curve at 0 is the length-controlled one."""
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
@@ -269,13 +271,15 @@ def test_a_page_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_texts(tmp_path):
-    """5000 pairs of 2 kB with two replies of 200 characters are 12 MB of page, written in less than 4 MB."""
+    """5000 pairs of 2 kB with two replies of 200 characters make a page of 12 MB. It takes less than 4 MB."""
     text = "water number " * 77
     pairs = [Pair(i + 1, "prompt", text, text) for i in range(5000)]
     judges = [JudgeScores("a", np.ones((5000, 2)), np.ones((5000, 2), bool))]
     summary = nothing(("a",))
     tracemalloc.start()
-    report.write_html(str(tmp_path / "page.html"), "big", summary, pairs, judges, lambda *unit: "r" * 200, "compare.py")
+    page_room.write_html(
+        str(tmp_path / "page.html"), "big", summary, pairs, judges, lambda *unit: "r" * 200, "compare.py"
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "page.html").stat().st_size > 12e6 and peak < 4e6
@@ -307,17 +311,17 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """The page of PAIRS in islands of 20, so that a page of 20 sorted rows comes from several."""
+    """The file of PAIRS in islands of 20, so that 20 sorted rows come from several islands."""
     path = tmp_path_factory.mktemp("report") / "page.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "CHUNK", 20)
+        patch.setattr(page_room, "CHUNK", 20)
         write(path, PAIRS, JUDGES)
     return path
 
 
 @pytest.fixture
 def page(browser, path):
-    """The page, freshly loaded, 1280 x 900, light; at the end no script of a text has run and the console is empty."""
+    """The page, loaded anew, 1280 x 900, light. At the end, no script in a text has run, and the console is empty."""
     resize(browser, 1280, 900)
     browser.get(path.as_uri())
     yield browser
@@ -341,7 +345,7 @@ def rows_on_page(page) -> list[int]:
 
 
 def all_rows(page) -> list[int]:
-    """The rows of all pages, by clicks on Next; each page but the last is full."""
+    """Collect the rows of all pages by clicking Next. Each page but the last is full."""
     pages = page.execute_script("""
         const rows = () => Array.from(document.querySelectorAll("article"), article => Number(article.dataset.row));
         const pages = [rows()];
@@ -356,14 +360,14 @@ def all_rows(page) -> list[int]:
 
 
 def texts_of_articles(page, selector: str) -> list[list[str]]:
-    """For each pair shown, the texts in the elements that match. JSON, for a lone surrogate cannot leave otherwise."""
+    """Read the texts of the matching elements, per pair on the page. As JSON, because of lone surrogates."""
     texts = f"Array.from(article.querySelectorAll('{selector}'), found => found.textContent)"
     articles = f"Array.from(document.querySelectorAll('article'), article => {texts})"
     return json.loads(page.execute_script(f"return JSON.stringify({articles})"))
 
 
 def search(page, text: str) -> None:
-    """Type, and wait until the list has been made anew."""
+    """Type into the search box, and wait for the new list."""
     page.execute_script("document.querySelector('#pairs').replaceChildren()")
     box = find(page, "#search")
     box.clear()
@@ -407,7 +411,7 @@ def test_escape_clears_the_search(page):
 
 
 def test_sorting(page):
-    """Up and down, ties in the file's order, pairs without a score last both times."""
+    """Sort up and down: equal pairs stay in the file's order, and pairs without a score are last both times."""
     scores = pair_scores(JUDGES)
     differences = [len(pair.candidate) - len(pair.baseline) for pair in PAIRS]
     keys = {"rows": [pair.row for pair in PAIRS], "scores": scores, "differences": differences}
@@ -431,7 +435,7 @@ def test_replies_unfold(page):
 
 
 def test_verdicts_say_who_won(page):
-    """Both orders of the first judge, of all pairs that a page shows."""
+    """For both orders of the first judge and the one of the second, on all pairs of a page."""
     names = {1: "candidate", 0: "tie", -1: "baseline"}
     shown = texts_of_articles(page, ".verdict b")
     for i, verdicts in enumerate(shown):
@@ -441,7 +445,7 @@ def test_verdicts_say_who_won(page):
 
 
 def test_hostile_texts_are_shown_as_they_are(page):
-    """Character for character, as text and not as elements, and no wider than their boxes or the window."""
+    """Character for character, as text and not as elements, and not wider than their boxes or the window."""
     shown = texts_of_articles(page, ".prompt .text, .sides .text")
     for pair, texts in zip(PAIRS[: len(HOSTILE)], shown[: len(HOSTILE)], strict=True):
         assert texts == [text or "(empty)" for text in (pair.prompt, pair.candidate, pair.baseline)]
@@ -454,7 +458,7 @@ def test_hostile_texts_are_shown_as_they_are(page):
 
 
 def test_policy_stops_a_script_that_got_in(browser, path):
-    """Were a text to become markup after all, its scripts would not run, and its images would not load."""
+    """If a text became markup, its scripts would not run and its images would not load."""
     browser.get(path.as_uri())
     browser.execute_script("""
         const script = document.createElement("script");
@@ -473,7 +477,7 @@ def test_page_needs_nothing_from_elsewhere(page):
 
 
 def test_keyboard(page):
-    """j and k walk over pairs and on to the next page, o opens replies, n and p turn, / searches."""
+    """j and k go to the next and previous pair, also across pages; o opens replies; n and p turn pages; / searches."""
     from selenium.webdriver import ActionChains
 
     def focused_after(keys: str) -> int:
@@ -493,7 +497,7 @@ def test_keyboard(page):
 
 
 def test_screenshots_are_not_blank(page, tmp_path):
-    """Wide, narrow and dark: the asked size, many colours, and the candidate's and the paper's among them."""
+    """Wide, narrow and dark screenshots have the right size and many colours, the page's own among them."""
     looks = [
         (1280, "light", 0x2B66A8, 0xF6F6F3),
         (400, "light", 0x2B66A8, 0xF6F6F3),
@@ -510,7 +514,7 @@ def test_screenshots_are_not_blank(page, tmp_path):
 
 def test_page_without_pairs(browser, tmp_path):
     judges = [JudgeScores("a", np.empty((0, 2)), np.empty((0, 2), bool))]
-    report.write_html(str(tmp_path / "none.html"), "none", nothing(("a",)), [], judges, reply_of, "compare.py")
+    page_room.write_html(str(tmp_path / "none.html"), "none", nothing(("a",)), [], judges, reply_of, "compare.py")
     browser.get((tmp_path / "none.html").as_uri())
     assert find(browser, "#pairs").text == "There are no pairs." and not find(browser, "#next").is_enabled()
     assert browser.get_log("browser") == []

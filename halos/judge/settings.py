@@ -1,0 +1,114 @@
+"""Settings of a comparison: one field per flag of compare.py, with its default, checked when they are made.
+
+To add a flag: a field here (and its check, if it has one), and a line in compare.py. What can only be checked against
+files, modules or the environment is checked where it is used: sample files in samples.py, judges in comparison.py,
+paths of results in table.py.
+"""
+
+import os
+from dataclasses import dataclass, fields
+
+from halos.errors import UserError, did_you_mean
+
+# A dated snapshot, so that numbers of different months can be compared.
+DEFAULT_JUDGE = "gpt-5.4-mini-2026-03-17"
+CHOICES = {"judge_kind": ("pairwise", "score"), "mode": ("json", "text", "logprob"), "order": ("both", "one")}
+WHOLE = ("seed", "max_comp", "concurrency")
+POSITIVE = ("max_comp", "concurrency", "rpm", "tpm", "timeout", "max_cost")
+NOT_NEGATIVE = ("sleep_time", "max_fail")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one comparison. `python compare.py --help` explains each field under its name.
+
+    judge: names of judges; each is a model or pkg.module:function
+    price: US dollars per million input and output tokens, one pair of numbers for all judges or one per judge
+    sleep_time, timeout: seconds; rpm, tpm: calls and tokens per minute; max_cost: US dollars
+    max_fail: share of the units that may end without a verdict, between 0 and 1
+
+    Raises UserError, in one line, if a value cannot be used.
+    """
+
+    file: str
+    file2: str | None = None
+    candidate_key: str = "policy"
+    baseline_key: str | None = None  # None: see `baseline`
+    history_key: str = "prompt"
+    max_comp: int | None = None
+    seed: int = 0
+    human: str | None = None
+    judge: tuple[str, ...] = (DEFAULT_JUDGE,)
+    judge_kind: str = "pairwise"
+    base_url: str | None = None
+    mode: str = "json"
+    template: str | None = None
+    order: str = "both"
+    concurrency: int = 32
+    sleep_time: float = 0.0
+    rpm: float | None = None
+    tpm: float | None = None
+    timeout: float = 60.0
+    price: tuple[tuple[float, float], ...] = ()
+    max_cost: float | None = None
+    max_fail: float = 0.01
+    results_file: str = "results.jsonl"
+    cache: str | None = None
+    plot: str | None = None
+    report: str | None = None
+    dry_run: bool = False
+    stats_only: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        _check_texts(self)
+        _check_numbers(self)
+        _check_judges(self)
+
+    @property
+    def baseline(self) -> str:
+        """Key of the baseline's response: with a second file the candidate's, else that of the reference model."""
+        return self.baseline_key or (self.candidate_key if self.file2 else "reference")
+
+    @property
+    def journal_directory(self) -> str:
+        return self.cache or os.path.join(os.path.dirname(self.results_file), "judgments")
+
+    def changed(self) -> dict:
+        """The fields whose values are not the defaults."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
+
+def _check_texts(settings: Settings) -> None:
+    for name, value in vars(settings).items():
+        if isinstance(value, os.PathLike):
+            raise UserError(f"{name}={value!r} is not a text; write {name}={os.fspath(value)!r}")
+    for name, choices in CHOICES.items():
+        value = getattr(settings, name)
+        if value not in choices:
+            raise UserError(f"--{name} {value}: {did_you_mean(str(value), choices)}")
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name in dict.fromkeys((*WHOLE, *POSITIVE, *NOT_NEGATIVE)):
+        value = getattr(settings, name)
+        if value is None and getattr(Settings, name) is None:
+            continue
+        kind, wanted = (int, "a whole number") if name in WHOLE else (int | float, "a number")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"--{name} {value!r} is not {wanted}; give one")
+        if not (value > 0 or name not in POSITIVE) or not (value >= 0 or name not in NOT_NEGATIVE):
+            raise UserError(f"--{name} {value} is not a positive number; give one, or leave it out")
+
+
+def _check_judges(settings: Settings) -> None:
+    """Check the number of judges and of prices."""
+    names, prices = settings.judge, settings.price
+    if isinstance(names, str) or not names:
+        raise UserError(f"judge={names!r} is not a tuple of names; write judge=({names or DEFAULT_JUDGE!r},)")
+    if len(set(names)) < len(names):
+        raise UserError(f"--judge {max(names, key=names.count)} is given twice; give each judge once")
+    if prices and not all(isinstance(price, tuple | list) and len(price) == 2 for price in prices):
+        raise UserError(f"price={prices!r} is not a tuple of (input, output); write price=((0.75, 4.5),)")
+    if len(prices) not in (0, 1, len(names)):
+        raise UserError(f"--price is given {len(prices)} times for {len(names)} judges; give it once, or for each")
