@@ -62,7 +62,7 @@ def test_the_map_names_every_room():
     for folder in ("", "judge/", "plan/"):
         found = {os.path.basename(path) for path in rooms(f"{folder}*.py")} - {"__init__.py"}
         with open(os.path.join(PROJECT, "halos", folder, "__init__.py")) as file:
-            named = re.findall(r"^    (\w+\.py|\w+/) +\S", ast.get_docstring(ast.parse(file.read()), clean=False), re.M)
+            named = re.findall(r"^ *(\w+\.py|\w+/) +\S", ast.get_docstring(ast.parse(file.read()), clean=False), re.M)
         assert len(named) == len(set(named)) and found == {name for name in named if name.endswith(".py")}, folder
 
 
