@@ -1,6 +1,6 @@
-"""The planner against what it plans: real steps on a CPU, every allocation of which is recorded.
+"""The planner against real training steps on a CPU, of which every allocation is recorded.
 
-Steps of several processes run in one, whose collectives send nothing: it allocates what one of them would.
+A step of several ranks runs as rank 0 alone, with fake collectives that send nothing: it allocates what one rank would.
 """
 
 import ast
@@ -96,8 +96,9 @@ CASES = {
     "critic, accumulation, 4 shards": Case(NEOX, (CHECKPOINTING, PPO, ACCUMULATION), ranks=4),
 }
 SLOW_CASES = {
+    "ppo": Case(LLAMA, (CHECKPOINTING, PPO)),
     "critic, accumulation": Case(LLAMA, (CHECKPOINTING, PPO, ACCUMULATION)),
-    "two forwards, 2 shards": Case(LLAMA, (CHECKPOINTING, "model.max_tokens_per_forward=130"), ranks=2),
+    "two forward passes, 2 shards": Case(LLAMA, (CHECKPOINTING, "model.max_tokens_per_forward=130"), ranks=2),
     "llama, bfloat16": Case(LLAMA, (BFLOAT16,)),
     "gpt_neox, bfloat16, checkpointing": Case(NEOX, (BFLOAT16, CHECKPOINTING)),
     "sft, 4 replicas": Case(LLAMA, ("loss=sft",), ranks=4, replicas=4),
@@ -107,7 +108,7 @@ SLOW_CASES = {
 }
 
 
-#### A STEP, MEASURED (in a process of its own)
+#### A MEASURED STEP
 
 
 def measure_all(cases: dict[str, Case]) -> dict[str, dict]:
@@ -157,7 +158,7 @@ def measured_and_planned(case: Case) -> dict:
 
 def make_trainer(config, microbatches: list[list[TokenizedExample]]):
     tokenizer = loading.load_tokenizer(config)
-    with patch.object(packing_check, "is_wanted", return_value=False):  # it cannot pass on weights that nobody sent
+    with patch.object(packing_check, "is_wanted", return_value=False):  # fails if weights were not sent
         policy, reference = loading.load_policy_and_reference(config, tokenizer, CPU)
     for model in filter(None, (policy, reference)):
         model.use_packing(True)
@@ -171,7 +172,7 @@ def trainer_class(config) -> type[BasicTrainer]:
     cls = getattr(trainers, config.loss.trainer)
     if config.model.gradient_accumulation_steps == 1:
         return cls
-    # PPO runs an accumulation as one batch; here a critic is to be accumulated.
+    # PPO runs all microbatches of an update as one batch. The planner plans a critic as the loop would accumulate it.
     return type("Accumulating", (cls,), {"train_step": BasicTrainer.train_step})
 
 
@@ -327,7 +328,7 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-#### MEASURED = PLANNED
+#### MEASURED AND PLANNED
 
 
 def in_a_process(cases: dict[str, Case]) -> dict[str, dict]:
@@ -341,7 +342,7 @@ def measured():
 
 
 def compare(quantities: dict[str, tuple[float, float]]) -> None:
-    """Sizes of weights and traffic are exact, up to padding; peaks and activations within a twentieth."""
+    """Weights and traffic are exact; peaks and activations are within 5 %."""
     for name, (measured, planned) in quantities.items():
         if name in ("parameters", "gradients", "optimizer", "reference model"):
             assert planned == measured, name
@@ -366,12 +367,12 @@ def test_more_steps():
 
 
 def test_live_bytes():
-    """Views and what was there before are free; a peak is of what is alive together."""
+    """Views and tensors from before take nothing; the peak counts tensors that are alive together."""
     before = torch.zeros(1000)
     with LiveBytes() as live:
         x = before[:500] + 1  # 2000 bytes
-        y = x.view(5, 100) * 2  # 2000 more
-        x = x[1:] * 1  # 1996 more, and then the first 2000 are free
+        y = x.view(5, 100) * 2  # another 2000
+        x = x[1:] * 1  # another 1996, and then the first 2000 are freed
         assert (live.now, live.peak) == (3996, 5996)
         del x, y
     assert (live.now, live.peak) == (0, 5996)
@@ -426,22 +427,22 @@ def setup(**changes) -> Setup:
         ("RMSprop", {}, 1, 1),  # the squares; in a step of all parameters at once, their roots
         ("RMSprop", {"centered": True, "momentum": 0.9}, 3, 1),
         ("AdamW", {}, 2, 1),
-        ("AdamW", {"foreach": False}, 2, 2),  # but of one parameter at a time
+        ("AdamW", {"foreach": False}, 2, 2),  # of one parameter at a time
         ("AdamW", {"amsgrad": True}, 3, 1),
         ("SGD", {}, 0, 0),
         ("SGD", {"momentum": 0.9}, 1, 0),
     ],
 )
 def test_optimizers(name, kwargs, state, step):
-    """Tensors of the size of the parameters that they keep, and that a step makes."""
+    """State and step, in tensors of the size of the parameters."""
     found = optimizer_bytes(name, kwargs, torch.float32, cuda=True)
     assert found.state == state and found.step == pytest.approx(step, abs=0.01)
     assert found.all_at_once == kwargs.get("foreach", True)
 
 
 def test_the_attention_of_a_gpu_saves_no_scores():
-    """Per token and block of a Llama in bfloat16: queries, keys, values, output in d numbers of 2 bytes each, a float32
-    log-sum-exp per head. Twice the length of the sequences, and a token still takes as much."""
+    """A token saves in each block of a Llama: queries, keys, values and output, of d numbers with 2 bytes each, and a
+    float32 log-sum-exp per head. It saves the same amount when sequences are twice as long."""
     config = AutoConfig.for_model(**(LLAMA | {"num_key_value_heads": 8}))
     kept = []
     for length in (256, 512):
@@ -465,7 +466,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks():
 
 
 def test_shards_are_padded():
-    """FSDP cuts the first dimension: 10 rows of 3 over 4 processes are 3 rows each; a vector of 5 is 2."""
+    """FSDP cuts the first dimension: 10 rows of 3 on 4 ranks are 3 rows each; a vector of 5 is 2 each."""
     group = Group((torch.Size([10, 3]), torch.Size([5])))
     assert (group.elements, group.shard(4), group.gathered(4)) == (35, 11, 44)
 
@@ -477,7 +478,7 @@ def test_nothing_else_in_halos_imports_the_planner():
     """The engine does not need it: `halos/plan/` can be read, changed or deleted on its own."""
     rooms = os.path.join(PROJECT, "halos")
     for path in glob.glob(os.path.join(rooms, "**", "*.py"), recursive=True):
-        if not path.startswith(os.path.join(rooms, "plan")):
+        if os.path.dirname(path) != os.path.join(rooms, "plan"):
             assert not any(name.startswith("halos.plan") for name in imports_of(path)), path
 
 
@@ -528,7 +529,7 @@ def plan(program, monkeypatch, capsys):
     return run
 
 
-# Of the checkpoints on the hub.
+# Parameters of the checkpoints on the hub.
 PARAMETERS = {
     "EleutherAI/pythia-1.4b": 1_414_647_808,
     "EleutherAI/pythia-2.8b": 2_775_208_960,
@@ -556,7 +557,7 @@ def test_published_models_are_those_of_the_config(program):
 
 
 def test_llama_13b_on_eight_gpus(plan):
-    """13.016e9 float32 numbers over 8 GPUs are 6.06 GiB; bfloat16 goes twice around the ring of 8, the root once:
+    """13.016e9 float32 numbers on 8 GPUs are 6.06 GiB each; bfloat16 goes around the ring of 8 twice, the root once:
     2 * (2 * 12.688e9 + 0.328e9) * 7 / 8 = 45.0 GB, and gradients in float32 are 4 * 13.016e9 * 7 / 8 = 45.6 GB."""
     code, out, err = plan("model=llama13b", "gpus=8", "gpu_memory=80")
     assert code == 0, err

@@ -63,7 +63,7 @@ def memory(plan: Plan) -> Iterator[str]:
     where, peak = plan.peak()
     yield f"{'GiB per GPU':40}{'at the most':>12}{'at the peak':>12}"
     for name, label in ROWS.items():
-        most = max(getattr(memory, name) for memory in plan.phases().values())
+        most = max(getattr(phase, name) for phase in plan.phases().values())
         yield f"{label:40}{most / GIB:12.2f}{getattr(peak, name) / GIB:12.2f}"
     yield f"{'peak':52}{peak.total / GIB:12.2f}  in the {where}"
 
