@@ -2,10 +2,10 @@
 
     python -m benchmarks.data
 
-Pairs of SHP-like lengths in made-up English words, with the project's own tokenizer and, because that has few merges,
-with a 32k byte-level BPE trained on the same words.
+Pairs of SHP-like lengths in made-up words, tokenized with a 32k byte-level BPE that is trained on the same words.
 """
 
+import argparse
 import os
 import random
 import tempfile
@@ -14,9 +14,8 @@ import time
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataloaders import Example, PairedPreferenceDataLoader
-
-PAIRS = 20000
+from dataloaders import PairedPreferenceDataLoader
+from halos.examples import Example
 
 
 def words(rng: random.Random, n: int = 20000) -> list[str]:
@@ -24,16 +23,16 @@ def words(rng: random.Random, n: int = 20000) -> list[str]:
     return ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3)))) for _ in range(n)]
 
 
-def pairs(rng: random.Random, vocabulary: list[str]) -> list[Example]:
+def pairs(rng: random.Random, vocabulary: list[str], n: int) -> list[Example]:
     weights = [1 / (rank + 10) for rank in range(len(vocabulary))]
-    draw = iter(rng.choices(vocabulary, weights, k=PAIRS * 400)).__next__
+    draw = iter(rng.choices(vocabulary, weights, k=n * 400)).__next__
 
     def text(median: float, sigma: float) -> str:
         return " ".join(draw() for _ in range(int(min(400, rng.lognormvariate(0, sigma) * median)) + 1))
 
     return [
         Example(f"\n\nHuman: {text(80, 0.9)}\n\nAssistant:", [" " + text(35, 0.9), " " + text(35, 0.9)], pairs=[(0, 1)])
-        for _ in range(PAIRS)
+        for _ in range(n)
     ]
 
 
@@ -46,10 +45,13 @@ def large_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n_pairs", type=int, default=20000)
+    args = parser.parse_args()
     rng = random.Random(0)
-    examples = pairs(rng, words(rng))
+    examples = pairs(rng, words(rng), args.n_pairs)
     tokenizer = large_tokenizer([example.prompt for example in examples[:2000]])
-    print(f"{os.cpu_count()} processors, {PAIRS} pairs")
+    print(f"{os.cpu_count()} processors, {args.n_pairs} pairs")
     with tempfile.TemporaryDirectory() as cache_dir:
         for state in ("cold", "warm"):
             started = time.perf_counter()

@@ -1,11 +1,12 @@
-"""Seconds from the command to the first optimizer step, beside the import of transformers; and of --help.
+"""Seconds from the command to the first optimizer step, beside the import of transformers; and seconds of --help.
 
     python -m benchmarks.startup
 
-The first step of `python train.py do_first_eval=false` on the embedded data, with its tokens cached already. The
-commands take turns; medians.
+Times the first step of `python train.py do_first_eval=false` on the embedded data, whose tokens are cached already. The
+commands take turns, and medians are printed.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -17,7 +18,6 @@ import time
 from halos.project_dir import PROJECT
 
 IMPORT = "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM"
-ROUNDS = 3
 
 
 def seconds_of(*command: str) -> float:
@@ -27,7 +27,7 @@ def seconds_of(*command: str) -> float:
 
 
 def first_step(cache_dir: str, name: str) -> float:
-    """Until the first line of metrics.jsonl is there."""
+    """Seconds until metrics.jsonl has its first line."""
     path = os.path.join(cache_dir, name, "metrics.jsonl")
     command = ["train.py", f"cache_dir={cache_dir}", f"exp_name={name}", "n_examples=128", "do_first_eval=false"]
     started = time.perf_counter()
@@ -42,10 +42,13 @@ def first_step(cache_dir: str, name: str) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
     times: dict[str, list[float]] = {"import of transformers": [], "first optimizer step": [], "--help": []}
     with tempfile.TemporaryDirectory() as cache_dir:
         first_step(cache_dir, "warm-up")
-        for n in range(ROUNDS):
+        for n in range(args.rounds):
             times["import of transformers"].append(seconds_of("-c", IMPORT))
             times["first optimizer step"].append(first_step(cache_dir, f"run-{n}"))
             times["--help"].append(seconds_of("train.py", "--help"))

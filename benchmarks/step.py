@@ -3,8 +3,8 @@
     python -m benchmarks.step
 
 A 35M-parameter Llama with a 32k vocabulary, 8 pairs of SHP-like lengths, float32. The ways take turns, and the ratios
-are medians over the rounds, since a shared machine's speed drifts. Memory is the growth of the peak over the model with
-its gradients, each way in a process of its own.
+are medians over the rounds, since the speed of a shared machine drifts. Memory is what a step adds to the peak of the
+model with its gradients, measured in a process of its own for each way.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from halos import logps
 
 
 def bare(policy, examples) -> None:
-    """Forward and backward of the packed tokens through model(...), its logits at the response positions alone."""
+    """Run forward and backward pass of the packed tokens through model(...), with logits at response positions only."""
     inputs = policy.inputs(examples)
     logits = policy.lm(
         input_ids=inputs.input_ids,
@@ -56,33 +56,34 @@ def with_gradients(policy) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def peak_memory(way: str, queue) -> None:
-    """MiB by which a step raises the peak of a process that has done a small one."""
+def peak_memory(way: str, n_pairs: int, queue) -> None:
+    """Put the MiB that a step adds to the peak of a process that has run a small step."""
     policy = llama()
     with_gradients(policy)
     WAYS[way](policy, shp_like_pairs(1, policy.vocab_size, seed=1, max_length=64))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    WAYS[way](policy, shp_like_pairs(8, policy.vocab_size))
+    WAYS[way](policy, shp_like_pairs(n_pairs, policy.vocab_size))
     queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--n_pairs", type=int, default=8)
     args = parser.parse_args()
 
     memory = {}
     context = multiprocessing.get_context("spawn")
     for way in WAYS:
         queue = context.Queue()
-        process = context.Process(target=peak_memory, args=(way, queue))
+        process = context.Process(target=peak_memory, args=(way, args.n_pairs, queue))
         process.start()
         memory[way] = queue.get()
         process.join()
 
     policy = llama()
     with_gradients(policy)
-    examples = shp_like_pairs(8, policy.vocab_size)
+    examples = shp_like_pairs(args.n_pairs, policy.vocab_size)
     prompts = [len(example.prompt) for example in examples]
     responses = [len(response) for example in examples for response in example.responses]
     print(f"{policy.lm.num_parameters() / 1e6:.1f}M parameters; prompts of {prompts}, responses of {responses} tokens")

@@ -1,11 +1,11 @@
 """Training speed on a GPU: tokens/s, peak memory, and the share of the matrix-product rate that a step reaches.
 
-    python -m benchmarks.train_1b                 # a GPT-NeoX of 1.0B parameters, DPO, packs of 16k tokens
-    python -m benchmarks.train_1b --layers 2 --hidden_size 256 --n_pairs 4    # small, for a look at it on a CPU
+    python -m benchmarks.train_1b                 # a GPT-NeoX of 1.0B parameters, SLiC, packs of 16k tokens
+    python -m benchmarks.train_1b --layers 2 --hidden_size 256 --n_pairs 4    # a small one, for a CPU
 
-Random weights, float32 stored and bfloat16 computed (float32 on a CPU), through the trainer's own `train_step` with
-AdamW, with activation checkpointing on and off. The rate is measured first, on one large matrix product; a step's FLOPs
-are counted as 6 per weight and token (the floor, so recomputation counts as time lost).
+Random weights, stored in float32 and computing in bfloat16 (float32 on a CPU), through the trainer's own `train_step`
+with AdamW, with activation checkpointing on and off. The rate is measured first, on one large matrix product. The FLOPs
+of a step are counted as 6 per weight and token, so recomputation counts as lost time.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.workload import body_parameters, shp_like_pairs
-from halos import distributed, packing_check, sharding
+from halos import distributed, engine, packing_check, sharding
 from halos.models import PolicyModel
 from trainers import SLiCTrainer
 
@@ -41,7 +41,7 @@ def gpt_neox(hidden_size: int, layers: int, device: torch.device) -> PolicyModel
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
-    """FLOP/s of one large product, the best of ten."""
+    """FLOP/s of one large product: the best of ten."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
 
@@ -60,7 +60,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def make_trainer(policy: PolicyModel, batch: list, folder: str, max_tokens: int) -> SLiCTrainer:
-    """SLiC: pairs without a reference model, so that what is timed is the policy's own forward and backward."""
+    """A trainer of SLiC: pairs without a reference model, so only forward and backward pass of the policy are timed."""
     config = {
         "loss": {"beta": 1.0, "lambda_coef": 0.1, "name": "slic"},
         "model": {"max_tokens_per_forward": max_tokens, "gradient_accumulation_steps": 1, "max_grad_norm": 10.0},
@@ -68,16 +68,14 @@ def make_trainer(policy: PolicyModel, batch: list, folder: str, max_tokens: int)
         "exp_name": "train_1b", "minimum_log_interval_secs": 1e9, "wandb": {"enabled": False},
     }  # fmt: skip
     loader = Endless(batch)
-    trainer = SLiCTrainer(policy, None, None, OmegaConf.create(config), loader, loader, folder)
-    trainer.start_training()
-    return trainer
+    return SLiCTrainer(policy, None, None, OmegaConf.create(config), loader, loader, folder)
 
 
 class Endless:
     """A loader of one batch."""
 
     def __init__(self, batch: list):
-        self.batch, self.total_examples = batch, len(batch)
+        self.batch, self.total_examples, self.examples_seen = batch, len(batch), 0
 
     def __len__(self) -> int:
         return 1
@@ -96,16 +94,16 @@ def report(
         trainer = make_trainer(policy, batch, folder, args.max_tokens)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = [seconds(lambda: trainer.train_step(batch), device) for _ in range(args.steps)]
-        trainer.log.close()
-    step = statistics.median(times[2:] or times)  # the first ones warm up
+        times = [seconds(lambda: trainer.train_step([batch]), device) for _ in range(args.steps)]
+    step = statistics.median(times[2:] or times)  # the first two warm up
     n_tokens = sum(example.n_tokens for example in batch)
     n_targets = sum(len(response) for example in batch for response in example.responses)
+    n_passes = len(engine.pieces(batch, engine.TRAINED, args.max_tokens, device))
     head = policy.lm.get_output_embeddings().weight.numel()
     floor = 6 * (body_parameters(policy) * n_tokens + head * n_targets)
     print(
         f"checkpointing {'on ' if checkpointing else 'off'}: {policy.lm.num_parameters() / 1e9:.2f}B parameters, "
-        f"{len(trainer.forwards(batch))} forwards of a step, {n_tokens / step:,.0f} tokens/s, peak "
+        f"{n_passes} forward passes in a step, {n_tokens / step:,.0f} tokens/s, peak "
         f"{peak_memory(device) / 2**30:.1f} GiB, {floor / step / rate:.2f} of the product's rate; {reason}"
     )
 

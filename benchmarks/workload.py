@@ -1,4 +1,4 @@
-"""What the benchmarks run on: Llamas with random weights, and preference pairs with the lengths of real ones."""
+"""The workload of the benchmarks: Llamas with random weights, and preference pairs with the lengths of real ones."""
 
 import numpy as np
 import torch
@@ -6,11 +6,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos import logps
 from halos.models import PolicyModel
-from halos.tokens import TokenizedExample
+from halos.tokens import Role, TokenizedExample
 
 
 def llama(hidden_size: int = 384, layers: int = 6, vocab_size: int = 32000, seed: int = 0) -> PolicyModel:
-    """35M parameters by default: 10.6M in the body, 12.3M each in the embedding and in the head."""
+    """A Llama with 35M parameters by default: 10.6M in the body, 12.3M each in the embedding and in the head."""
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=int(hidden_size * 8 / 3) // 64 * 64,
@@ -24,27 +24,28 @@ def llama(hidden_size: int = 384, layers: int = 6, vocab_size: int = 32000, seed
 
 
 def body_parameters(policy: PolicyModel) -> int:
-    """Weights that every token is multiplied with: all matrices but the embedding and the head."""
+    """Number of weights that every token is multiplied with: all matrices except for the embedding and the head."""
     ends = {id(policy.lm.get_input_embeddings().weight), id(policy.lm.get_output_embeddings().weight)}
     return sum(p.numel() for p in policy.parameters() if p.ndim == 2 and id(p) not in ends)
 
 
 def shp_like_pairs(n: int, vocab_size: int, seed: int = 0, max_length: int = 2048) -> list[TokenizedExample]:
-    """Pairs with log-normal lengths: prompts of 180 tokens in the median (a tenth over 600), responses of 70."""
+    """Pairs with log-normal lengths: medians of 180 tokens for prompts (a tenth have over 600), 70 for responses."""
     rng = np.random.default_rng(seed)
 
     def ids(median: float, sigma: float, most: int) -> np.ndarray:
         length = int(np.clip(rng.lognormal(np.log(median), sigma), 8, most))
         return rng.integers(0, vocab_size, length).astype(np.int32)
 
+    roles = (Role.CHOSEN, Role.REJECTED)
     return [
-        TokenizedExample(ids(180, 0.95, max_length // 2), (ids(70, 0.9, 500), ids(70, 0.9, 500)), (True, False))
+        TokenizedExample(ids(180, 0.95, max_length // 2), (ids(70, 0.9, 500), ids(70, 0.9, 500)), roles)
         for _ in range(n)
     ]
 
 
 def dpo_backward(policy: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
-    """Forward, DPO's loss with a reference of 0 (beta 0.1), backward; what a step does but the optimizer's part."""
+    """Run the forward and backward pass of DPO (beta 0.1) with a reference of 0. Returns the loss."""
     inputs = policy.inputs(examples)
     summed = inputs.sum_by_row(policy(inputs).logps)
     loss = -torch.nn.functional.logsigmoid(0.1 * (summed[0::2] - summed[1::2])).mean()
