@@ -708,7 +708,7 @@ def test_a_file_that_runs_code_is_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "harm"),)
 
     torch.save({"state": Harmful()}, tmp_path / "policy.pt")
-    with pytest.raises(UserError, match="no policy.pt of this project"):
+    with pytest.raises(UserError, match="not a policy.pt of this project"):
         load(tmp_path, "policy.pt")
     assert not (tmp_path / "harm").exists()
 
