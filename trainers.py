@@ -159,8 +159,6 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             reference_logps, episode = batch.reference_logps, episode or self.episode(batch)
             outcome = self.backward(self.clipped_loss(batch, episode), forward, examples)
             self.update([outcome], examples)
-            if self.state.stopping:
-                break
 
     def batch_loss(self, batch):
         return self.clipped_loss(batch, self.episode(batch))

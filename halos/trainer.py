@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -35,7 +35,7 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     updates: int = 0  # optimizer steps taken
     evaluated_at: int = 0  # `examples` at the last evaluation
-    stopping: bool = False  # `should_stop` has said so
+    eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
     @property
     def examples(self) -> int:
@@ -49,13 +49,15 @@ class TrainState:
             "scheduler": self.scheduler.state_dict(),
             "updates": self.updates,
             "evaluated_at": self.evaluated_at,
+            "eval_metrics": self.eval_metrics,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state["loader"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.updates, self.evaluated_at = state["updates"], state["evaluated_at"]
+        for name in ("updates", "evaluated_at", "eval_metrics"):
+            setattr(self, name, state[name])
 
 
 class BasicTrainer:
@@ -83,7 +85,6 @@ class BasicTrainer:
         self.train_loader: Any = train_loader  # None: evaluation only
         self.eval_loader = eval_loader
         self.run_dir = run_dir
-        self.eval_metrics: dict[str, float] = {}
         self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
         self.step_started = time.monotonic()
         if train_loader is not None:
@@ -170,11 +171,11 @@ class BasicTrainer:
                 self.log_evaluation()
             for microbatches in _groups(self.train_loader, self.config.model.gradient_accumulation_steps):
                 self.train_step(microbatches)
-                if state.stopping:
-                    break
                 if self.eval_is_due():
                     self.log_evaluation()
                     self.save()
+                if distributed.any_rank(self.should_stop()):
+                    break
             if state.evaluated_at < state.examples:
                 self.log_evaluation()
                 self.save()
@@ -203,13 +204,12 @@ class BasicTrainer:
         state.optimizer.zero_grad(set_to_none=True)
         state.updates += 1
         self.log_step(outcomes, examples, {name: norm.item() for name, norm in norms.items()} | {"lr": lr})
-        state.stopping = distributed.any_rank(self.should_stop())
 
     def should_stop(self) -> bool:
-        """Asked after every update, on every rank: training ends if the answer is True on any of them.
+        """Asked after every training step, on every rank: training ends if the answer is True on any of them.
 
-        The run is then evaluated and saved as at its normal end. `self.state` and `self.eval_metrics` (of the last
-        evaluation) say where it stands.
+        The run is then evaluated and saved as at its normal end. `self.state` says where it stands: its `eval_metrics`
+        are those of the last evaluation, which may have followed this step.
         """
         return False
 
@@ -296,9 +296,9 @@ class BasicTrainer:
         return self.summarize(outcomes, "eval") | {"examples_per_second": self.eval_loader.examples_seen / seconds}
 
     def log_evaluation(self) -> None:
-        state, self.eval_metrics = self.state, self.evaluate()
-        state.evaluated_at = state.examples
-        self.log.evaluation(state.updates, state.examples, self.eval_metrics)
+        state = self.state
+        state.eval_metrics, state.evaluated_at = self.evaluate(), state.examples
+        self.log.evaluation(state.updates, state.examples, state.eval_metrics)
         self.step_started = time.monotonic()
 
     #### METRICS
@@ -359,7 +359,7 @@ class BasicTrainer:
             self.tokenizer,
             self.config,
             step=self.state.updates,
-            metrics=self.eval_metrics,
+            metrics=self.state.eval_metrics,
             export_dtype=self.policy.export_dtype,
             v_head=self.policy.v_head,
         )

@@ -171,7 +171,7 @@ def test_a_state_that_was_loaded_goes_on_as_the_one_that_was_saved(tmp_path, los
     assert rows == [{k: v for k, v in row.items() if k not in times} for row in rows_of(whole)]
 
 
-def test_should_stop_is_asked_after_every_update(tmp_path):
+def test_should_stop_is_asked_after_every_step(tmp_path):
     """Training ends after the second of three updates, with an evaluation and a checkpoint at 16 examples."""
     trainer, asked = make_trainer(tmp_path, "sft", "eval_every=800"), []
 
@@ -186,12 +186,28 @@ def test_should_stop_is_asked_after_every_update(tmp_path):
     assert torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["step_idx"] == 2
 
 
-def test_should_stop_between_the_epochs_of_ppo(tmp_path):
-    """PPO asks after each update, too: of three epochs on a batch of 8, it takes two."""
-    trainer = make_trainer(tmp_path, "ppo", "loss.ppo_epochs=3")
-    trainer.should_stop = lambda: trainer.state.updates == 2
+def test_should_stop_sees_the_evaluation_of_its_step(tmp_path):
+    """With an evaluation after every update of 8 examples: a rule on its loss stops at the second, which is not
+    repeated at the end."""
+    trainer = make_trainer(tmp_path, "sft", "lr=1e-3")
+    trainer.should_stop = lambda: trainer.state.eval_metrics["loss/eval"] < threshold
+    threshold = 0.0
     trainer.train()
-    assert [row["examples"] for row in rows_of(trainer)] == [8, 8]
+    losses = [row["loss/eval"] for row in rows_of(trainer, "eval")]
+    assert len(losses) == 3 and losses[0] > losses[1]
+    threshold = sum(losses[:2]) / 2
+    again = make_trainer(tmp_path / "again", "sft", "lr=1e-3")
+    again.should_stop = lambda: again.state.eval_metrics["loss/eval"] < threshold
+    again.train()
+    assert [row["loss/eval"] for row in rows_of(again, "eval")] == losses[:2]
+
+
+def test_ppo_is_asked_after_the_last_epoch_on_a_batch(tmp_path):
+    """It never leaves a batch half used: of two epochs on each of three batches, it takes those on the first two."""
+    trainer = make_trainer(tmp_path, "ppo", "loss.ppo_epochs=2")
+    trainer.should_stop = lambda: trainer.state.updates >= 3
+    trainer.train()
+    assert [row["examples"] for row in rows_of(trainer)] == [8, 8, 16, 16]
 
 
 def test_a_loss_may_call_another(tmp_path):
