@@ -123,7 +123,7 @@ class KTOTrainer(UnpairedPreferenceTrainer):
 
 @dataclass(frozen=True)
 class Episode:
-    """What all PPO epochs on a batch share. Both: (n_tokens,)."""
+    """Advantages and returns of a batch, the same for all PPO epochs on it. Both: (n_tokens,)."""
 
     advantages: torch.Tensor  # of mean 0 and variance 1
     returns: torch.Tensor

@@ -276,7 +276,7 @@ class BasicTrainer:
     #### EVALUATION
 
     def eval_is_due(self) -> bool:
-        """Whether a multiple of eval_every has been passed since the last evaluation."""
+        """Return whether a multiple of eval_every has been passed since the last evaluation."""
         every = self.config.eval_every
         return self.state.examples // every > self.state.evaluated_at // every
 

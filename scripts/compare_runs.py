@@ -197,7 +197,7 @@ MISSING = "missing"
 
 @dataclass
 class Comparison:
-    """What is the same in one case of two records, and what is not."""
+    """Compare one case of two records."""
 
     case: str  # processes_N/name
     allow: list[str]  # patterns of keys whose values may differ
@@ -279,7 +279,7 @@ def is_time(key: str) -> bool:
 
 
 def same(one, other) -> bool:
-    """Whether two values are written alike: NaN equals NaN, 0.0 does not equal -0.0, and 1 does not equal 1.0."""
+    """Return whether two values are written alike: NaN equals NaN, and 0.0 is not -0.0, nor 1 equal to 1.0."""
     return json.dumps(one) == json.dumps(other)
 
 

@@ -122,3 +122,8 @@ NUMBERS = ("win_rate", "interval", "n_eff", "wins", "losses", "ties", "length_co
 
 def numbers(line: dict) -> dict:
     return {name: line[name] for name in NUMBERS}
+
+
+def at(server, *words: str) -> list[str]:
+    """Flags for the judge of a test server."""
+    return ["--judge", "test-judge", "--base_url", server.url, *words]

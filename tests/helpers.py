@@ -17,6 +17,21 @@ from halos.tokens import Role, TokenizedExample
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG_DIR = os.path.join(PROJECT, "config")
 
+# Words of train.py for one block of the tiny model and few examples.
+ONE_BLOCK = [
+    "model.architecture.num_hidden_layers=1",
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_attention_heads=2",
+    "model.batch_size=8",
+    "model.eval_batch_size=8",
+    "model.max_length=96",
+    "model.max_prompt_length=80",
+    "eval_every=16",
+    "n_eval_examples=8",
+    "warmup_steps=0",
+]
+
 VOCAB = 97  # of the models below, and of `random_examples`
 
 _LIKE_LLAMA = {

@@ -15,23 +15,9 @@ import eval as eval_program
 import train as train_program
 from halos import demo
 from halos.metrics import read_metrics
+from helpers import ONE_BLOCK
 
-# One block of the tiny model, and few examples.
-SMALL = [
-    "model.architecture.num_hidden_layers=1",
-    "model.architecture.hidden_size=32",
-    "model.architecture.intermediate_size=64",
-    "model.architecture.num_attention_heads=2",
-    "model.batch_size=8",
-    "model.eval_batch_size=8",
-    "model.max_length=96",
-    "model.max_prompt_length=80",
-    "eval_every=16",
-    "n_eval_examples=8",
-    "n_examples=32",
-    "warmup_steps=0",
-    "lr=1e-2",
-]
+SMALL = [*ONE_BLOCK, "n_examples=32", "lr=1e-2"]
 
 
 @pytest.fixture(scope="module")

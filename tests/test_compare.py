@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import pytest
 
-from comparing import FakeClock, compare, journal, kept, last_line, numbers, results, rows_of, write_samples
+from comparing import FakeClock, at, compare, journal, kept, last_line, numbers, results, rows_of, write_samples
 from halos.judge import gate, run
 from halos.judge.journal import Journal
 from judge_server import Settings, serve
@@ -37,10 +37,6 @@ def start(running, monkeypatch):
 def samples(tmp_path):
     write_samples(tmp_path, 40)
     return tmp_path
-
-
-def at(server, *words: str) -> list[str]:
-    return ["--judge", "test-judge", "--base_url", server.url, *words]
 
 
 #### WHAT COMES OUT

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from comparing import command, compare, environment, journal, kept, results, rows_of, write_samples
+from comparing import at, command, compare, environment, journal, kept, results, rows_of, write_samples
 from helpers import PROJECT
 from judge_server import serve
 
@@ -18,10 +18,6 @@ from judge_server import serve
 def samples(tmp_path):
     write_samples(tmp_path, 40)
     return tmp_path
-
-
-def at(server, *words: str) -> list[str]:
-    return ["--judge", "test-judge", "--base_url", server.url, *words]
 
 
 def started(directory, *words: str, **streams) -> subprocess.Popen:

@@ -17,26 +17,14 @@ from halos import console
 from halos.errors import UserError
 from halos.metrics import read_metrics
 from halos.project_dir import PROJECT, is_project
+from helpers import ONE_BLOCK
 
 # Modules that a wheel must not install at the top level.
 TOP_LEVEL = ("train", "eval", "compare", "trainers", "dataloaders", "utils", "config", "assets", "tests", "scripts")
 # Folders of a clone that a wheel leaves out.
 LEFT_OUT = ("tests/", "benchmarks/", "docs/", "scripts/", ".ci/")
 
-SMALL = [
-    "model.architecture.num_hidden_layers=1",
-    "model.architecture.hidden_size=32",
-    "model.architecture.intermediate_size=64",
-    "model.architecture.num_attention_heads=2",
-    "model.batch_size=8",
-    "model.eval_batch_size=8",
-    "model.max_length=96",
-    "model.max_prompt_length=80",
-    "eval_every=16",
-    "n_eval_examples=8",
-    "n_examples=16",
-    "warmup_steps=0",
-]
+SMALL = [*ONE_BLOCK, "n_examples=16"]
 
 
 def load(path: str, name: str):

@@ -258,7 +258,7 @@ def retry_after(headers) -> float | None:
 
 
 def _unconnected(error: BaseException) -> bool:
-    """Whether no connection was made, so that nothing was billed."""
+    """Return whether no connection was made, so that nothing was billed."""
     import httpx2
 
     return isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol)

@@ -1,4 +1,4 @@
-"""What a chat judge is told about a pair: the template, and how it is asked to give its verdict.
+"""The prompt of a chat judge: the template, and how it is asked to give its verdict.
 
 Edit TEMPLATE to ask another question, or give --template. The journal's keys cover the text of the prompt, so that
 every change of it asks for all verdicts anew.

@@ -229,7 +229,7 @@ def _cannot_fit(covariate: np.ndarray, scores: np.ndarray) -> str | None:
 
 
 def is_separable(covariate: np.ndarray, scores: np.ndarray) -> bool:
-    """Whether wins and losses are separable (or quasi-separable), so that the likelihood has no maximum.
+    """Return whether wins and losses are separable (or quasi-separable), so that the likelihood has no maximum.
 
     A score s counts as s of a win and 1 - s of a loss. The maximum exists unless a line a + b x is at least 0 at every
     win and at most 0 at every loss (Albert and Anderson, 1984). With one covariate x that varies, there is such a line

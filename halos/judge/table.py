@@ -1,4 +1,4 @@
-"""What a comparison leaves: a table in the terminal, a line in the results file, and, if wanted, a picture and a page.
+"""The results of a comparison: a table in the terminal, a line in the results file, a picture and a page.
 
 `table` is what people read first; `line` is what programs read. The numbers come from statistics.py.
 """

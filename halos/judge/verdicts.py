@@ -63,7 +63,7 @@ def _agreed(claims: list[Claim], sentences: list[str] | None = None) -> int | No
 
 
 def _corrects(sentences: list[str], last: int, others: list[int]) -> bool:
-    """Whether the judge says that its last claim corrects the others, or is the final one. Arguments are indices."""
+    """Return whether the judge calls its last claim a correction, or the final one. Arguments are indices."""
     if last in others:
         return False
     since = sentences[max(others) + 1 : last + 1]
@@ -408,7 +408,7 @@ def _winner(match: re.Match) -> int | None:
 
 
 def _is_meant(match: re.Match) -> bool:
-    """Whether the sentence asserts the form, without doubt, condition or reservation."""
+    """Return whether the sentence asserts the form, without doubt, condition or reservation."""
     sentence = match.string
     cause = CAUSE.search(sentence, match.end())
     if DOUBTFUL.search(sentence[: cause.start()] if cause else sentence):

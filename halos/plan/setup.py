@@ -37,7 +37,7 @@ class Setup:
 
     @property
     def accumulates(self) -> bool:
-        """Whether gradients are already there when a backward pass starts."""
+        """Return whether gradients are already there when a backward pass starts."""
         return self.forwards * self.microbatches > 1
 
     @property
