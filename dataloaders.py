@@ -1,25 +1,30 @@
-"""Datasets that can be named in `datasets=[...]`, and loaders that turn their examples into training rows.
+"""Datasets that need code to read, and loaders that turn examples into training rows.
 
-To add a dataset, write `get_{name}(split)` below. It returns a `Dataset` of `Example`s (`halos/examples.py`). To build
-training rows in another way, subclass `DataLoader` (`halos/loader.py`) and override `flatten`.
+To add a dataset, write `config/dataset/NAME.yaml`; then `datasets=[NAME]` works. If its rows have none of the known
+forms (docs/data.md), its YAML names a `reader`: a function below that goes over the rows and calls
+`Dataset.add_pair(prompt, chosen, rejected)`, as `get_shp` does. To build training rows in another way, subclass
+`DataLoader` (`halos/loader.py`) and override `flatten`.
 """
 
 import random
-import re
 import sys
 from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from halos import demo
-from halos.chat import ASSISTANT, HUMAN, render_prompt, render_responses
-from halos.datafiles import hub_rows, prompt_records, records
-from halos.examples import Dataset, Example, merge
+from omegaconf import DictConfig, OmegaConf
+
+from halos import demo, sources
+from halos.chat import render_prompt, render_responses
+from halos.dataset_specs import base_spec, spec_of
+from halos.examples import Dataset, Example, Text, merge
+from halos.hub import hub_rows
 from halos.loader import DataLoader, Row
+from halos.turns import messages_of, messages_of_turns, split_reply, text_of
 from utils import rank0_print
 
-#### DATASETS: each `get_{name}(split)` reads 'train' or 'test' into a Dataset
+#### DATASETS: each `get_{name}(split, source)` reads 'train' or 'test' into a Dataset
 
 SHP_MIN_SCORE_RATIO = 2  # for training pairs only; the test split keeps all pairs
 SHP_MAX_PAIRS = 5  # per training prompt, so that popular posts do not outweigh the others
@@ -39,16 +44,16 @@ def get_shp(split: str, source: str = "stanfordnlp/SHP") -> Dataset:
         elif split == "train" and row["score_ratio"] < SHP_MIN_SCORE_RATIO:
             dataset.dropped[f"score ratio below {SHP_MIN_SCORE_RATIO}"] += 1
         else:
-            prompt = f"{HUMAN} {row['history'].strip()}{ASSISTANT}"
-            chosen, rejected = _response(row[f"human_ref_{better}"]), _response(row[f"human_ref_{worse}"])
-            if example := dataset.add_pair(prompt, chosen, rejected, "keep_start"):
-                example.add_score(chosen, row[f"score_{better}"])
-                example.add_score(rejected, row[f"score_{worse}"])
+            prompt = [{"role": "user", "content": row["history"].strip()}]
+            chosen, rejected = ((row[f"human_ref_{one}"] or "").strip() for one in (better, worse))
+            scores = row[f"score_{better}"], row[f"score_{worse}"]
+            dataset.add_pair(prompt, chosen, rejected, "keep_start", scores=scores)
     for example in dataset.examples.values():
         example.keep(example.best_first())
         if split == "train" and len(example.pairs) > SHP_MAX_PAIRS:
             dataset.dropped[f"more than {SHP_MAX_PAIRS} pairs a prompt"] += len(example.pairs) - SHP_MAX_PAIRS
-            example.pairs = sorted(random.Random(example.prompt).sample(example.pairs, SHP_MAX_PAIRS))
+            rng = random.Random(text_of([("user", example.prompt[0]["content"])]))
+            example.pairs = sorted(rng.sample(example.pairs, SHP_MAX_PAIRS))
             example.keep(sorted({0}.union(*example.pairs)))
         example.sft_index = 0
     return dataset.not_empty(split)
@@ -71,25 +76,14 @@ def _read_hh(name: str, split: str, source: str, subset: str | None = None) -> D
     dataset = Dataset(name)
     for row in hub_rows(name, source, split, ["chosen", "rejected"], subset):
         dataset.rows += 1
-        prompt, chosen = _last_reply(row["chosen"] or "")
-        other_prompt, rejected = _last_reply(row["rejected"] or "")
-        if prompt is None or prompt != other_prompt:
+        text, chosen = split_reply(row["chosen"] or "")
+        other_text, rejected = split_reply(row["rejected"] or "")
+        if text is None or text != other_text:
             dataset.dropped["no common prompt"] += 1
-        elif example := dataset.add_pair(prompt, _response(chosen), _response(rejected)):
-            if example.sft_index is None:
-                example.sft_index = example.generations.index(_response(chosen))
+        else:
+            prompt = messages_of_turns(text)
+            dataset.add_pair(prompt, _reply(prompt, chosen), _reply(prompt, rejected))
     return dataset.not_empty(split)
-
-
-def _last_reply(conversation: str) -> tuple[str | None, str]:
-    """Split a conversation into (prompt, reply) after its last `\\n\\nAssistant:`. The prompt is None without a reply.
-
-    Repeated blanks inside a line become one, because the conversations of a pair may differ in those alone.
-    """
-    before, marker, reply = re.sub(r"(?<=\S)[ \t]{2,}", " ", conversation).rpartition(ASSISTANT)
-    if not marker or HUMAN in reply:
-        return None, reply
-    return before + marker, reply
 
 
 def get_oasst(split: str, source: str = "OpenAssistant/oasst1") -> Dataset:
@@ -129,27 +123,27 @@ def _why_unusable(message: dict) -> str | None:
     return None
 
 
-def _conversations(replies: dict[str | None, list[dict]]) -> Iterator[tuple[str, list[dict], bool]]:
+def _conversations(replies: dict[str | None, list[dict]]) -> Iterator[tuple[Text, list[dict], bool]]:
     """Yield (prompt, the assistant messages that follow it, whether a human spoke last), roots first.
 
     Messages that are reached are removed from `replies`. Those that remain have no path to a root.
     """
-    names = {"prompter": HUMAN, "assistant": ASSISTANT}
-    to_visit = deque((root, "") for root in replies.pop(None, []))
+    names = {"prompter": "user", "assistant": "assistant"}
+    to_visit: deque = deque((root, ()) for root in replies.pop(None, []))
     while to_visit:
         message, so_far = to_visit.popleft()
-        so_far += f"{names[message['role']]} {message['text'].strip()}"
+        so_far = (*so_far, (names[message["role"]], message["text"].strip()))
         children = replies.pop(message["message_id"], [])
         to_visit.extend((child, so_far) for child in children)
         answers = [child for child in children if child["role"] == "assistant"]
-        yield so_far + ASSISTANT, answers, message["role"] == "prompter"
+        yield messages_of(so_far) or text_of(so_far), answers, message["role"] == "prompter"
 
 
-def _add_ranking(dataset: Dataset, prompt: str, answers: list[dict]) -> bool:
+def _add_ranking(dataset: Dataset, prompt: Text, answers: list[dict]) -> bool:
     """Add the answers to one message, the best (rank 0) first. Returns True if any was usable."""
     ranks: dict[str, int] = {}
     for answer in sorted(answers, key=lambda answer: (answer["rank"] is None, answer["rank"], answer["text"])):
-        text = _response(answer["text"])
+        text = _reply(prompt, answer["text"])
         if answer["rank"] is None:
             dataset.dropped["no rank"] += 1
         elif text in ranks:
@@ -172,58 +166,26 @@ def get_demo(split: str) -> Dataset:
     dataset = Dataset("demo")
     for item in demo.generate(split):
         dataset.rows += 1
-        example = dataset.example(item["prompt"])
-        index = [example.add(response) for response in item["responses"]]
+        prompt = messages_of_turns(item["prompt"])
+        example = dataset.example(prompt)
+        index = [example.add(_reply(prompt, response)) for response in item["responses"]]
         example.pairs += [(index[better], index[worse]) for better, worse in item["pairs"]]
         if example.sft_index is None:
             example.sft_index = index[item["sft_index"]]
     return dataset
 
 
-def get_local(path: str, split: str) -> Dataset:
-    """Read a user's own file or folder: pairs or binary feedback, in the forms that `halos/datafiles.py` describes.
-
-    SFT imitates the first chosen or the first desirable response to a prompt.
-    """
-    dataset = Dataset(path)
-    for record in records(path, split):
-        dataset.rows += 1
-        if not record["prompt"]:
-            dataset.dropped["empty prompt"] += 1
-            continue
-        if not _is_unicode(record):
-            dataset.dropped["invalid Unicode"] += 1
-            continue
-        if "chosen" in record:
-            best, desirable = record["chosen"], True
-            example = dataset.add_pair(record["prompt"], best, record["rejected"])
-        else:
-            best, desirable = record["response"], record["desirable"]
-            example = dataset.add_feedback(record["prompt"], best, desirable)
-        if example and desirable and example.sft_index is None:
-            example.sft_index = example.generations.index(best)
-    return dataset.not_empty(split)
+def get_local(path: str, split: str, strict: bool = False) -> Dataset:
+    """Read a file, a folder or a hub dataset whose rows have a known form, without a YAML."""
+    return sources.read(path, OmegaConf.create({**base_spec(), "source": path}), split, strict)
 
 
 #### HELPERS OF READERS
 
 
-def _response(text: str | None) -> str:
-    """Format a response: after `Assistant:` it begins with one space."""
-    return " " + (text or "").strip()
-
-
-def _is_unicode(record: dict) -> bool:
-    """Return False if a text has half a surrogate pair. JSON can write one (\\ud83d), but no tokenizer accepts it."""
-    prompt = record["prompt"]
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    texts += [record[column] for column in ("chosen", "rejected", "response") if column in record]
-    try:
-        for text in texts:
-            text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _reply(prompt: Text, response: str | None) -> str:
+    """Return a reply without blanks around it. After a prompt that is text, it begins with one space."""
+    return (" " if isinstance(prompt, str) else "") + (response or "").strip()
 
 
 #### LOADERS
@@ -296,23 +258,33 @@ def _merge_at_random(one: list[Row], other: list[Row], rng: random.Random) -> li
 #### FROM A CONFIG TO A LOADER
 
 
-def read_dataset(name: str, split: str, source: str | None = None) -> Dataset:
-    """Read the dataset `name`: the name of a `get_{name}` function in this file, or a local path.
+def read_dataset(name: str, split: str, spec: DictConfig, strict: bool = False) -> Dataset:
+    """Read one of `config.datasets`.
 
-    source: where to read a named dataset from, instead of the hub
+    spec: the keys of its YAML; a function `get_{name}` in this file needs no YAML
+    strict: raise at a malformed row
     """
-    getter = getattr(sys.modules[__name__], f"get_{name}", None)
-    if getter is None:
-        return get_local(name, split)
-    return getter(split, source) if source else getter(split)
+    getter = getattr(sys.modules[__name__], spec.reader or f"get_{name}", None)
+    if getter is None or name == "local":
+        dataset = sources.read(name, spec, split, strict)
+    else:
+        dataset = getter(split, spec.source) if spec.source else getter(split)
+    if spec["keep"]["n_prompts"]:
+        dataset.keep_prompts(spec["keep"]["n_prompts"])
+    return dataset
+
+
+def read_datasets(config, split: str) -> list[Dataset]:
+    return [read_dataset(name, split, spec_of(config, name), config.strict_data) for name in config.datasets]
 
 
 def make_loader(config, tokenizer, split: str) -> DataLoader:
     """Build the loader `config.loss.dataloader` over the training or test split of all `config.datasets`.
 
-    Every evaluation uses the same examples: the first `n_eval_examples` of a seeded shuffle.
+    Every evaluation uses the same examples: the first `n_eval_examples` of a seeded shuffle. Weights of datasets apply
+    to training.
     """
-    datasets = [read_dataset(name, split, config.dataset_paths.get(name)) for name in config.datasets]
+    datasets = read_datasets(config, split)
     training = split == "train"
     loader = getattr(sys.modules[__name__], config.loss.dataloader)(
         merge(datasets),
@@ -324,6 +296,7 @@ def make_loader(config, tokenizer, split: str) -> DataLoader:
         seed=config.seed,
         n_epochs=config.n_epochs if training else 1,
         n_examples=config.n_examples if training else config.n_eval_examples,
+        weights={dataset.name: spec_of(config, dataset.name).weight for dataset in datasets} if training else {},
         description=split,
     )
     loader.account = [dataset.account() for dataset in datasets]
@@ -338,6 +311,8 @@ def describe(loader: DataLoader, split: str) -> dict:
             f"{split} {source['name']}: {source['rows']} rows, {source['examples']} examples, "
             f"{source['pairs']} pairs, {source['feedback']} labelled responses; dropped: {dropped}"
         )
+        for note in source["notes"]:
+            rank0_print(f"{split} {source['name']}: {note}")
     counts = loader.counts()
     rank0_print(
         f"{split} {type(loader).__name__}: {counts['rows']} rows per epoch, {counts['tokens']} tokens; "
@@ -360,9 +335,11 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
     limit: number of prompts; None means `config.n_samples` of the test split, or all of the file
     """
     if path:
-        examples = [Example(row["prompt"], [row["chosen"]], sft_index=0) for row in prompt_records(path)][:limit]
+        examples = [Example(row["prompt"], [row["chosen"]], sft_index=0) for row in sources.prompt_records(path)][
+            :limit
+        ]
     else:
-        examples = merge([read_dataset(name, "test", config.dataset_paths.get(name)) for name in config.datasets])
+        examples = merge(read_datasets(config, "test"))
         random.Random(f"{config.seed}-prompts").shuffle(examples)
         limit = limit or config.n_samples
         if len(examples) < limit:

@@ -4,7 +4,13 @@ trainer.py          the loop: state, train, evaluate, update, save
 engine.py           Batch, Outcome, Forward: one global batch through a model and its gradient back
 loader.py           batches of tokenized examples as a function of (seed, epoch)
 examples.py         Example, Dataset: what is known of a prompt and its responses
-datafiles.py        rows of data files: local files and copies of hub repositories
+thinning.py         weights of datasets: which rows an epoch has
+sources.py          rows of a known form, from files and hub datasets, as a Dataset
+forms.py            the forms of rows: pairs, feedback, conversations, rankings
+turns.py            Human / Assistant texts as chat messages
+datafiles.py        rows of files: json, jsonl, csv, parquet, also compressed
+hub.py              datasets of the hub and local copies of them
+dataset_specs.py    the files of config/dataset: composed with Hydra, and checked
 chat.py             chat messages as text
 tokens.py           texts as token ids, stored memory-mapped on disk; truncation
 demo.py             the embedded dataset

@@ -21,7 +21,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from halos.config import OPEN, OPTIONAL, command_words, first_line, flat, unknown_key
+from halos import dataset_specs
+from halos.config import OPTIONAL, command_words, first_line, flat, is_open, unknown_key
 from halos.errors import UserError, did_you_mean
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a user's mistake shows its traceback too
@@ -96,6 +97,7 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
             failures: list[int | str | None] = []
             with report_user_errors():
                 _refuse_unknown_flags()
+                dataset_specs.register(path, *_more_config_dirs())
                 os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
                 try:
                     main(functools.wraps(task)(lambda config: _run_job(task, config, failures)))()
@@ -137,6 +139,14 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
     if code:
         _say(f"job #{job.job.num} failed: {' '.join(command_words())}")
         failures.append(code)
+
+
+def _more_config_dirs() -> list[str]:
+    """Return the folder of --config-dir, if the command has one."""
+    from hydra._internal.utils import get_args_parser
+
+    folder = get_args_parser().parse_known_args()[0].config_dir
+    return [os.path.abspath(folder)] if folder else []
 
 
 def _refuse_unknown_flags() -> None:
@@ -187,7 +197,7 @@ def _new_key_message(key: str, value: str, cause: ConfigKeyError | ConfigAttribu
 
     Most such keys are typing errors; a few are legal additions.
     """
-    if f"{key}.".startswith(OPEN) or key in OPTIONAL:
+    if is_open(f"{key}.") or key in OPTIONAL:
         return f"{key}={value} adds a key, which takes two plus signs; write ++{key}={value}"
     # Private, because OmegaConf has no public method that returns the root config of a node.
     root = cause.parent_node._get_root() if cause.parent_node is not None else {}

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from halos import rules
+from halos import dataset_specs, rules
 from halos.errors import UserError, did_you_mean
 from halos.rules import Rule
 
@@ -49,8 +49,8 @@ RULES: dict[str, Rule] = {
         (rules.number(above=0, most=1), "top_p"),
         (
             rules.flag,
-            "do_first_eval intermediate_checkpoints overwrite trust_remote_code wandb.enabled loss.use_reference_model"
-            " model.activation_checkpointing model.compile use_fsdp",
+            "do_first_eval intermediate_checkpoints overwrite strict_data trust_remote_code wandb.enabled"
+            " loss.use_reference_model model.activation_checkpointing model.compile use_fsdp",
         ),
         (rules.choice(True, False, "auto"), "model.packing"),
         (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name"),
@@ -162,6 +162,11 @@ def command_words() -> list[str]:
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
+def is_open(key: str) -> bool:
+    """Return True for a key whose dictionary may have keys that are not in the YAML files."""
+    return key.startswith(OPEN) or dataset_specs.is_open(key)
+
+
 def _check_keys(given: dict[str, Any], known: dict[str, Any], complete: bool = True) -> None:
     """Refuse keys that are not in `known`, and values of another type than there.
 
@@ -171,10 +176,10 @@ def _check_keys(given: dict[str, Any], known: dict[str, Any], complete: bool = T
     for key, value in given.items():
         if key in known:
             _check_kind(key, value, known[key])
-        elif not key.startswith(OPEN) and not (isinstance(value, dict) and value):  # its own keys are checked later
+        elif not is_open(key) and not (isinstance(value, dict) and value):  # its own keys are checked later
             raise UserError(unknown_key(key, _shown(value), known))
     for key in known:
-        if complete and key not in given and key not in OPTIONAL and not key.startswith(OPEN):
+        if complete and key not in given and key not in OPTIONAL and not is_open(key):
             raise UserError(f"{key} was removed from the config, and every run needs it; give it a value instead")
 
 
@@ -212,8 +217,9 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
 
     A default of null, ??? or ${...} tells nothing about the type, so any value is accepted.
     """
-    unsaid = default is None or default == "???" or "${" in str(default) or (value is None and f"{key}." in OPEN)
-    if unsaid or key in RULES or key in CHOICES or (isinstance(value, str) and ("${" in value or value == "???")):
+    unsaid = default is None or default == "???" or "${" in str(default) or (value is None and is_open(f"{key}."))
+    has_rule = key in RULES or key in CHOICES or dataset_specs.has_rule(key)
+    if unsaid or has_rule or (isinstance(value, str) and ("${" in value or value == "???")):
         return
     kind, fits = KINDS[type(default)]
     if not fits(value):
@@ -339,23 +345,17 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
 
 
 def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
-    """Check that every name is a dataset of dataloaders.py (get_*) or an existing path."""
-    known = {name[4:] for name, f in vars(dataloaders).items() if name.startswith("get_") and callable(f)} - {"local"}
-    datasets = values.get("datasets")
-    if not isinstance(datasets, list) or not datasets or not all(rules.is_text(name) for name in datasets):
-        raise UserError(f"datasets={_shown(datasets)} must be a list of names or paths, such as datasets=[demo]")
-    for name in datasets:
-        if datasets.count(name) > 1:
-            raise UserError(f"datasets={_shown(datasets)} has {name} twice; name each dataset once")
-        if name not in known and not os.path.exists(name):
-            if "/" in name or name.endswith((".json", ".jsonl", ".parquet")):
-                raise UserError(f"datasets={_shown(datasets)}: {name} does not exist; give a file or a folder")
-            raise UserError(f"datasets={_shown(datasets)}: {name} is not known; {did_you_mean(name, known)}, or a path")
-    for name, path in (values.get("dataset_paths") or {}).items():
-        if name not in known:
-            raise UserError(f"dataset_paths.{name}={_shown(path)}: no such dataset; {did_you_mean(name, known)}")
-        if path is not None and not (rules.is_text(path) and os.path.exists(path)):
-            raise UserError(f"dataset_paths.{name}={_shown(path)} does not exist; give a local copy, or null")
+    """Check the datasets' names and YAMLs. dataloaders.py has the readers that these can name: get_*."""
+    readers = {name for name, f in vars(dataloaders).items() if name.startswith("get_") and callable(f)} - {"get_local"}
+    choice = _choice_of_datasets()
+    if choice not in (None, "all"):
+        raise UserError(f"dataset={choice} is not how datasets are chosen; use datasets=[{choice}]")
+    dataset_specs.check(values, readers)
+
+
+def _choice_of_datasets() -> str | None:
+    """Return the choice of Hydra's group `dataset`: all, unless the user changed it. None outside a Hydra run."""
+    return HydraConfig.get().runtime.choices.get("dataset") if HydraConfig.initialized() else None
 
 
 def _check_model(values: dict[str, Any]) -> None:

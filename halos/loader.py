@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from halos.chat import render_prompt, render_responses
 from halos.errors import UserError
 from halos.examples import Example
+from halos.thinning import repeated
 from halos.tokens import Encoder, Role, TokenizedExample, tokenize, truncate
 
 
@@ -44,6 +45,7 @@ class DataLoader:
 
     batch_size: rows per batch over all GPUs
     n_epochs, n_examples: stop after so many, whichever comes first; None for no limit
+    weights: name of a dataset -> times that its rows are seen per epoch; 1 where it is not named (halos/thinning.py)
     """
 
     data_format: str | None = None  # what a trainer's data_format is compared with: sft, unpaired, paired
@@ -60,14 +62,15 @@ class DataLoader:
         seed: int = 1,
         n_epochs: int | None = 1,
         n_examples: int | None = None,
+        weights: dict[str, float] | None = None,
         description: str = "",
     ):
-        self.examples = examples
+        self.seed = seed
+        self.examples, self.thinned = repeated(examples, weights or {})
         self.encoder = Encoder(tokenizer)
         self.batch_size = batch_size
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
-        self.seed = seed
         self.n_epochs = n_epochs
         self.n_examples = n_examples
         self.epoch = 0
@@ -75,7 +78,7 @@ class DataLoader:
         self.examples_seen = 0
         self.account: list[dict[str, Any]] = []  # of each dataset: what was read and dropped
         self._tokenize(tokenizer, cache_dir, description)
-        self.rows_per_epoch = len(self.flatten(random.Random(0)))
+        self.rows_per_epoch = len(self.order(0))
         if not self.rows_per_epoch:
             raise UserError(self._no_rows())
 
@@ -106,6 +109,8 @@ class DataLoader:
 
     def order(self, epoch: int) -> list[Row]:
         """The rows of an epoch in the order in which they are trained on."""
+        for thinned in self.thinned:
+            thinned.take(self.examples, self.seed, epoch)
         return self.flatten(random.Random(f"{self.seed}-{epoch}"))
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 import halos.config
 import trainers
+from halos import dataset_specs
 from halos.commands import hydra_main, report_user_errors
 from halos.config import component, overrides, validate
 from halos.errors import UserError
@@ -64,6 +65,7 @@ DATALOADERS = stub(
     PairedPreferenceDataLoader="paired",
     UnpairedPreferenceDataLoader="unpaired",
 )
+NAMED = "demo, helpsteer, hh, hh_harmless, hh_helpful, nectar, oasst, shp, ultrachat, ultrafeedback"
 for dataset in ["demo", "shp", "hh", "hh_helpful", "hh_harmless", "oasst", "local"]:
     setattr(DATALOADERS, f"get_{dataset}", lambda split: None)
 
@@ -143,12 +145,14 @@ def refusal(check):
 def test_defaults_of_a_real_model_are_those_of_the_original(check):
     """The numbers are those that the published models were trained with. A new key needs a line here."""
     config = OmegaConf.to_container(check("model=llama7b"), resolve=True)
+    assert ", ".join(config.pop("dataset")) == NAMED
     assert config == {
         "seed": 1,
         "exp_name": "sft_llama7b",
         "mode": "train",
         "cache_dir": ".cache",
         "datasets": ["demo"],
+        "strict_data": False,
         "dataset_paths": dict.fromkeys(["shp", "hh", "hh_helpful", "hh_harmless", "oasst"]),
         "n_epochs": 1,
         "n_examples": None,
@@ -686,12 +690,11 @@ REFUSED = [
     ),
     (
         "datasets=[demp]",
-        "datasets=[demp]: demp is not known; did you mean 'demo'? (one of: demo, hh, hh_harmless, "
-        "hh_helpful, oasst, shp), or a path",
+        f"datasets=[demp]: demp is not known; did you mean 'demo'? (one of: {NAMED}), or a path or hub name",
     ),
     (
         "datasets=[local]",
-        "datasets=[local]: local is not known; choose one of: demo, hh, hh_harmless, hh_helpful, oasst, shp, or a path",
+        f"datasets=[local]: local is not known; choose one of: {NAMED}, or a path or hub name",
     ),
     (
         "datasets=[]",
@@ -707,11 +710,54 @@ REFUSED = [
     ),
     (
         "datasets=[mine.jsonl]",
-        "datasets=[mine.jsonl]: mine.jsonl does not exist; give a file or a folder",
+        "datasets=[mine.jsonl]: mine.jsonl does not exist; give a file, a folder, or a hub name",
     ),
     (
-        "datasets=[data/mine]",
-        "datasets=[data/mine]: data/mine does not exist; give a file or a folder",
+        "datasets=[data/mine.csv.gz]",
+        "datasets=[data/mine.csv.gz]: data/mine.csv.gz does not exist; give a file, a folder, or a hub name",
+    ),
+    (
+        "datasets=[./mine]",
+        "datasets=[./mine]: ./mine does not exist; give a file, a folder, or a hub name",
+    ),
+    (
+        "dataset.shp.surce=/data",
+        "dataset.shp.surce=/data: there is no key dataset.shp.surce; did you mean dataset.shp.source?",
+    ),
+    (
+        "++dataset.ssp.source=/data",
+        "dataset.ssp.source=/data: there is no key dataset.ssp.source; did you mean dataset.demo.source?",
+    ),
+    (
+        "dataset.shp.weight=0",
+        "dataset.shp.weight=0 must be a number above 0",
+    ),
+    (
+        "dataset.nectar.form=rank",
+        "dataset.nectar.form=rank must be auto, pairwise_feedback, binary_feedback, pairs, ranked, feedback, rated, "
+        "messages, completion, instruction or text",
+    ),
+    (
+        "dataset.nectar.pairs=best",
+        "dataset.nectar.pairs=best must be all, best-worst or adjacent",
+    ),
+    (
+        "dataset.shp.reader=get_spp",
+        "dataset.shp.reader=get_spp is not defined in dataloaders.py; did you mean 'get_shp'? (one of: get_demo, "
+        "get_hh, get_hh_harmless, get_hh_helpful, get_oasst, get_shp)",
+    ),
+    (
+        "dataset.shp.form=pairs",
+        "dataset.shp.form has no effect, since get_shp reads the rows itself; leave it out, or use "
+        "dataset.shp.reader=null",
+    ),
+    (
+        "datasets=[nectar] dataset.nectar.source=null",
+        "dataset.nectar.source=null: nothing to read; give a file, a folder or a hub name",
+    ),
+    (
+        "strict_data=1",
+        "strict_data=1 must be true or false",
     ),
     (
         "dataset_paths.shp=/nowhere",
@@ -719,8 +765,8 @@ REFUSED = [
     ),
     (
         "++dataset_paths.ssp=/nowhere",
-        "dataset_paths.ssp=/nowhere: no such dataset; did you mean 'shp'? (one of: demo, hh, "
-        "hh_harmless, hh_helpful, oasst, shp)",
+        "dataset_paths.ssp=/nowhere: no such dataset; did you mean 'shp'? (one of: demo, helpsteer, "
+        "hh, hh_harmless, hh_helpful, nectar, oasst, shp, ultrachat, ultrafeedback)",
     ),
     (
         "model.load_from=/x/policy.pt",
@@ -826,6 +872,39 @@ def test_a_broken_yaml_is_named_with_its_line(run, tmp_path):
     result = run("--config-dir", "mine", "loss=bad")
     where = f"{tmp_path}/mine/loss/bad.yaml, line 2"
     assert (result.code, result.err) == (2, f"error: {where}: mapping values are not allowed here; correct the file\n")
+
+
+def test_hub_names_and_globs_are_datasets(check):
+    names = ["HuggingFaceH4/ultrafeedback_binarized", "allenai/tulu:math", "/data/*.jsonl"]
+    assert check(f"datasets=[{','.join(names)}]").datasets == names
+
+
+def test_a_new_dataset_is_a_yaml(run, tmp_path):
+    """A YAML in config/dataset of --config-dir is a dataset, with the keys of base_dataset.yaml that it leaves out."""
+    os.makedirs(tmp_path / "mine/dataset")
+    (tmp_path / "mine/dataset/ours.yaml").write_text("source: /data/ours\ncolumns: {prompt: question}\n")
+    words = ["datasets=[ours,shp]", "dataset.ours.weight=0.5", "dataset.shp.source=/data/SHP"]
+    (config,) = run("--config-dir", "mine", *words, "++dataset.ours.columns.chosen=good").configs
+    ours = config.dataset.ours
+    assert (ours.source, ours.weight, ours.form) == ("/data/ours", 0.5, "auto")
+    assert ours.columns == {"prompt": "question", "chosen": "good"}
+    assert (config.dataset.shp.source, config.dataset.shp.reader) == ("/data/SHP", "get_shp")
+    assert dataset_specs.spec_of(config, "shp").source == "/data/SHP"
+    unknown = run("--config-dir", "mine", "datasets=[our]")
+    assert unknown.err.startswith("error: datasets=[our]: our is not known; did you mean 'ours'? (one of: demo, ")
+
+
+def test_what_a_dataset_is_read_from(check, tmp_path):
+    """dataset_paths.NAME comes before dataset.NAME.source; a path or a hub name has the keys of base_dataset.yaml."""
+    words = "dataset.hh.source=/b", f"dataset_paths.shp={tmp_path}", "datasets=[shp,hh,a/b,demo]"
+    config = check(*words)
+    sources = [dataset_specs.spec_of(config, name).source for name in config.datasets]
+    assert sources == [str(tmp_path), "/b", "a/b", None]
+    assert dataset_specs.spec_of(config, "a/b").form == "auto"
+
+
+def test_the_group_dataset_is_not_for_choosing(run):
+    assert run("dataset=shp").err == "error: dataset=shp is not how datasets are chosen; use datasets=[shp]\n"
 
 
 @pytest.mark.parametrize("file", ["mine.json", "mine.jsonl", "mine.parquet", "mine", "data/mine"])

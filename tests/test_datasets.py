@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -12,7 +13,6 @@ import hub_copies
 from dataloaders import (
     Dataset,
     Example,
-    _last_reply,
     get_demo,
     get_hh,
     get_hh_harmless,
@@ -22,11 +22,15 @@ from dataloaders import (
     get_shp,
     merge,
 )
-from halos import datafiles, demo
+from halos import datafiles, demo, hub
+from halos.chat import render_prompt, render_responses
 from halos.errors import UserError
+from halos.forms import FORMS_IN_WORDS
+from halos.turns import messages_of_turns, split_reply
 
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
 TREE = "\n\nHuman: Hi.\n\nAssistant: Hello. How are you?\n\nHuman: Name a tree.\n\nAssistant:"
+NO_TEMPLATE = SimpleNamespace(chat_template=None)  # of a tokenizer, all that rendering asks for
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +54,19 @@ def oasst(tmp_path):
     return str(hub_copies.write_oasst(tmp_path / "oasst"))
 
 
-def by_prompt(dataset: Dataset) -> dict[str, Example]:
-    return {example.prompt: example for example in dataset.examples.values()}
+def user(*contents: str) -> list[dict]:
+    """Return messages of the user and the assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def by_text(dataset: Dataset) -> dict[str, Example]:
+    """Return the examples by the text of their prompts, as a tokenizer without a template gets it."""
+    return {render_prompt(example.prompt, NO_TEMPLATE): example for example in dataset.examples.values()}
+
+
+def texts(example: Example) -> list[str]:
+    """Return the texts of the responses, as a tokenizer without a template gets them."""
+    return render_responses(example, NO_TEMPLATE)
 
 
 def text_pairs(example: Example) -> set[tuple[str, str]]:
@@ -81,15 +96,15 @@ def test_shp_training_pairs(shp):
     }
     sky, tea, won = dataset.examples.values()
     assert sky == Example(
-        prompt="\n\nHuman: Why is the sky blue?\n\nAssistant:",
-        generations=[" Rayleigh scattering.", " It is a mirror.", " Magic."],
+        prompt=user("Why is the sky blue?"),
+        generations=["Rayleigh scattering.", "It is a mirror.", "Magic."],
         scores=[40, 10, 4],
         pairs=[(0, 1), (0, 2)],
         sft_index=0,
         truncation_mode="keep_start",
         dataset_name="shp",
     )
-    assert won.pairs == [(0, 1)] and won.generations == [" We did.", " They did."]
+    assert won.pairs == [(0, 1)] and won.generations == ["We did.", "They did."]
     assert tea.pairs == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5)] and len(tea.generations) == 6
     assert sum(len(example.pairs) for example in (sky, tea, won)) == dataset.rows - dataset.dropped.total()
 
@@ -97,8 +112,8 @@ def test_shp_training_pairs(shp):
 def test_shp_test_split_keeps_every_score_ratio(shp):
     dataset = get_shp("test", shp)
     assert dataset.rows == 3 and not dataset.dropped
-    late = by_prompt(dataset)["\n\nHuman: Is it late?\n\nAssistant:"]
-    assert late.generations == [" Yes.  Very.", " No.", " Perhaps."]
+    late = by_text(dataset)["\n\nHuman: Is it late?\n\nAssistant:"]
+    assert texts(late) == [" Yes.  Very.", " No.", " Perhaps."]
     assert late.scores == [5, 4, 3] and late.pairs == [(0, 1), (1, 2)] and late.sft_index == 0
 
 
@@ -106,7 +121,7 @@ def test_shp_does_not_depend_on_the_order_of_rows(shp, tmp_path):
     """The choice of five of the eight pairs about tea depends on the prompt and the pairs only."""
     rows = [json.loads(line) for line in (tmp_path / "SHP/askscience/train.json").read_text().splitlines()]
     hub_copies.write_lines(tmp_path / "reversed/train.json", rows[::-1])
-    forward, backward = by_prompt(get_shp("train", shp)), by_prompt(get_shp("train", str(tmp_path / "reversed")))
+    forward, backward = by_text(get_shp("train", shp)), by_text(get_shp("train", str(tmp_path / "reversed")))
     assert len(backward) == 2
     for prompt, example in backward.items():
         assert asdict(example) == asdict(forward[prompt])
@@ -126,8 +141,8 @@ def test_hh_helpful(hh):
     }
     assert list(dataset.examples.values()) == [
         Example(
-            prompt=TREE,
-            generations=[" An oak.", " A whale.", " A birch:\n\n  white"],
+            prompt=user("Hi.", "Hello. How are you?", "Name a tree."),
+            generations=["An oak.", "A whale.", "A birch:\n\n  white"],
             pairs=[(0, 1), (2, 1)],
             sft_index=0,
             truncation_mode="keep_end",
@@ -140,7 +155,7 @@ def test_hh_subsets(hh):
     """hh reads both subsets, one test row each, and skips the red team's file. A local copy may be a single subset."""
     assert get_hh("test", hh).rows == 2
     harmless = get_hh_harmless("test", hh)
-    assert harmless.rows == 1 and list(harmless.examples) == ["\n\nHuman: Bad?\n\nAssistant:"]
+    assert harmless.rows == 1 and list(by_text(harmless)) == ["\n\nHuman: Bad?\n\nAssistant:"]
     assert harmless.examples == get_hh_harmless("test", f"{hh}/harmless-base").examples
 
 
@@ -154,8 +169,38 @@ def test_hh_subsets(hh):
         ("no turns", (None, "no turns")),
     ],
 )
-def test_last_reply(conversation, expected):
-    assert _last_reply(conversation) == expected
+def test_split_reply(conversation, expected):
+    assert split_reply(conversation) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (RIVER, user("Name a river.")),
+        (TREE, user("Hi.", "Hello. How are you?", "Name a tree.")),
+        # Two turns of one speaker in a row are one message.
+        ("\n\nHuman: a\n\nHuman: b\n\nAssistant:", user("a\n\nHuman: b")),
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nAssistant:",
+            user("a", "b\n\nAssistant: c", "d"),
+        ),
+        # A turn without a space after its name, and one of an unknown speaker, belong to the turn before.
+        ("\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:", user("a\n\nAssistant:\n\nHuman: b")),
+        ("\n\nHuman: a\n\nSystem: b\n\nAssistant:", user("a\n\nSystem: b")),
+        ("\n\nHuman:  a \n\nAssistant:", user(" a ")),
+        # What does not begin and end with the user stays text.
+        ("\n\nHuman: a\n\nAssistant: b\n\nAssistant:", None),
+        ("\n\nAssistant: a\n\nHuman: b\n\nAssistant:", None),
+        ("Hello\n\nHuman: b\n\nAssistant:", None),
+        ("\n\nHuman:\n\nAssistant:", None),
+        ("\n\nAssistant:", None),
+        ("no turns", None),
+    ],
+)
+def test_turns_as_messages_render_as_the_same_text(text, expected):
+    messages = messages_of_turns(text)
+    assert messages == (text if expected is None else expected)
+    assert render_prompt(messages, NO_TEMPLATE) == text
 
 
 #### OASST
@@ -178,24 +223,27 @@ def test_oasst(oasst):
     }
     river, where, longer = dataset.examples.values()
     assert river == Example(
-        prompt=RIVER,
-        generations=[" The Rhine.", " A creek.", " The sea."],
+        prompt=user("Name a river."),
+        generations=["The Rhine.", "A creek.", "The sea."],
         pairs=[(0, 1), (1, 2)],
         sft_index=0,
         truncation_mode="keep_end",
         dataset_name="oasst",
     )
-    assert where.prompt == f"{RIVER} The Rhine.\n\nHuman: Where is it?\n\nAssistant:"
-    assert (where.generations, where.pairs, where.sft_index) == ([" In Europe."], [], 0)
-    assert longer.prompt == f"{RIVER} The Nile.\n\nHuman: Longer?\n\nAssistant:"
-    assert text_pairs(longer) == {(" Yes.", " No.")}
+    assert list(by_text(dataset)) == [
+        RIVER,
+        f"{RIVER} The Rhine.\n\nHuman: Where is it?\n\nAssistant:",
+        f"{RIVER} The Nile.\n\nHuman: Longer?\n\nAssistant:",
+    ]
+    assert (texts(where), where.pairs, where.sft_index) == ([" In Europe."], [], 0)
+    assert text_pairs(longer) == {("Yes.", "No.")}
     replies = sum(len(example.generations) for example in dataset.examples.values())
     assert dataset.rows == len(dataset.examples) + replies + dataset.dropped.total()
 
 
 def test_oasst_validation_is_our_test(oasst):
     dataset = get_oasst("test", oasst)
-    assert dataset.rows == 3 and list(dataset.examples) == ["\n\nHuman: Two?\n\nAssistant:"]
+    assert dataset.rows == 3 and list(by_text(dataset)) == ["\n\nHuman: Two?\n\nAssistant:"]
 
 
 #### OTHER LOCAL COPIES, AND SOURCES THAT CANNOT BE READ
@@ -213,7 +261,7 @@ def test_copies_made_by_save_to_disk(hh, tmp_path):
         get_hh_helpful("test", str(tmp_path / "one"))
     assert message(error) == (
         f"{tmp_path}/one has no split 'test' (it has: train); "
-        "dataset_paths.hh_helpful=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
+        "dataset.hh_helpful.source=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
     )
 
 
@@ -221,8 +269,8 @@ def test_a_directory_that_is_not_there():
     with pytest.raises(UserError) as error:
         get_shp("train", "/data/SHP")
     assert message(error) == (
-        "dataset_paths.shp=/data/SHP: no such directory; "
-        "dataset_paths.shp=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
+        "dataset.shp.source=/data/SHP: no such directory; "
+        "dataset.shp.source=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
     )
 
 
@@ -230,19 +278,20 @@ def test_no_network(monkeypatch):
     """If the hub cannot be reached (here: a closed port), reading fails at once and nothing is retried."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    hub.hub_answers.cache_clear()
     with pytest.raises(UserError) as error:
         get_shp("train")
     assert datasets.config.HF_HUB_OFFLINE
     assert message(error) == (
         "shp: cannot load stanfordnlp/SHP (the hub cannot be reached, and no download of it is cached); without "
-        "internet, dataset_paths.shp=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
+        "internet, dataset.shp.source=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
     )
 
 
 def test_a_source_without_the_columns(tmp_path):
     hub_copies.write_lines(tmp_path / "copy/train.jsonl", [{"chosen": "a", "rejcted": "b"}])
     with pytest.raises(
-        UserError, match=r"has no column 'rejected' \(it has: chosen, rejcted\); .*dataset_paths.hh=DIR"
+        UserError, match=r"has no column 'rejected' \(it has: chosen, rejcted\); .*dataset.hh.source=DIR"
     ):
         get_hh("train", str(tmp_path / "copy"))
 
@@ -252,7 +301,7 @@ def test_sources_that_are_empty_or_broken(tmp_path):
     hub_copies.write_lines(tmp_path / "broken/train.jsonl", [])
     (tmp_path / "broken/train.jsonl").write_text("{no\n")
     for folder in "empty", "broken":
-        with pytest.raises(UserError, match="hh: cannot load .*dataset_paths.hh=DIR") as error:
+        with pytest.raises(UserError, match="hh: cannot load .*dataset.hh.source=DIR") as error:
             get_hh("train", str(tmp_path / folder))
         message(error)
 
@@ -276,8 +325,10 @@ def test_demo(monkeypatch):
     monkeypatch.setattr(demo, "generate", lambda split: items)
     dataset = get_demo("train")
     assert dataset.rows == 1
+    ((text, example),) = by_text(dataset).items()
+    assert (text, texts(example)) == (RIVER, [" a", " b", " c"])
     assert list(dataset.examples.values()) == [
-        Example(RIVER, [" a", " b", " c"], pairs=[(2, 0), (2, 1)], sft_index=1, dataset_name="demo")
+        Example(user("Name a river."), ["a", "b", "c"], pairs=[(2, 0), (2, 1)], sft_index=1, dataset_name="demo")
     ]
 
 
@@ -381,7 +432,7 @@ def test_local_feedback(tmp_path, suffix, response, label, yes, no):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_local_chat_messages(tmp_path, suffix):
-    """A prompt of messages stays a list, with role and content only. A response of one message becomes its text."""
+    """A prompt of messages stays a list, without nulls. A response of one message becomes its text."""
     prompt = [{"role": "user", "content": "Hi", "name": None}]
     chosen, rejected = [{"role": "assistant", "content": "Hello"}], [{"role": "assistant", "content": "No"}]
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": "train"}
@@ -469,7 +520,7 @@ NOT_LABELS = "give true or false, 1 or 0, or 1 or -1"
         (
             "train.json",
             f'[\n{GOOD},\n{{"prompt": "p", "text": "a"}}\n]',
-            "{file}:3: no column 'response' (it has: prompt, text); a row has {forms}",
+            "{file}:3: no response (it has: prompt, text); a row has {forms}",
         ),
         (
             "train.jsonl",
@@ -498,13 +549,38 @@ NOT_LABELS = "give true or false, 1 or 0, or 1 or -1"
             "{file}:1: column 'chosen' has the messages [user, assistant]; give one assistant message, "
             "and put the turns before it in 'prompt'",
         ),
+        (
+            "train.jsonl",
+            '{"messages": [{"role": "usr", "content": "p"}, {"role": "assistant", "content": "a"}]}',
+            "{file}:1: column 'messages' has a message of role 'usr'; give one of system, developer, user, assistant",
+        ),
+        (
+            "train.jsonl",
+            '{"messages": [{"role": "user", "content": "p"}]}',
+            "{file}:1: the messages are [user]; an assistant message that follows another one is needed",
+        ),
+        (
+            "train.jsonl",
+            '{"prompt": "p", "responses": ["a", "b"], "scores": [1]}',
+            "{file}:1: 2 responses and 1 scores; give one score to each response",
+        ),
+        (
+            "train.jsonl",
+            '{"chosen": [{"role": "user", "content": "p"}], "rejected": [{"role": "user", "content": "p"}]}',
+            "{file}:1: 'chosen' and 'rejected' have no prompt in common that an assistant answers; correct the row",
+        ),
+        ("train.csv", "prompt,chosen,rejected\np,a\n", "{file}:2: 2 cells in 3 columns; quote cells that hold a comma"),
+        ("train.csv", "prompt,chosen,rejected\np,a,b,c\n", "{file}:2: 4 cells in 3 columns; quote cells that hold a"),
+        ("train.csv", 'prompt,chosen,rejected\np,"a"x,b\n', "{file}:2: malformed CSV ("),
+        ("train.jsonl.gz", "no", "{file}: cannot be read (Not a gzipped file"),
+        ("train.jsonl.zst", "no", "{file}: cannot be read ("),
     ],
 )
 def test_local_files_that_are_wrong(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as error:
-        get_local(str(tmp_path), "train")
-    assert message(error).startswith(expected.format(file=tmp_path / name, forms=datafiles.FORMS))
+        get_local(str(tmp_path), "train", strict=True)
+    assert message(error).startswith(expected.format(file=tmp_path / name, forms=FORMS_IN_WORDS))
 
 
 @pytest.mark.parametrize(
@@ -532,13 +608,18 @@ def test_local_splits_that_are_wrong(tmp_path, rows, expected):
 
 
 def test_local_paths_that_are_wrong(tmp_path):
-    (tmp_path / "data.csv").write_text("prompt,chosen\n")
+    (tmp_path / "data.txt").write_text("prompt,chosen\n")
     (tmp_path / "train.json").write_text("[]")
     (tmp_path / "train.jsonl").write_bytes(b"{}\n\xff\n")
     expected = {
-        ("nowhere.jsonl", "train"): "nowhere.jsonl: no such file or folder; give a .json, .jsonl or .parquet file, "
-        "or a folder with train.* and test.*",
-        ("data.csv", "train"): "data.csv: not a data file; give one that ends in .json, .jsonl, .parquet",
+        (
+            "nowhere.jsonl",
+            "train",
+        ): "nowhere.jsonl: no such file or folder; give a .json, .jsonl, .csv or "
+        ".parquet file, or a folder with train.* and test.*",
+        ("data.txt", "train"): "data.txt: not a data file; give one that ends in .json, .jsonl, .csv, .parquet, or in "
+        "one of these and .gz or .zst",
+        ("*.arrow", "train"): "/*.arrow: no file matches; correct the pattern",
         (".", "test"): "/.: no test file in this folder; add test.json, test.jsonl or test.parquet",
         (".", "train"): "/.: both train.json and train.jsonl; keep one",
     }

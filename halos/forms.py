@@ -1,0 +1,418 @@
+"""The forms that rows of data can have, and how a row of each becomes a `Record`: a prompt, responses, and opinions.
+
+A form is a function from a row to a Record. To add one, write the function, and add it to FORMS with the columns that
+it is recognised by. Columns are told apart by what is in them: null and [] count as absent. Every mistake in a row
+raises a UserError that names the column. `halos/sources.py` reads the rows.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from halos.errors import UserError
+from halos.turns import messages_of_turns, split_reply
+
+PAIRINGS = ("all", "best-worst", "adjacent")
+PROMPTS_AS = ("text", "user", "turns")
+LABELS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "-1": False}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "bot": "assistant"}
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+Messages = list[dict[str, Any]]
+Text = str | Messages  # a prompt or a response
+
+
+@dataclass
+class Record:
+    """What one row says: about `responses` to a prompt, by their indices."""
+
+    prompt: Text
+    responses: list[Text]
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (better, worse)
+    desirable: bool | None = None  # binary feedback on the only response
+    scores: list[float] = field(default_factory=list)  # one per response, higher is better; or empty
+    imitate: bool = False  # SFT: the only response is to be imitated
+    rank: bool = False  # pairs are to be made of the scores
+    tools: list[dict] | None = None
+    whole: str | None = None  # a text without a prompt, as it was before it was divided
+
+
+class Row:
+    """The columns of one row, under our names. Remembers which of them were read."""
+
+    def __init__(self, where: str, columns: dict[str, Any], prompt_as: str = "text"):
+        self.where = where
+        self.columns = columns
+        self.prompt_as = prompt_as
+        self.read: set[str] = set()
+
+    def has(self, *names: str) -> bool:
+        """Return True if all these columns are there and hold something."""
+        return all(self.columns.get(name) not in (None, []) for name in names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of a column, which must be there."""
+        if name not in self.columns:
+            others = sorted(set(self.columns) - self.read)
+            nearest = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
+            remedy = f"did you mean {nearest[0]!r}?" if nearest else f"a row has {FORMS_IN_WORDS}"
+            raise self.error(f"no column {name!r} (it has: {', '.join(sorted(self.columns))}); {remedy}")
+        self.read.add(name)
+        return self.columns[name]
+
+    def first(self, *names: str) -> str:
+        """Return the first of these names that holds something, else the first that is there, else the first."""
+        there = [name for name in names if self.has(name)] + [name for name in names if name in self]
+        return (there or names)[0]
+
+    def get(self, name: str) -> Any:
+        return self[name] if self.has(name) else None
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{self.where}: {problem}")
+
+    def wrong(self, name: str, remedy: str) -> UserError:
+        return self.error(f"column {name!r} is {shown(self.columns[name])}; give {remedy}")
+
+
+#### VALUES
+
+
+def shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def is_messages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def messages_in(row: Row, name: str) -> Messages:
+    """Return a column's chat messages, as {role, content, ...} without nulls; ShareGPT's {from, value} become these."""
+    value = row[name]
+    if not is_messages(value):
+        raise row.wrong(name, 'text, or a list of messages {"role": ..., "content": ...}')
+    return [_message(row, name, one) for one in value]
+
+
+def _message(row: Row, name: str, given: dict) -> dict:
+    message = {key: value for key, value in given.items() if value is not None and value != []}
+    role = message.pop("role", None) or message.pop("from", None)
+    content = message.pop("content", None)
+    content = message.pop("value", "") if content is None else content
+    if is_messages(content):  # parts, as multimodal datasets write them
+        if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
+            raise row.error(f"column {name!r} has a message with parts that are not text; leave such rows out")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise row.wrong(name, 'text, or a list of messages {"role": ..., "content": ...}')
+    role = ROLES.get(role, role)
+    if role not in CHAT_ROLES:
+        raise row.error(f"column {name!r} has a message of role {role!r}; give one of {', '.join(CHAT_ROLES)}")
+    return {"role": role, "content": content, **message}
+
+
+def prompt_in(row: Row, name: str = "prompt") -> Text:
+    """Return a prompt: messages, or text in the way that `prompt_as` says; with the column `system` put before it."""
+    value = row[name]
+    if isinstance(value, str) and not row.has("system"):
+        if row.prompt_as == "turns":
+            return messages_of_turns(value)
+        return [{"role": "user", "content": value}] if row.prompt_as == "user" and value.strip() else value
+    prompt = [{"role": "user", "content": value}] if isinstance(value, str) else messages_in(row, name)
+    return with_system(row, prompt)
+
+
+def with_system(row: Row, messages: Messages) -> Messages:
+    """Return messages with the column `system` before them, unless they begin with a system message."""
+    system = row.get("system")
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    if not isinstance(system, str):
+        raise row.wrong("system", "text")
+    return [{"role": "system", "content": system}, *messages] if system.strip() else messages
+
+
+def response_in(row: Row, name: str) -> Text:
+    """Return a response: text, or its messages if they are several or hold more than text. Null is empty text."""
+    value = row[name]
+    if value is None or value == [] or isinstance(value, str):
+        return value or ""
+    messages = messages_in(row, name)
+    if messages[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in messages)
+        raise row.error(
+            f"column {name!r} has the messages [{roles}]; give one assistant message, "
+            "and put the turns before it in 'prompt'"
+        )
+    return as_response(messages)
+
+
+def as_response(messages: Messages) -> Text:
+    """Return the text of a single plain assistant message, else the messages up to the last assistant's."""
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    plain = len(messages) == 1 and messages[0].keys() == {"role", "content"}
+    return messages[0]["content"] if plain else messages
+
+
+def label_in(row: Row, name: str) -> bool:
+    value = row[name]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    key = str(value).strip().lower()
+    if not isinstance(value, bool | int | str) or key not in LABELS:
+        raise row.wrong(name, "true or false, 1 or 0, or 1 or -1")
+    return LABELS[key]
+
+
+def number_in(row: Row, name: str) -> float:
+    return _number(row, name, row[name])
+
+
+def _number(row: Row, name: str, value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise row.wrong(name, "numbers")
+    return number
+
+
+def tools_in(row: Row) -> list[dict] | None:
+    """Return the column `tools`: a list of descriptions, or the JSON text of one."""
+    value = row.get("tools")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) or None
+        except json.JSONDecodeError:
+            raise row.wrong("tools", "a list, or the JSON text of one") from None
+    if value is not None and not is_messages(value):
+        raise row.wrong("tools", "a list of descriptions of tools")
+    return value
+
+
+#### FORMS
+
+
+def pairs(row: Row) -> Record:
+    """prompt, chosen, rejected; or the prompt inside both."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    scores = []
+    for names in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
+        if row.has(*names):
+            scores = [number_in(row, name) for name in names]
+    if _is_conversation(chosen) and _is_conversation(rejected):
+        prompt, responses = _common_messages(row)
+    elif "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str) and "\n\nAssistant:" in chosen:
+        prompt, responses = _common_turns(row, chosen, rejected)
+    else:
+        prompt, responses = prompt_in(row), [response_in(row, "chosen"), response_in(row, "rejected")]
+        given = row["prompt"]
+        texts = [text for text in responses if isinstance(text, str)]
+        if isinstance(given, str) and given and len(texts) == 2 and all(text.startswith(given) for text in texts):
+            responses = [text[len(given) :] for text in texts]
+    return Record(prompt, responses, pairs=[(0, 1)], scores=scores)
+
+
+def _is_conversation(value: object) -> bool:
+    """Return True for messages that begin with the prompt, not with a response."""
+    return is_messages(value) and value[0].get("role", value[0].get("from")) not in ("assistant", "gpt")  # type: ignore
+
+
+def _common_messages(row: Row) -> tuple[Text, list[Text]]:
+    """Divide two conversations where they part. If `prompt` has messages that both begin with, it ends there."""
+    chosen, rejected = messages_in(row, "chosen"), messages_in(row, "rejected")
+    given = messages_in(row, "prompt") if is_messages(row.columns.get("prompt")) else []
+    row.read.add("prompt")  # as text it repeats the first message
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    if given and len(given) <= n and chosen[: len(given)] == given:
+        n = len(given)
+    while n and not all(n < len(one) and one[n]["role"] == "assistant" for one in (chosen, rejected)):
+        n -= 1
+    if not n:
+        raise row.error("'chosen' and 'rejected' have no prompt in common that an assistant answers; correct the row")
+    return with_system(row, chosen[:n]), [as_response(chosen[n:]), as_response(rejected[n:])]
+
+
+def _common_turns(row: Row, chosen: str, rejected: str) -> tuple[Text, list[Text]]:
+    """Divide two texts of Human / Assistant turns at their last reply."""
+    (prompt, good), (other, bad) = split_reply(chosen), split_reply(rejected)
+    if prompt is None or prompt != other:
+        raise row.error("'chosen' and 'rejected' have no common turns before the last reply; correct the row")
+    as_messages = messages_of_turns(prompt)
+    space = " " if isinstance(as_messages, str) else ""
+    return as_messages, [space + good.strip(), space + bad.strip()]
+
+
+def feedback(row: Row) -> Record:
+    """prompt, response (or completion), desirable (or label); or messages and a label."""
+    label = label_in(row, row.first("desirable", "label"))
+    if not row.has("prompt") and row.has(row.first("messages", "conversations")):
+        record = messages(row)
+        return Record(record.prompt, record.responses, desirable=label, tools=record.tools)
+    prompt = prompt_in(row)
+    return Record(prompt, [response_in(row, row.first("response", "completion", "output"))], desirable=label)
+
+
+def messages(row: Row) -> Record:
+    """A conversation to imitate: `messages`, or ShareGPT's `conversations`. Every assistant turn is trained on."""
+    turns = messages_in(row, row.first("messages", "conversations", "conversation"))
+    first = next((i for i, message in enumerate(turns) if message["role"] == "assistant"), 0)
+    if not first:
+        found = ", ".join(message["role"] for message in turns)
+        raise row.error(f"the messages are [{found}]; an assistant message that follows another one is needed")
+    return Record(with_system(row, turns[:first]), [as_response(turns[first:])], imitate=True)
+
+
+def completion(row: Row) -> Record:
+    """prompt and completion (or response), to imitate."""
+    return Record(prompt_in(row), [response_in(row, row.first("completion", "response"))], imitate=True)
+
+
+def instruction(row: Row) -> Record:
+    """Alpaca's instruction, input and output, to imitate: the first two are one user message."""
+    parts = [row["instruction"], row.get("input")]
+    if not all(isinstance(part, str | None) for part in parts):
+        raise row.wrong("instruction", "text")
+    text = "\n\n".join(part for part in parts if part and part.strip())
+    prompt = with_system(row, [{"role": "user", "content": text}]) if text else ""
+    return Record(prompt, [response_in(row, row.first("output", "response"))], imitate=True)
+
+
+def text(row: Row) -> Record:
+    """A text to imitate. Its first word is the prompt, since nothing predicts the first token of a sequence."""
+    whole = row["text"]
+    if not isinstance(whole, str):
+        raise row.wrong("text", "text")
+    before = len(whole) - len(whole.lstrip())
+    word = (whole.split(maxsplit=1) or [""])[0]
+    end = before + len(word)
+    return Record(whole[:end], [whole[end:]], imitate=True, whole=whole)
+
+
+def ranked(row: Row) -> Record:
+    """prompt and several responses with scores (higher is better) or ranks (lower is better)."""
+    name = row.first("responses", "completions", "generations", "answers")
+    items = row[name]
+    if not isinstance(items, list) or not items:
+        raise row.wrong(name, "a list of responses")
+    if all(isinstance(item, dict) and "role" not in item for item in items):
+        responses, scores = _responses_and_scores(row, name, items)
+    else:
+        responses = [response_in(Row(row.where, {name: item}), name) for item in items]
+        scores = _list_of_scores(row)
+    if len(scores) != len(responses):
+        raise row.error(f"{len(responses)} responses and {len(scores)} scores; give one score to each response")
+    return Record(prompt_in(row), responses, scores=scores, rank=True)
+
+
+TEXT_KEYS = ("response", "answer", "completion", "text", "content", "output")
+SCORE_KEYS = ("score", "overall_score", "rating", "reward")
+
+
+def _responses_and_scores(row: Row, name: str, items: list[dict]) -> tuple[list[Text], list[float]]:
+    responses, scores = [], []
+    for item in items:
+        part = Row(row.where, item)
+        key = part.first(*TEXT_KEYS)
+        responses.append(response_in(part, key))
+        if score := next((key for key in SCORE_KEYS if part.has(key)), None):
+            scores.append(number_in(part, score))
+        else:
+            scores.append(-number_in(part, "rank"))
+    return responses, scores
+
+
+def _list_of_scores(row: Row) -> list[float]:
+    ranks = not row.has(row.first("scores", "ratings", "rewards"))
+    name = row.first("ranks", "rank") if ranks else row.first("scores", "ratings", "rewards")
+    values = row[name] if name in row or not ranks else row["scores"]
+    if not isinstance(values, list):
+        raise row.wrong(name, "a list of numbers")
+    return [_number(row, name, value) * (-1 if ranks else 1) for value in values]
+
+
+def rated(row: Row) -> Record:
+    """prompt, response and its score. All rows of a prompt are ranked together."""
+    response = response_in(row, row.first("response", "completion", "output"))
+    return Record(prompt_in(row), [response], scores=[number_in(row, row.first(*SCORE_KEYS))], rank=True)
+
+
+def pairwise_feedback(row: Row) -> Record:
+    """The later HALOs' JSON: prompt, output_A, output_B, label (1: A is better), reward_A, reward_B."""
+    responses = [response_in(row, "output_A"), response_in(row, "output_B")]
+    scores = [number_in(row, name) for name in ("reward_A", "reward_B") if row.has(name)]
+    better = 0 if label_in(row, "label") else 1
+    return Record(prompt_in(row), responses, pairs=[(better, 1 - better)], scores=scores if len(scores) == 2 else [])
+
+
+def binary_feedback(row: Row) -> Record:
+    """The later HALOs' JSON: prompt, output, label, reward."""
+    scores = [number_in(row, "reward")] if row.has("reward") else []
+    return Record(prompt_in(row), [response_in(row, "output")], desirable=label_in(row, "label"), scores=scores)
+
+
+# Name of a form -> (its function, what it is recognised by: one of several sets of columns that hold something).
+FORMS: dict[str, tuple[Callable[[Row], Record], tuple[tuple[str, ...], ...]]] = {
+    "pairwise_feedback": (pairwise_feedback, (("output_A", "output_B"),)),
+    "binary_feedback": (binary_feedback, (("output", "label", "prompt"),)),
+    "pairs": (pairs, (("chosen",), ("rejected",))),
+    "ranked": (
+        ranked,
+        tuple((name,) for name in ("responses", "completions", "generations", "answers")),
+    ),
+    "feedback": (feedback, (("desirable",), ("label",))),
+    "rated": (rated, tuple((name, "score") for name in ("response", "completion"))),
+    "messages": (messages, (("messages",), ("conversations",), ("conversation",))),
+    "completion": (completion, (("completion",), ("response",))),
+    "instruction": (instruction, (("instruction",),)),
+    "text": (text, (("text",),)),
+}
+FORMS_IN_WORDS = "prompt, chosen, rejected (pairs) or prompt, response, desirable (binary feedback)"
+
+
+def form_of(row: Row) -> str:
+    """Return the name of the form that a row has, by the columns that hold something."""
+    for name, (_, recognised) in FORMS.items():
+        if any(row.has(*columns) for columns in recognised) and not (name == "text" and row.has("prompt")):
+            return name
+    row["prompt"]
+    raise row.error(
+        f"no response (it has: {', '.join(sorted(row.columns))}); a row has {FORMS_IN_WORDS}, or another form of "
+        "docs/data.md"
+    )
+
+
+def record_of(row: Row, form: str = "auto") -> Record:
+    """Return what a row says. `form` is a name in FORMS, or auto."""
+    record = FORMS[form_of(row) if form == "auto" else form][0](row)
+    record.tools = record.tools or tools_in(row)
+    return record
+
+
+#### PAIRS OF A RANKING
+
+
+def pairs_of_scores(scores: list[float], pairing: str, margin: float = 0) -> list[tuple[int, int]]:
+    """Return (better, worse) indices whose scores differ by at least `margin`, and by more than 0.
+
+    pairing: all pairs; best-worst: one pair; adjacent: neighbours in the ranking, of which equal scores form none
+    """
+    order = sorted((i for i in range(len(scores)) if not math.isnan(scores[i])), key=lambda i: -scores[i])
+    if pairing == "all":
+        candidates = [(better, worse) for place, better in enumerate(order) for worse in order[place + 1 :]]
+    elif pairing == "best-worst":
+        candidates = [(order[0], order[-1])] if order else []
+    else:
+        candidates = list(zip(order, order[1:], strict=False))
+    return [(i, j) for i, j in candidates if scores[i] - scores[j] >= margin and scores[i] > scores[j]]
