@@ -57,6 +57,8 @@ def run(config: DictConfig) -> None:
     trainer_class = getattr(trainers, config.loss.trainer)
     trainer = trainer_class(policy, reference, tokenizer, config, loaders.get("train"), loaders["test"], directory)
     if training:
+        for line in trainer.advice():
+            rank0_print(line)
         trainer.train()
         rank0_print(f"saved to {os.path.join(directory, 'LATEST', checkpoint.POLICY)}")
     else:

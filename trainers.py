@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from halos import rules
+from halos import advice, rules
 from halos.engine import Batch, Outcome, Statistic
 from halos.trainer import BasicTrainer, wins
 from utils import discounted_sums
@@ -88,14 +88,19 @@ class SLiCTrainer(PairedPreferenceTrainer):
 
 class KTOTrainer(UnpairedPreferenceTrainer):
     needs = ("use_reference_model",)
-    rules = {"beta": rules.number(above=0)}
+    rules = {
+        "beta": rules.number(above=0),
+        "desirable_weight": rules.number(least=0),
+        "undesirable_weight": rules.number(least=0),
+    }
 
     def loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
         """KTO (https://arxiv.org/abs/2402.01306), with the KL of the other half of the batch as reference point.
 
-        For desirable y:    L = 1 - sigmoid(beta * (log-ratio(y) - KL_rejected))
-        For undesirable y:  L = 1 - sigmoid(beta * (KL_chosen - log-ratio(y)))
+        For desirable y:    L = desirable_weight * (1 - sigmoid(beta * (log-ratio(y) - KL_rejected)))
+        For undesirable y:  L = undesirable_weight * (1 - sigmoid(beta * (KL_chosen - log-ratio(y))))
         where KL is the mean log-ratio of that half, at least 0, and 0 if that half is empty. Gradients flow through it.
+        The weights are lambda_D and lambda_U of Eq. 8.
         """
         beta = self.config.loss.beta
         chosen_logratios = policy_chosen_logps - reference_chosen_logps
@@ -105,8 +110,21 @@ class KTOTrainer(UnpairedPreferenceTrainer):
         rejected_KL = (rejected_logratios.sum() / max(1, len(rejected_logratios))).clamp(min=0)
         chosen_losses = 1 - torch.sigmoid(beta * (chosen_logratios - rejected_KL))
         rejected_losses = 1 - torch.sigmoid(beta * (chosen_KL - rejected_logratios))
-        losses = torch.cat((chosen_losses, rejected_losses))
+        losses = torch.cat(
+            (self.config.loss.desirable_weight * chosen_losses, self.config.loss.undesirable_weight * rejected_losses)
+        )
         return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
+
+    def advice(self):
+        """Say how many responses of each kind there are, and which weights the paper recommends for that."""
+        weights = self.config.loss.desirable_weight, self.config.loss.undesirable_weight
+        lines = [*super().advice(), advice.balance(*self.train_loader.class_counts(), *weights)]
+        if self.config.model.batch_size == 1:
+            lines.append(
+                "warning: model.batch_size=1: the other half of each batch, whose KL is KTO's reference point, "
+                "is empty, so the KL is always 0; use a larger batch"
+            )
+        return lines
 
     def batch_loss(self, batch):
         """Log the mean log-ratio of each half, before it is clamped, and the share of halves that are clamped to 0."""

@@ -27,6 +27,7 @@ checkpoint.py       policy.pt and the Hugging Face export: save and load
 run_dir.py          the run directory: its path, its config.yaml, its model card
 metrics.py          metrics.jsonl, curves.png, the progress bar, wandb
 sampling.py         responses from a model
+advice.py           what is worth knowing before the first update
 config.py           validation of the configuration
 rules.py            what values of the configuration can be
 commands.py         errors and flags of the commands

@@ -171,6 +171,11 @@ class DataLoader:
         self.epoch, self.position = state["epoch"], state["position"]
         self.examples_seen = state["examples_seen"]
 
+    def class_counts(self) -> tuple[int, int]:
+        """Return how many responses of one epoch are chosen (or desirable), and how many rejected."""
+        roles = Counter(role for row in self.order(0) for role in row.roles)
+        return roles[Role.CHOSEN], roles[Role.REJECTED]
+
     def counts(self) -> dict[str, int]:
         """Exact counts of one epoch: rows, tokens, and what truncation did to them."""
         prompt_lengths, response_lengths = self.prompt_ids.lengths.tolist(), self.response_ids.lengths.tolist()

@@ -257,15 +257,18 @@ def _held_out_below(rows: ReadRows, reader: _Reader, source: str) -> float:
     / TEST_SHARE rows.
     """
     hashes: set[float] = set()
-    for where, row in rows(lambda error: None):  # reported when the rows are read
+    errors: list[UserError] = []  # reported when the rows are read for good
+    for where, row in rows(errors.append):
         try:
             if not reader.wants(where, row):
                 continue
             hashes.add(prompt_hash(_hashed(reader.record(where, row))))
-        except UserError:
-            continue
+        except UserError as error:
+            errors.append(error)
         if hashes and min(hashes) < TEST_SHARE <= max(hashes):
             return TEST_SHARE
+    if len(hashes) == 1 and errors:
+        raise errors[0]
     if len(hashes) == 1:
         raise UserError(f"{source}: one prompt alone cannot be divided into train and test; {_split_remedy()}")
     return sorted(hashes)[1] if hashes else TEST_SHARE

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from halos import checkpoint, distributed, metrics, sharding
+from halos import advice, checkpoint, distributed, metrics, sharding
 from halos.engine import Batch, Forward, Outcome, Statistic
 from halos.errors import UserError
 from halos.loader import DataLoader
@@ -250,6 +250,10 @@ class BasicTrainer:
     def total_updates(self) -> int:
         """Updates in this run."""
         return -(-len(self.train_loader) // self.config.model.gradient_accumulation_steps)
+
+    def advice(self) -> list[str]:
+        """Return what is worth knowing before the first update, one line each. A loss may add lines of its own."""
+        return advice.warmup(self.total_updates(), self.config.warmup_steps, self.config.lr)
 
     def check_finite(self, values: torch.Tensor, what: str, examples: list[TokenizedExample]) -> None:
         """Stop the run before a value that is not finite reaches the weights: save them, and write the examples."""

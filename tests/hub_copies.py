@@ -149,3 +149,77 @@ def write_lines(file: Path, rows: list[dict]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
+
+
+def write_parquet(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def turns(*contents: str) -> list[dict]:
+    """Return messages of the user and the assistant in turn."""
+    return [{"content": content, "role": ("user", "assistant")[i % 2]} for i, content in enumerate(contents)]
+
+
+def write_ultrafeedback(folder: Path) -> Path:
+    """Write HuggingFaceH4/ultrafeedback_binarized: data/{train,test}_{prefs,sft,gen}-*.parquet."""
+    for split, question in ("train_prefs", "Name a tree."), ("test_prefs", "Name a bird."), ("train_sft", "Not read."):
+        row = {
+            "prompt": question,
+            "prompt_id": "0a1b",
+            "chosen": turns(question, "An oak."),
+            "rejected": turns(question, "A whale."),
+            "messages": turns(question, "An oak."),
+            "score_chosen": 8.0,
+            "score_rejected": 3.5,
+        }
+        write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", [row])
+    return folder
+
+
+def write_helpsteer(folder: Path) -> Path:
+    """Write nvidia/HelpSteer: {train,validation}.jsonl.gz, one rated response per row."""
+
+    def row(prompt: str, response: str, helpfulness: int) -> dict:
+        others = {"correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
+        return {"prompt": prompt, "response": response, "helpfulness": helpfulness, **others}
+
+    train = [("Name a tree.", "An oak.", 4), ("Name a tree.", "A whale.", 0), ("Why?", "So.", 3)]
+    train += [("Name a tree.", "A bush.", 2), ("Name a tree.", "A hedge.", 2)]
+    write_lines(folder / "train.jsonl.gz", [row(*values) for values in train])
+    write_lines(folder / "validation.jsonl.gz", [row("Two?", "2", 4), row("Two?", "3", 1)])
+    return folder
+
+
+def write_nectar(folder: Path, n: int = 40) -> Path:
+    """Write berkeley-nest/Nectar: one parquet file, a training split only, ranked answers."""
+    rows = [
+        {
+            "prompt": f"\n\nHuman: Hi {i}.\n\nAssistant: Hello.\n\nHuman: Bye.\n\nAssistant: ",
+            "answers": [
+                {"answer": "Later.", "model": "a", "rank": 2.0},
+                {"answer": "Bye.", "model": "b", "rank": 1.0},
+                {"answer": "No.", "model": "c", "rank": 3.0},
+            ],
+            "turns": 2,
+            "num_responses": 3,
+            "source": ["lmsys-chat-1m"],
+            "good_natured": True,
+        }
+        for i in range(n)
+    ]
+    write_parquet(folder / "rlaif.parquet", rows)
+    return folder
+
+
+def write_ultrachat(folder: Path) -> Path:
+    """Write HuggingFaceH4/ultrachat_200k: data/{train,test}_{sft,gen}-*.parquet, conversations."""
+    conversations = {
+        "train_sft": turns("Hi.", "Hello.", "Bye.", "See you."),
+        "test_sft": turns("Hi.", "Hello."),
+        "train_gen": turns("Not read.", "No."),
+    }
+    for split, messages in conversations.items():
+        row = {"prompt": messages[0]["content"], "prompt_id": "0a1b", "messages": messages}
+        write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", [row])
+    return folder

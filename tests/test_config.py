@@ -217,7 +217,13 @@ PAIRED, UNPAIRED = "PairedPreferenceDataLoader", "UnpairedPreferenceDataLoader"
     [
         ("dpo", "DPOTrainer", PAIRED, True, {"beta": 0.1}),
         ("cdpo", "CDPOTrainer", PAIRED, True, {"beta": 0.1, "epsilon": 0.2}),
-        ("kto", "KTOTrainer", UNPAIRED, True, {"beta": 0.1}),
+        (
+            "kto",
+            "KTOTrainer",
+            UNPAIRED,
+            True,
+            {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        ),
         ("slic", "SLiCTrainer", PAIRED, False, {"beta": 1.0, "lambda_coef": 0.1}),
     ],
 )
@@ -659,6 +665,7 @@ REFUSED = [
     ("loss=dpo loss.beta=-5", "loss.beta=-5 must be a number above 0"),
     ("loss=kto loss.beta=0", "loss.beta=0 must be a number above 0"),
     ("loss=dpo loss.beta=nan", "loss.beta=nan is not a number; give one"),
+    ("loss=kto loss.desirable_weight=-1", "loss.desirable_weight=-1 must be a number of at least 0"),
     ("loss=kto loss.beta=inf", "loss.beta=inf must be a number above 0"),
     ("loss=cdpo loss.epsilon=5", "loss.epsilon=5 must be a number from 0 to 0.5"),
     ("loss=slic loss.lambda_coef=-3", "loss.lambda_coef=-3 must be a number of at least 0"),

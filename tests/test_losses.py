@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import trainers
+from halos.advice import balance
 from halos.engine import Batch, Outcome
 from halos.models import PerToken
 from helpers import CONFIG_DIR, example
@@ -327,7 +328,8 @@ def test_slic_by_hand_beyond_the_margin():
 #### KTO
 
 # With beta = ln 3, sigmoid(beta * x) = 3^x / (1 + 3^x): 1/2 at 0, 3/4 at 1, 9/10 at 2, 1/10 at -2.
-kto = loss_of(KTOTrainer, beta=math.log(3))
+KTO = {"beta": math.log(3), "desirable_weight": 1.0, "undesirable_weight": 1.0}
+kto = loss_of(KTOTrainer, **KTO)
 
 
 def kto_of_logratios(chosen, rejected, loss=kto):
@@ -351,6 +353,49 @@ def test_kto_by_hand():
     close(losses, (0.5, 0.9, 0.5, 0.9))
     close(chosen_rewards, vector(2, 0) * math.log(3))
     close(rejected_rewards, vector(1, 3) * math.log(3))
+
+
+def test_kto_weights_multiply_the_losses_of_their_halves():
+    """The losses of test_kto_by_hand, the desirable ones times 2 and the undesirable ones times 3.
+
+    The gradient of a chosen ratio is -beta (2 s'_i + 3 * 0.34 / 2): its own loss, and the KL in the rejected losses.
+    """
+    weighted = loss_of(KTOTrainer, **KTO | {"desirable_weight": 2.0, "undesirable_weight": 3.0})
+    losses, chosen_rewards, _, chosen_grad, rejected_grad = kto_of_logratios((2, 0), (1, 3), weighted)
+    close(losses, (1.0, 1.8, 1.5, 2.7))
+    close(chosen_rewards, vector(2, 0) * math.log(3))
+    close(chosen_grad, -math.log(3) * vector(2 * 0.25 + 0.51, 2 * 0.09 + 0.51))
+    close(rejected_grad, math.log(3) * vector(3 * 0.25 + 0.34, 3 * 0.09 + 0.34))
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "expected"),
+    [
+        (
+            (8, 8),
+            (1, 1),
+            "8 desirable and 8 undesirable responses per epoch; loss.desirable_weight=1 loss.unde",
+        ),
+        ((4, 12), (1, 1), "... recommends loss.desirable_weight from 3 to 4 (the other weight 1), not loss.desirable_"),
+        ((4, 12), (3, 1), "... loss.desirable_weight=3 loss.undesirable_weight=1 are in the range that the KTO paper"),
+        ((4, 12), (4, 1), "... loss.desirable_weight=4 loss.undesirable_weight=1 are in the range that the KTO paper"),
+        (
+            (4, 12),
+            (4.1, 1),
+            "... recommends loss.desirable_weight from 3 to 4 (the other weight 1), not loss.",
+        ),
+        ((12, 4), (1, 1), "... recommends loss.undesirable_weight from 2.25 to 3 (the other weight 1), not loss.desir"),
+        ((3, 0), (1, 1), "warning: 3 desirable and 0 undesirable responses per epoch: KTO needs both to tell them"),
+    ],
+)
+def test_kto_says_which_weights_the_paper_recommends(counts, weights, expected):
+    """The paper's rule: desirable_weight n_desirable / (undesirable_weight n_undesirable) is from 1 to 4/3.
+
+    For 4 desirable and 12 undesirable responses desirable_weight is from 12/4 = 3 to 4; for 12 and 4 undesirable_weight
+    is from 12/4 * 3/4 = 2.25 to 3.
+    """
+    line = balance(*counts, *weights)
+    assert expected.removeprefix("... ") in line and (expected.startswith("...") or line.startswith(expected))
 
 
 def test_kto_gradient_flows_through_the_kl():
@@ -416,7 +461,7 @@ def test_kto_logs_its_kl_before_the_clamp():
     """Chosen ratios -1 and -3 have the mean -2, rejected ones 1 and 2 the mean 1.5: one half of two is clamped."""
     examples = [example([5], [6], chosen=(flag,)) for flag in (True, True, False, False)]
     batch = Batch(examples, PerToken(torch.tensor([-8.0, -10.0, -6.0, -5.0]), None, None), torch.full((4,), -7.0))
-    trainer = bare(KTOTrainer, beta=0.5)
+    trainer = bare(KTOTrainer, **KTO | {"beta": 0.5})
     values = trainer.summarize([trainer.batch_loss(batch)], "train")
     assert [values[key] for key in ("kl/chosen", "kl/rejected", "clamped/kl")] == pytest.approx([-2, 1.5, 0.5])
 

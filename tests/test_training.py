@@ -24,6 +24,7 @@ from small_runs import (
     Batches,
     assert_same_training,
     batches_for,
+    loader_for,
     losses,
     make_trainer,
     moved,
@@ -841,3 +842,25 @@ def test_equal_prompts_in_a_batch_train_as_apart(tmp_path):
     shared = trained(tmp_path / "shared", "kto", batches=[batch])
     apart = trained(tmp_path / "apart", "kto", "model.max_tokens_per_forward=1", batches=[batch])
     assert_same_training(shared, apart)
+
+
+#### BEFORE THE FIRST UPDATE
+
+
+def test_a_run_that_is_too_short_for_its_warmup_says_so(tmp_path):
+    """Five updates of 150 warm-up steps: the last one has 5/151 of lr=5e-7, which is 1.7e-8."""
+    words = "warmup_steps=150", "lr=5e-7"
+    trainer = make_trainer(tmp_path, "sft", *words, batches=batches_for("sft", 5))
+    (line,) = trainer.advice()
+    assert line.startswith("warning: 5 updates are fewer than warmup_steps=150: the learning rate ends at 1.7e-08, not")
+    trainer.config.warmup_steps = 5
+    assert trainer.advice() == []
+
+
+def test_kto_advises_on_its_batch_and_its_weights(tmp_path):
+    """A batch of one response has no other half, so its KL is 0. Eight pairs have as many responses of each kind."""
+    loader = loader_for("kto", 8, batch_size=1)
+    trainer = make_trainer(tmp_path, "kto", "model.batch_size=1", "eval_every=1", train_loader=loader)
+    balance, batch = trainer.advice()
+    assert balance.startswith("8 desirable and 8 undesirable responses per epoch; ")
+    assert batch.startswith("warning: model.batch_size=1: the other half of each batch")

@@ -1,0 +1,32 @@
+"""Lines that are worth reading before the first update, for `BasicTrainer.advice` and its overrides."""
+
+
+def warmup(updates: int, warmup_steps: int, lr: float) -> list[str]:
+    """Warn of a run that ends before its warm-up does."""
+    if updates >= warmup_steps:
+        return []
+    return [
+        f"warning: {updates} updates are fewer than warmup_steps={warmup_steps}: the learning rate ends at "
+        f"{lr * updates / (warmup_steps + 1):.2g}, not at lr={lr:g}; use fewer warmup_steps, or more data"
+    ]
+
+
+def balance(n_desirable: int, n_undesirable: int, desirable_weight: float, undesirable_weight: float) -> str:
+    """Compare KTO's weights with what its paper (https://arxiv.org/abs/2402.01306) recommends.
+
+    There the ratio of desirable_weight * n_desirable to undesirable_weight * n_undesirable is from 1 to 4/3.
+    """
+    found = f"{n_desirable} desirable and {n_undesirable} undesirable responses per epoch"
+    if not n_desirable or not n_undesirable:
+        return f"warning: {found}: KTO needs both to tell them apart"
+    weighted = desirable_weight * n_desirable, undesirable_weight * n_undesirable
+    setting = f"loss.desirable_weight={desirable_weight:g} loss.undesirable_weight={undesirable_weight:g}"
+    if weighted[1] <= weighted[0] * (1 + 1e-6) and 3 * weighted[0] <= 4 * weighted[1] * (1 + 1e-6):
+        return f"{found}; {setting} are in the range that the KTO paper recommends"
+    up, down = n_undesirable / n_desirable, n_desirable / n_undesirable
+    remedy = (
+        f"loss.desirable_weight from {up:.3g} to {up * 4 / 3:.3g}"
+        if up > 1
+        else f"loss.undesirable_weight from {down * 3 / 4:.3g} to {down:.3g}"
+    )
+    return f"{found}; for these the KTO paper recommends {remedy} (the other weight 1), not {setting}"
