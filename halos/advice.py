@@ -6,7 +6,7 @@ def warmup(updates: int, warmup_steps: int, lr: float) -> list[str]:
     if updates >= warmup_steps:
         return []
     return [
-        f"warning: {updates} updates are fewer than warmup_steps={warmup_steps}: the learning rate ends at "
+        f"warning: updates in this run: {updates}, fewer than warmup_steps={warmup_steps}: the learning rate ends at "
         f"{lr * updates / (warmup_steps + 1):.2g}, not at lr={lr:g}; use fewer warmup_steps, or more data"
     ]
 

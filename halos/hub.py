@@ -71,10 +71,12 @@ def load_splits(name: str, source: str, subset: str | None = None, config: str |
             saved = datasets.load_from_disk(directory)
             return saved if isinstance(saved, dict) else {str(saved.split): saved}
         return datasets.load_dataset(directory, config)
-    except ConnectionError as error:
-        problem = "the hub cannot be reached, and no download of it is cached"
-        raise UserError(f"{name}: cannot load {source} ({problem}); without internet, {local_copy(name)}") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in str(error):
+            problem = "the hub cannot be reached, and no download of it is cached"
+            raise UserError(
+                f"{name}: cannot load {source} ({problem}); without internet, {local_copy(name)}"
+            ) from error
         raise UserError(f"{name}: cannot load {source} ({reason(error)}); {local_copy(name)}") from error
 
 

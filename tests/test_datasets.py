@@ -1,6 +1,7 @@
 """The dataset readers: examples, pairs and counts from known rows, and the error messages for bad sources."""
 
 import json
+import threading
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -286,6 +287,21 @@ def test_no_network(monkeypatch):
         "shp: cannot load stanfordnlp/SHP (the hub cannot be reached, and no download of it is cached); without "
         "internet, dataset.shp.source=DIR reads a local copy (made by save_to_disk, or the hub's own files)"
     )
+
+
+def test_a_hub_that_never_answers(monkeypatch):
+    """The question ends after its own limit of time, even if looking up the name has none."""
+    answered = threading.Event()
+
+    def wait(*args, **kwargs):
+        answered.wait(60)
+        raise OSError
+
+    monkeypatch.setattr("urllib.request.urlopen", wait)
+    hub.hub_answers.cache_clear()
+    assert not hub.hub_answers(seconds=0.05) and not answered.is_set()
+    answered.set()
+    hub.hub_answers.cache_clear()
 
 
 def test_a_source_without_the_columns(tmp_path):

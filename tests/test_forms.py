@@ -7,6 +7,7 @@ batches with those of the expected texts. The tokenizer has no chat template, so
 import gzip
 import json
 import math
+import os
 import random
 
 import datasets
@@ -16,10 +17,11 @@ import pytest
 import dataloaders
 import hub_copies
 from dataloaders import get_local
+from halos import forms
 from halos.errors import UserError
 from halos.forms import pairs_of_scores
 from halos.hub import choose_split
-from helpers import make_config
+from helpers import PROJECT, make_config
 from hub_copies import turns, write_lines, write_parquet
 from small_runs import tokenizer
 
@@ -68,9 +70,9 @@ def ids_of(rows: list[tuple]) -> list[tuple]:
 FORMS = {
     "pairs: text": (PAIR, [{"prompt": "hi:", "chosen": " yes", "rejected": " no"}], TEXT_PAIR),
     "pairs: messages": (PAIR, [{"prompt": U, "chosen": A, "rejected": B}], CHAT_PAIR),
-    "pairs: prompt inside both, messages": (PAIR, [{"chosen": U + A, "rejected": U + B}], CHAT_PAIR),
-    "pairs: prompt inside both, turns": (PAIR, [{"chosen": f"{HI} yes", "rejected": f"{HI} no"}], CHAT_PAIR),
-    "pairs: prompt inside both, text": (
+    "pairs: in both, messages": (PAIR, [{"chosen": U + A, "rejected": U + B}], CHAT_PAIR),
+    "pairs: in both, turns": (PAIR, [{"chosen": f"{HI} yes", "rejected": f"{HI} no"}], CHAT_PAIR),
+    "pairs: in both, text": (
         PAIR,
         [{"prompt": "hi:", "chosen": "hi: yes", "rejected": "hi: no"}],
         TEXT_PAIR,
@@ -119,7 +121,7 @@ FORMS = {
         [{"messages": U + A, "label": "1"}, {"messages": U + B, "label": -1}],
         [LIKED, DISLIKED],
     ),
-    "feedback: the later HALOs' binary": (
+    "feedback: HALOs": (
         FEEDBACK,
         [
             {"type": "binary_feedback", "prompt_id": "1", "prompt": U, "output": A, "label": 1, "reward": 0.9},
@@ -127,7 +129,7 @@ FORMS = {
         ],
         [LIKED, DISLIKED],
     ),
-    "pairs: the later HALOs' pairwise": (
+    "pairs: HALOs": (
         PAIR,
         [
             {
@@ -145,7 +147,7 @@ FORMS = {
         CHAT_PAIR,
     ),  # fmt: skip
     "SFT: messages": (SFT, [{"messages": U + A}], [LIKED]),
-    "SFT: prompt and completion": (SFT, [{"prompt": "hi:", "completion": " yes"}], [("hi:", " yes", "chosen")]),
+    "SFT: completion": (SFT, [{"prompt": "hi:", "completion": " yes"}], [("hi:", " yes", "chosen")]),
     "SFT: text": (
         SFT,
         [{"text": "hi there: yes"}, {"text": "hi you"}],
@@ -181,7 +183,7 @@ FORMS = {
         [{"prompt": U, "answers": [{"answer": "no", "rank": 2.0}, {"answer": "yes", "rank": 1.0}]}],
         CHAT_PAIR,
     ),
-    "rated: one response a row": (
+    "rated": (
         PAIR,
         [{"prompt": "hi:", "response": " no", "score": 1}, {"prompt": "hi:", "response": " yes", "score": "4"}],
         TEXT_PAIR,
@@ -196,6 +198,13 @@ def test_from_a_file_to_token_ids(tmp_path, form):
     dataset = get_local(str(tmp_path / "data"), "train", strict=True)
     assert not dataset.dropped and dataset.rows == len(rows)
     assert rows_of(dataset, loader, tmp_path) == ids_of(expected)
+
+
+def test_the_page_names_every_form_and_its_test():
+    with open(os.path.join(PROJECT, "docs", "data.md")) as file:
+        page = file.read()
+    assert [form for form in FORMS if f"| `{form}` |" not in page] == []
+    assert [name for name in forms.FORMS if f"| `{name}` |" not in page] == []
 
 
 #### WHAT IDS DO NOT SHOW
@@ -214,7 +223,7 @@ def only(dataset):
 def test_scores_are_kept(tmp_path):
     _, rows, _ = FORMS["pairs: UltraFeedback"]
     assert only(read_one(tmp_path, *rows)).scores == [9, 1]
-    _, rows, _ = FORMS["feedback: the later HALOs' binary"]
+    _, rows, _ = FORMS["feedback: HALOs"]
     example = only(read_one(tmp_path, *rows))
     assert (example.scores, example.feedback, example.sft_index) == ([0.9, 0.1], [(0, True), (1, False)], 0)
 
