@@ -7,6 +7,7 @@ examples.py         Example, Dataset: what is known of a prompt and its response
 thinning.py         weights of datasets: which rows an epoch has
 sources.py          rows of a known form, from files and hub datasets, as a Dataset
 forms.py            the forms of rows: pairs, feedback, conversations, rankings
+rows.py             one row: its columns, and their values checked
 turns.py            Human / Assistant texts as chat messages
 datafiles.py        rows of files: json, jsonl, csv, parquet, also compressed
 hub.py              datasets of the hub and local copies of them

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from halos import rules
 from halos.datafiles import is_data_file, is_glob
 from halos.errors import UserError, did_you_mean
-from halos.forms import FORMS, PAIRINGS, PROMPTS_AS
+from halos.forms import FORMS, PAIRINGS
 from halos.project_dir import PROJECT
+from halos.rows import PROMPTS_AS
 from halos.rules import Rule
 
 BASE = "base_dataset"

@@ -14,7 +14,8 @@ from halos import datafiles, hub
 from halos.datafiles import SPLIT_NAMES, OnBad
 from halos.errors import UserError, did_you_mean
 from halos.examples import Dataset, Example, key_of
-from halos.forms import FORMS_IN_WORDS, Record, Row, Text, pairs_of_scores, prompt_in, record_of, response_in, shown
+from halos.forms import Record, pairs_of_scores, record_of
+from halos.rows import FORMS_IN_WORDS, Row, Text, prompt_in, response_in, shown
 
 TEST_SHARE = 0.05  # share of prompts held out for testing, if a source defines no splits
 N_SHOWN = 3  # malformed rows that are shown

@@ -26,7 +26,7 @@ from dataloaders import (
 from halos import datafiles, demo, hub
 from halos.chat import render_prompt, render_responses
 from halos.errors import UserError
-from halos.forms import FORMS_IN_WORDS
+from halos.rows import FORMS_IN_WORDS
 from halos.turns import messages_of_turns, split_reply
 
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"

@@ -286,6 +286,20 @@ def test_columns_that_are_not_read_are_named_once(tmp_path):
     assert read_one(tmp_path, *rows).account()["notes"] == ["columns that are not read: margin, source"]
 
 
+def test_rows_that_keep_where_leaves_out(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"text": f"a {lang}", "lang": lang} for lang in ("en", "de", "fr")])
+    config = make_config(tmp_path, "datasets=[ultrachat]", f"dataset.ultrachat.source={tmp_path}/train.jsonl")
+    spec = config.dataset.ultrachat
+    spec.update(form="auto", splits={"train": None, "test": None})
+    spec["keep"]["where"] = {"lang": ["en", "fr"]}
+    read = [dataloaders.read_dataset("ultrachat", split, spec) for split in ("train", "test")]
+    assert sorted(text for dataset in read for text in dataset.examples) == ["a en", "a fr"]
+    assert [dataset.dropped for dataset in read] == [{"not in keep.where": 1}] * 2
+    spec["keep"]["where"] = {"language": "en"}
+    with pytest.raises(UserError, match="no column 'language', which keep.where names; did you mean 'lang'?"):
+        dataloaders.read_dataset("ultrachat", "train", spec)
+
+
 def test_null_and_the_empty_list_are_alike(tmp_path):
     """Columns that a row leaves empty do not decide about its form."""
     rows = [
