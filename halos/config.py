@@ -91,6 +91,7 @@ def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) 
     _check_run_directory(values)
     _check_loss(values, trainers, dataloaders)
     _check_datasets(values, dataloaders)
+    _check_template(values)
     _check_model(values)
     _check_optimizer(values)
 
@@ -356,6 +357,15 @@ def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
             raise UserError(f"dataset_paths.{name}={_shown(path)}: no such dataset; {did_you_mean(name, known)}")
         if path is not None and not (rules.is_text(path) and os.path.exists(path)):
             raise UserError(f"dataset_paths.{name}={_shown(path)} does not exist; give a local copy, or null")
+
+
+def _check_template(values: dict[str, Any]) -> None:
+    """The chat template is the tokenizer's, none, or a file."""
+    template = values.get("chat_template", "auto")
+    if template not in ("auto", "none") and not (rules.is_text(template) and os.path.isfile(template)):
+        raise UserError(
+            f"chat_template={_shown(template)}: there is no such file; give auto, none, or the path of a Jinja file"
+        )
 
 
 def _check_model(values: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from halos.chat import render_prompt, render_responses
+import numpy as np
+
+from halos.chat import Renderer
 from halos.errors import UserError
 from halos.examples import Example
 from halos.tokens import Encoder, Role, TokenizedExample, tokenize, truncate
@@ -64,6 +66,7 @@ class DataLoader:
     ):
         self.examples = examples
         self.encoder = Encoder(tokenizer)
+        self.renderer = Renderer(tokenizer)
         self.batch_size = batch_size
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
@@ -88,9 +91,9 @@ class DataLoader:
         responses: list[str] = []
         self.first_response: list[int] = []  # index of an example's first generation among all of them
         for example in self.examples:
-            prompts.append(render_prompt(example.prompt, tokenizer))
+            prompts.append(self.renderer.prompt(example))
             self.first_response.append(len(responses))
-            responses.extend(render_responses(example, tokenizer))
+            responses.extend(self.renderer.responses(example))
         self.prompt_ids = tokenize(prompts, self.encoder, "prompts", cache_dir, f"{description} prompts")
         self.response_ids = tokenize(responses, self.encoder, "responses", cache_dir, f"{description} responses")
 
@@ -150,13 +153,15 @@ class DataLoader:
         )
         known = [(self.examples[index], generation) for index, generation in row.responses]
         has_scores = any(example.scores for example, _ in known)
+        has_context = any(len(response) and response.min() < 0 for response in responses)  # stored as ~id
         return TokenizedExample(
             prompt,
-            responses,
+            tuple(np.where(response < 0, ~response, response) for response in responses) if has_context else responses,
             row.roles,
             scores=tuple(e.scores[i] if e.scores else math.nan for e, i in known) if has_scores else (),
             ids=tuple(f"{example.id}/{generation}" for example, generation in known),
             dataset=self.examples[row.example].dataset_name,
+            trained=tuple(response >= 0 for response in responses) if has_context else (),
         )
 
     def state_dict(self) -> dict[str, int]:
