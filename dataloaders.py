@@ -343,6 +343,8 @@ def describe(loader: DataLoader, split: str) -> dict:
         f"{split} {type(loader).__name__}: {counts['rows']} rows per epoch, {counts['tokens']} tokens; "
         f"truncated: {counts['truncated_prompts']} prompts, {counts['truncated_responses']} responses (EOS lost)"
     )
+    if loader.dropped_rows:
+        rank0_print(f"{split}: {loader.dropped_rows} rows per epoch dropped, equal responses after truncation")
     for what, count in loader.renderer.counts.items():
         rank0_print(f"{split}: {count} {what}")
     return {

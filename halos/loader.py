@@ -78,7 +78,10 @@ class DataLoader:
         self.examples_seen = 0
         self.account: list[dict[str, Any]] = []  # of each dataset: what was read and dropped
         self._tokenize(tokenizer, cache_dir, description)
-        self.rows_per_epoch = len(self.flatten(random.Random(0)))
+        self.prompt_lengths = self.prompt_ids.lengths.tolist()
+        self.response_lengths = self.response_ids.lengths.tolist()
+        self.dropped_rows = 0  # of one epoch, since their responses are equal after truncation
+        self.rows_per_epoch = len(self.order(0))
         if not self.rows_per_epoch:
             raise UserError(self._no_rows())
 
@@ -109,7 +112,19 @@ class DataLoader:
 
     def order(self, epoch: int) -> list[Row]:
         """The rows of an epoch in the order in which they are trained on."""
-        return self.flatten(random.Random(f"{self.seed}-{epoch}"))
+        rows = self.flatten(random.Random(f"{self.seed}-{epoch}"))
+        kept = [row for row in rows if not self._is_one_response(row)]
+        self.dropped_rows = len(rows) - len(kept)
+        return kept
+
+    def _is_one_response(self, row: Row) -> bool:
+        """Return whether truncation leaves the same of all of a row's trained responses: there is nothing to prefer."""
+        lengths = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
+        if self.prompt_lengths[row.example] + max(lengths) <= self.max_length:
+            return False
+        trained = [i for i, role in enumerate(row.roles) if role is not Role.UNRELATED]
+        responses = {self.tokenized(row).responses[i].tobytes() for i in trained}
+        return len(responses) < len(trained)
 
     def __len__(self) -> int:
         """Batches from the start to the end of training."""
@@ -173,11 +188,10 @@ class DataLoader:
 
     def counts(self) -> dict[str, int]:
         """Exact counts of one epoch: rows, tokens, and what truncation did to them."""
-        prompt_lengths, response_lengths = self.prompt_ids.lengths.tolist(), self.response_ids.lengths.tolist()
         counts = Counter(rows=0, tokens=0, truncated_prompts=0, truncated_responses=0)
         for row in self.order(0):
-            prompt = prompt_lengths[row.example]
-            responses = [response_lengths[self.first_response[index] + i] for index, i in row.responses]
+            prompt = self.prompt_lengths[row.example]
+            responses = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
             trained = [n for n, role in zip(responses, row.roles, strict=True) if role is not Role.UNRELATED]
             if prompt > self.max_prompt_length and prompt + max(trained) > self.max_length:
                 prompt = self.max_prompt_length

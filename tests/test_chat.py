@@ -184,6 +184,16 @@ def test_the_loader_hands_context_on_as_a_mask(tmp_path):
     assert two.n_targets == [6, 10] and len(two.responses[0]) == 6
 
 
+def test_pairs_that_truncation_makes_equal_are_dropped_and_counted(tmp_path):
+    """At 12 tokens a pair that differs only behind them is one response twice."""
+    settings = {"batch_size": 4, "max_length": 12, "max_prompt_length": 4, "cache_dir": str(tmp_path)}
+    examples = [Example(p, ["same start a", "same start b"], pairs=[(0, 1)]) for p in ("long prompt", "other prompt")]
+    examples.append(Example("p", ["a", "b"], pairs=[(0, 1)]))
+    loader = PairedPreferenceDataLoader(examples, make_tokenizer(None), **settings)
+    assert (loader.rows_per_epoch, loader.dropped_rows) == (1, 2)
+    assert len(list(loader)) == 1
+
+
 #### TEMPLATES THAT DO NOT FIT
 
 
