@@ -16,7 +16,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from halos import demo, sources
-from halos.chat import render_prompt, render_responses
+from halos.chat import Renderer
 from halos.dataset_specs import base_spec, spec_of
 from halos.examples import Dataset, Example, Text, merge
 from halos.hub import hub_rows
@@ -318,7 +318,15 @@ def describe(loader: DataLoader, split: str) -> dict:
         f"{split} {type(loader).__name__}: {counts['rows']} rows per epoch, {counts['tokens']} tokens; "
         f"truncated: {counts['truncated_prompts']} prompts, {counts['truncated_responses']} responses (EOS lost)"
     )
-    return {"datasets": loader.account, "loader": {"name": type(loader).__name__, **counts}}
+    if loader.dropped_rows:
+        rank0_print(f"{split}: {loader.dropped_rows} rows per epoch dropped, equal responses after truncation")
+    for what, count in loader.renderer.counts.items():
+        rank0_print(f"{split}: {count} {what}")
+    return {
+        "datasets": loader.account,
+        "chat": dict(loader.renderer.counts),
+        "loader": {"name": type(loader).__name__, **counts},
+    }
 
 
 class Prompt(NamedTuple):
@@ -345,13 +353,13 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
         if len(examples) < limit:
             rank0_print(f"{limit} prompts were asked for; the test split has {len(examples)}, all of which are used")
         examples = examples[:limit]
+    renderer = Renderer(tokenizer)
     return [
-        Prompt(render_prompt(example.prompt, tokenizer), preferred(example, tokenizer), example.truncation_mode)
-        for example in examples
+        Prompt(renderer.prompt(example), preferred(example, renderer), example.truncation_mode) for example in examples
     ]
 
 
-def preferred(example: Example, tokenizer) -> str:
+def preferred(example: Example, renderer: Renderer) -> str:
     """Return the chosen response of the first pair, else the response that SFT imitates, else ''."""
     index = example.pairs[0][0] if example.pairs else example.sft_index
-    return render_responses(example, tokenizer)[index] if index is not None else ""
+    return renderer.text(example, index) if index is not None else ""

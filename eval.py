@@ -84,6 +84,7 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
     """Write samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
     import dataloaders
     from halos import distributed, loading
+    from halos.chat import Renderer, without_marks
     from halos.sampling import sample as sample_from
     from halos.tokens import Encoder, truncate_prompt
 
@@ -110,6 +111,7 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
             top_p=config.top_p,
             temperature=config.temperature,
             seed=config.seed,
+            stop_ids=Renderer(tokenizer).stop_ids,
             description=f"sampling {description}",
         )
 
@@ -118,7 +120,7 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
     if args.sample_reference:
         reference = responses_of("reference", use_load_from=not args.hub_reference)
     rows = [
-        {"prompt": prompt.text, "chosen": prompt.chosen, "policy": ours, "reference": theirs}
+        {"prompt": without_marks(prompt.text), "chosen": prompt.chosen, "policy": ours, "reference": theirs}
         for prompt, ours, theirs in zip(prompts, policy, reference, strict=True)
     ]
     if distributed.is_main():

@@ -91,6 +91,7 @@ def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) 
     _check_run_directory(values)
     _check_loss(values, trainers, dataloaders)
     _check_datasets(values, dataloaders)
+    _check_template(values)
     _check_model(values)
     _check_optimizer(values)
 
@@ -356,6 +357,15 @@ def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:
 def _choice_of_datasets() -> str | None:
     """Return the choice of Hydra's group `dataset`: all, unless the user changed it. None outside a Hydra run."""
     return HydraConfig.get().runtime.choices.get("dataset") if HydraConfig.initialized() else None
+
+
+def _check_template(values: dict[str, Any]) -> None:
+    """The chat template is the tokenizer's, none, or a file."""
+    template = values.get("chat_template", "auto")
+    if template not in ("auto", "none") and not (rules.is_text(template) and os.path.isfile(template)):
+        raise UserError(
+            f"chat_template={_shown(template)}: there is no such file; give auto, none, or the path of a Jinja file"
+        )
 
 
 def _check_model(values: dict[str, Any]) -> None:

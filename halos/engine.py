@@ -31,7 +31,8 @@ UNTRAINED = frozenset({Role.UNRELATED})
 class Batch:
     """The global batch as a loss sees it.
 
-    Vectors over tokens are (n_tokens,): the tokens of all responses, one response after the other. Vectors over
+    Vectors over tokens are (n_tokens,): the tokens of all responses, one response after the other, without the turns of
+    other speakers between an assistant's. Vectors over
     responses are (n_responses,), in the same order: example after example.
 
     policy: log-probs of the tokens, and values and entropies if the loss has a critic or wants them. In training
@@ -45,8 +46,8 @@ class Batch:
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """(n_responses,) number of tokens of each response."""
-        return self._per_response([len(response) for example in self.examples for response in example.responses])
+        """(n_responses,) number of tokens of each response, without those of turns that are not trained on."""
+        return self._per_response([n for example in self.examples for n in example.n_targets])
 
     @cached_property
     def chosen(self) -> torch.Tensor:
@@ -190,7 +191,7 @@ class Forward:
         with torch.no_grad():
             outputs += [self._run(piece) for piece in without_graph]
         where = [piece.positions for piece in self.pieces + without_graph]
-        n_tokens = sum(len(response) for example in examples for response in example.responses)
+        n_tokens = sum(n for example in examples for n in example.n_targets)
         self.leaf: torch.Tensor = distributed.gather_rows(outputs, where, n_tokens).requires_grad_(trains)
 
     def _run(self, piece: Piece) -> torch.Tensor:
@@ -241,10 +242,10 @@ def _select(
     selected, positions, start = [], [], 0
     for example in examples:
         kept = []
-        for index, (response, role) in enumerate(zip(example.responses, example.roles, strict=True)):
+        for index, (n, role) in enumerate(zip(example.n_targets, example.roles, strict=True)):
             if role in roles:
-                kept.append((index, np.arange(start, start + len(response))))
-            start += len(response)
+                kept.append((index, np.arange(start, start + n)))
+            start += n
         if kept:
             selected.append(example.only([index for index, _ in kept]))
             positions.append(np.concatenate([span for _, span in kept]))

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from halos.chat import render_prompt, render_responses
+import numpy as np
+
+from halos.chat import Renderer
 from halos.errors import UserError
 from halos.examples import Example
 from halos.thinning import repeated
@@ -68,6 +70,7 @@ class DataLoader:
         self.seed = seed
         self.examples, self.thinned = repeated(examples, weights or {})
         self.encoder = Encoder(tokenizer)
+        self.renderer = Renderer(tokenizer)
         self.batch_size = batch_size
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
@@ -78,6 +81,9 @@ class DataLoader:
         self.examples_seen = 0
         self.account: list[dict[str, Any]] = []  # of each dataset: what was read and dropped
         self._tokenize(tokenizer, cache_dir, description)
+        self.prompt_lengths = self.prompt_ids.lengths.tolist()
+        self.response_lengths = self.response_ids.lengths.tolist()
+        self.dropped_rows = 0  # of one epoch, since their responses are equal after truncation
         self.rows_per_epoch = len(self.order(0))
         if not self.rows_per_epoch:
             raise UserError(self._no_rows())
@@ -91,9 +97,9 @@ class DataLoader:
         responses: list[str] = []
         self.first_response: list[int] = []  # index of an example's first generation among all of them
         for example in self.examples:
-            prompts.append(render_prompt(example.prompt, tokenizer))
+            prompts.append(self.renderer.prompt(example))
             self.first_response.append(len(responses))
-            responses.extend(render_responses(example, tokenizer))
+            responses.extend(self.renderer.responses(example))
         self.prompt_ids = tokenize(prompts, self.encoder, "prompts", cache_dir, f"{description} prompts")
         self.response_ids = tokenize(responses, self.encoder, "responses", cache_dir, f"{description} responses")
 
@@ -111,7 +117,19 @@ class DataLoader:
         """The rows of an epoch in the order in which they are trained on."""
         for thinned in self.thinned:
             thinned.take(self.examples, self.seed, epoch)
-        return self.flatten(random.Random(f"{self.seed}-{epoch}"))
+        rows = self.flatten(random.Random(f"{self.seed}-{epoch}"))
+        kept = [row for row in rows if not self._is_one_response(row)]
+        self.dropped_rows = len(rows) - len(kept)
+        return kept
+
+    def _is_one_response(self, row: Row) -> bool:
+        """Return whether truncation leaves the same of all of a row's trained responses: there is nothing to prefer."""
+        lengths = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
+        if self.prompt_lengths[row.example] + max(lengths) <= self.max_length:
+            return False
+        trained = [i for i, role in enumerate(row.roles) if role is not Role.UNRELATED]
+        responses = {self.tokenized(row).responses[i].tobytes() for i in trained}
+        return len(responses) < len(trained)
 
     def __len__(self) -> int:
         """Batches from the start to the end of training."""
@@ -155,13 +173,15 @@ class DataLoader:
         )
         known = [(self.examples[index], generation) for index, generation in row.responses]
         has_scores = any(example.scores for example, _ in known)
+        has_context = any(len(response) and response.min() < 0 for response in responses)  # stored as ~id
         return TokenizedExample(
             prompt,
-            responses,
+            tuple(np.where(response < 0, ~response, response) for response in responses) if has_context else responses,
             row.roles,
             scores=tuple(e.scores[i] if e.scores else math.nan for e, i in known) if has_scores else (),
             ids=tuple(f"{example.id}/{generation}" for example, generation in known),
             dataset=self.examples[row.example].dataset_name,
+            trained=tuple(response >= 0 for response in responses) if has_context else (),
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -178,11 +198,10 @@ class DataLoader:
 
     def counts(self) -> dict[str, int]:
         """Exact counts of one epoch: rows, tokens, and what truncation did to them."""
-        prompt_lengths, response_lengths = self.prompt_ids.lengths.tolist(), self.response_ids.lengths.tolist()
         counts = Counter(rows=0, tokens=0, truncated_prompts=0, truncated_responses=0)
         for row in self.order(0):
-            prompt = prompt_lengths[row.example]
-            responses = [response_lengths[self.first_response[index] + i] for index, i in row.responses]
+            prompt = self.prompt_lengths[row.example]
+            responses = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
             trained = [n for n, role in zip(responses, row.roles, strict=True) if role is not Role.UNRELATED]
             if prompt > self.max_prompt_length and prompt + max(trained) > self.max_length:
                 prompt = self.max_prompt_length

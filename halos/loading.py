@@ -181,7 +181,24 @@ def load_tokenizer(config: DictConfig):
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _set_template(tokenizer, config.get("chat_template", "auto"))
     return tokenizer
+
+
+def _set_template(tokenizer, choice: str) -> None:
+    """Give the tokenizer the configured chat template. choice: auto (its own, if it has one), none, or a file"""
+    if choice == "none":
+        tokenizer.chat_template = None
+    elif choice != "auto":
+        with open(choice, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        if "default" not in tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer has the chat templates {', '.join(sorted(tokenizer.chat_template))}, and none of them "
+                "is called default; write the one to use into a file and give chat_template=FILE, or chat_template=none"
+            )
+        tokenizer.chat_template = tokenizer.chat_template["default"]
 
 
 def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedConfig:

@@ -124,7 +124,7 @@ def pack(examples: list[TokenizedExample]) -> Inputs:
         position_ids=_long(np.concatenate(positions))[None],
         attention_mask=None,
         layout=Layout(segments),
-        **_targets(responses, predicted_at),
+        **_targets(examples, predicted_at),
     )
 
 
@@ -145,11 +145,18 @@ def pad(examples: list[TokenizedExample], pad_token_id: int) -> Inputs:
         position_ids=torch.arange(width).expand(len(pairs), -1),
         attention_mask=attention_mask,
         layout=None,
-        **_targets([response for _, response in pairs], predicted_at),
+        **_targets(examples, predicted_at),
     )
 
 
-def _targets(responses: list[np.ndarray], predicted_at: list[np.ndarray]) -> dict:
+def _targets(examples: list[TokenizedExample], predicted_at: list[np.ndarray]) -> dict:
+    """The response tokens that count, in the order of the responses."""
+    responses = [response for example in examples for response in example.responses]
+    masks = [mask for example in examples for mask in example.masks]
+    if any(mask is not None for mask in masks):
+        keep = [slice(None) if mask is None else mask for mask in masks]
+        responses = [response[kept] for response, kept in zip(responses, keep, strict=True)]
+        predicted_at = [positions[kept] for positions, kept in zip(predicted_at, keep, strict=True)]
     rows = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
     return {
         "targets": _long(np.concatenate(responses)),

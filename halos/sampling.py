@@ -74,17 +74,22 @@ def sample(
     top_p: float,
     temperature: float,
     seed: int,
+    stop_ids: Sequence[int] = (),
     description: str = "sampling",
 ) -> list[str]:
-    """Sample one response per prompt, in the prompts' order. It ends at EOS, or when the sequence reaches max_length.
+    """Sample one response per prompt, in the prompts' order. It ends at EOS, at another stop token, or when the
+    sequence reaches max_length.
 
     Each rank has a whole `lm`, samples for its part of the prompts, and returns all responses.
 
     prompts: n arrays of ids, with BOS, shorter than max_length
+    stop_ids: more tokens that end a response, such as a chat template's end of turn; those that the checkpoint's own
+        generation settings name do so, too
     """
     lm.eval()
+    stops = stop_token_ids([*stop_ids, encoder.eos_token_id], lm.generation_config)
     # The checkpoint's own settings (a repetition penalty, for example) would change the distribution.
-    lm.generation_config = GenerationConfig()
+    lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     seeds = response_seeds(prompts, seed)
     texts: dict[int, str] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -94,14 +99,24 @@ def sample(
             rows = own[start : start + batch_size]
             limits = [max_length - len(prompts[i]) for i in rows]
             sampler = GumbelSampler([seeds[i] for i in rows], top_p, temperature)
-            for i, ids in zip(rows, _generate(lm, encoder, [prompts[i] for i in rows], limits, sampler), strict=True):
-                texts[i] = encoder.decode_response(ids)
+            for i, ids in zip(
+                rows, _generate(lm, encoder, [prompts[i] for i in rows], limits, sampler, stops), strict=True
+            ):
+                texts[i] = encoder.decode_response(ids, stops)
             bar.update(len(rows))
     everyone = {i: text for texts in distributed.gather_objects(texts) for i, text in texts.items()}
     return [everyone[i] for i in range(len(prompts))]
 
 
-def _generate(lm, encoder: Encoder, prompts: list[np.ndarray], limits: list[int], sampler) -> list[list[int]]:
+def stop_token_ids(stop_ids: Sequence[int], generation_config: GenerationConfig) -> list[int]:
+    """Return the given ids and those that end a generation by a checkpoint's own settings, each once."""
+    own = generation_config.eos_token_id
+    return list(dict.fromkeys([*stop_ids, *(own if isinstance(own, list) else [] if own is None else [own])]))
+
+
+def _generate(
+    lm, encoder: Encoder, prompts: list[np.ndarray], limits: list[int], sampler, stops: list[int]
+) -> list[list[int]]:
     """Generate the response ids of one batch, which is padded at the left."""
     width = max(map(len, prompts))
     pad = encoder.tokenizer.pad_token_id
@@ -114,7 +129,7 @@ def _generate(lm, encoder: Encoder, prompts: list[np.ndarray], limits: list[int]
         input_ids,
         attention_mask=attention_mask,
         generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=max(limits), eos_token_id=encoder.eos_token_id, pad_token_id=pad
+            do_sample=False, max_new_tokens=max(limits), eos_token_id=stops, pad_token_id=pad
         ),
         logits_processor=LogitsProcessorList([sampler]),
         stopping_criteria=StoppingCriteriaList([OwnLimits(width, limits, lm.device)]),

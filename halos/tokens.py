@@ -13,17 +13,21 @@ decoding the concatenated ids returns the concatenated texts.
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+# Unicode noncharacters, which no text may contain: marks that `halos/chat.py` leaves for the encoder.
+LITERAL = "\ufdd0"  # inside a control token that a person has written: it is encoded as characters
+TEMPLATED = "\ufdd1"  # in front of what a chat template wrote: a prompt with its own BOS, or a response in segments
 ANCHORS = ("\n", ":", "a")  # encoded before a response, if the tokenizer would add its own space there
 BLOCK = 4096  # texts encoded per call: enough for every thread, few enough for a smooth progress bar
 
@@ -48,6 +52,7 @@ class TokenizedExample(NamedTuple):
     scores: tuple[float, ...] = ()  # one per response, NaN where unknown; empty if the data has none
     ids: tuple[str, ...] = ()  # one per response: dataset/example/generation
     dataset: str = ""  # the name of the dataset that the prompt is from
+    trained: tuple[np.ndarray | None, ...] = ()  # one (m,) bool per response: which tokens count; None or empty: all
 
     @property
     def n_tokens(self) -> int:
@@ -66,7 +71,21 @@ class TokenizedExample(NamedTuple):
             roles=tuple(self.roles[i] for i in kept),
             scores=tuple(self.scores[i] for i in kept) if self.scores else (),
             ids=tuple(self.ids[i] for i in kept) if self.ids else (),
+            trained=tuple(self.trained[i] for i in kept) if self.trained else (),
         )
+
+    @property
+    def masks(self) -> tuple[np.ndarray | None, ...]:
+        """One (m,) bool per response: which of its tokens count; None: all."""
+        return self.trained or (None,) * len(self.responses)
+
+    @property
+    def n_targets(self) -> list[int]:
+        """The number of tokens of each response that count."""
+        return [
+            len(response) if mask is None else int(mask.sum())
+            for response, mask in zip(self.responses, self.masks, strict=True)
+        ]
 
 
 class Encoder:
@@ -75,6 +94,8 @@ class Encoder:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
+        self.special = special_tokens(tokenizer)
+        self.reads_characters = False  # whether control tokens in a text are encoded as characters
         self.bos = [tokenizer.bos_token_id] if self._starts_with_bos() else []
 
     def _starts_with_bos(self) -> bool:
@@ -88,19 +109,50 @@ class Encoder:
         return dict(zip(ANCHORS, self._encode(ANCHORS), strict=True)) if first.startswith("▁") else {}
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return [BOS] + ids for each text.
-
-        If a text already begins with BOS, as chat templates write it, none is added.
-        """
+        """Return [BOS] + ids for each text. A rendered chat has BOS where its template writes it, and nowhere else."""
         n = len(self.bos)
-        return [ids if n and ids[:n] == self.bos else self.bos + ids for ids in self._encode(texts)]
+        encoded = self._encode([text.removeprefix(TEMPLATED) for text in texts])
+        return [
+            ids if text.startswith(TEMPLATED) or (n and ids[:n] == self.bos) else self.bos + ids
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
 
     def prompt_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return `prompts` as (n,) int32 arrays, the form that a `TokenStore` returns."""
         return [np.array(ids, np.int32) for ids in self.prompts(texts)]
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return ids + [EOS] for each text, with the ids that the text has after other text."""
+        """Return ids + [EOS] for each text, with the ids that the text has after other text.
+
+        A response that a chat template wrote comes in segments: those that are not trained on have the ids ~id, which
+        are negative, and EOS follows only if the template ends turns without a control token.
+        """
+        templated = {i: json.loads(text[1:]) for i, text in enumerate(texts) if text.startswith(TEMPLATED)}
+        plain = [i for i in range(len(texts)) if i not in templated]
+        encoded = dict(zip(plain, self._after_text([texts[i] for i in plain]), strict=True))
+        encoded |= zip(templated, self._segmented(list(templated.values())), strict=True)
+        return [
+            ids if i in templated and not templated[i]["eos"] else [*ids, self.eos_token_id]
+            for i, ids in sorted(encoded.items())
+        ]
+
+    def _segmented(self, responses: list[dict]) -> list[list[int]]:
+        """Return the ids of responses, each a list of segments (end of the text before, text, is trained on)."""
+        segments = [segment for response in responses for segment in response["segments"]]
+        befores = list(dict.fromkeys(before for before, _, _ in segments))
+        ids_before = dict(zip(befores, self._encode(befores), strict=True))
+        ids_of = []
+        encoded = self._encode([before + text for before, text, _ in segments])
+        for (before, text, is_trained), ids in zip(segments, encoded, strict=True):
+            start = ids_before[before]
+            merged = ids[: len(start)] != start  # a token spans the boundary: the ids are those after other text
+            own = self._after_text([text])[0] if merged else ids[len(start) :]
+            ids_of.append(own if is_trained else [~token for token in own])
+        in_order = iter(ids_of)
+        return [[*chain.from_iterable(next(in_order) for _ in response["segments"])] for response in responses]
+
+    def _after_text(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids that each text has after other text."""
         encoded: dict[int, list[int]] = {}
         for anchor, anchor_ids in self.anchors.items():
             left = [i for i in range(len(texts)) if i not in encoded]
@@ -110,24 +162,53 @@ class Encoder:
                     encoded[i] = ids[len(anchor_ids) :]
         left = [i for i in range(len(texts)) if i not in encoded]
         encoded |= zip(left, self._encode([texts[i] for i in left]), strict=True)
-        return [encoded[i] + [self.eos_token_id] for i in range(len(texts))]
+        return [encoded[i] for i in range(len(texts))]
 
-    def decode_response(self, ids: Sequence[int]) -> str:
-        """Decode a response, including its leading space, up to EOS. The text does not contain EOS."""
-        ids = list(ids)
-        if self.eos_token_id in ids:
-            ids = ids[: ids.index(self.eos_token_id)]
+    def decode_response(self, ids: Sequence[int], stop_ids: Sequence[int] | None = None) -> str:
+        """Decode a response, including its leading space, up to the first of the stop tokens, EOS by default."""
+        stops = set(stop_ids or [self.eos_token_id])
+        ids = list(takewhile(lambda token: token not in stops, ids))
         anchor, anchor_ids = next(iter(self.anchors.items()), ("", []))
         text = self.tokenizer.decode(anchor_ids + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.removeprefix(anchor)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        marked = {i: self._encode_literal(text) for i, text in enumerate(texts) if LITERAL in text}
+        others = iter(self._encode_batch([text for i, text in enumerate(texts) if i not in marked]))
+        return [marked[i] if i in marked else next(others) for i in range(len(texts))]
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            options = {"add_special_tokens": False, "split_special_tokens": self.reads_characters}
+            return self.tokenizer(texts, **options)["input_ids"] if texts else []
         backend.no_truncation()
         backend.no_padding()
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        backend.encode_special_tokens = self.reads_characters
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_literal(self, text: str) -> list[int]:
+        """Encode a text in which some control tokens are marked as characters, and the others are what they are."""
+        parts = re.split(f"({self.special.pattern})", text) if self.special else [text]
+        strips = {token.content: token for token in self.tokenizer.added_tokens_decoder.values()}
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            if index % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(part))
+                continue
+            if index > 0 and strips[parts[index - 1]].rstrip:
+                part = part.lstrip()
+            if index + 1 < len(parts) and strips[parts[index + 1]].lstrip:
+                part = part.rstrip()
+            ids += self._encode_characters(part.replace(LITERAL, ""), is_first=index == 0)
+        return ids
+
+    def _encode_characters(self, text: str, is_first: bool) -> list[int]:
+        self.reads_characters = True
+        try:
+            return (self._encode_batch([text]) if is_first else self._after_text([text]))[0] if text else []
+        finally:
+            self.reads_characters = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,6 +217,13 @@ class Encoder:
         rules = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         name = type(self.tokenizer).__name__
         return hashlib.blake2b(f"{name} {self.bos} {self.eos_token_id} {rules}".encode()).hexdigest()
+
+
+def special_tokens(tokenizer) -> re.Pattern | None:
+    """Return a pattern of the tokenizer's control tokens; None if it has none."""
+    contents = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
+    longest_first = sorted(contents, key=lambda content: (-len(content), content))
+    return re.compile("|".join(map(re.escape, longest_first))) if contents else None
 
 
 class TokenStore:

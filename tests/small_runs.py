@@ -5,6 +5,7 @@ import os
 from functools import cache
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -95,9 +96,21 @@ class _OfTokens:
     drawn: list
 
     def _tokenize(self, *args):
-        self.prompt_ids = [one.prompt for one in self.drawn]
-        self.response_ids = [response for one in self.drawn for response in one.responses]
+        self.prompt_ids = _Ids(one.prompt for one in self.drawn)
+        self.response_ids = _Ids(response for one in self.drawn for response in one.responses)
         self.first_response = [2 * i for i in range(len(self.drawn))]
+
+
+class _Ids(list):
+    """A TokenStore in memory."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self])
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.concatenate(self)
 
 
 def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None, train_loader=None):

@@ -153,6 +153,7 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
         "cache_dir": ".cache",
         "datasets": ["demo"],
         "strict_data": False,
+        "chat_template": "auto",
         "dataset_paths": dict.fromkeys(["shp", "hh", "hh_helpful", "hh_harmless", "oasst"]),
         "n_epochs": 1,
         "n_examples": None,
@@ -661,6 +662,10 @@ REFUSED = [
         "loss.dataloader=SFTLoader",
         "loss.dataloader=SFTLoader is not defined in dataloaders.py; did you mean 'SFTDataLoader'? (one "
         "of: PairedPreferenceDataLoader, SFTDataLoader, UnpairedPreferenceDataLoader)",
+    ),
+    (
+        "chat_template=mine.jinja",
+        "chat_template=mine.jinja: there is no such file; give auto, none, or the path of a Jinja file",
     ),
     ("loss=dpo loss.beta=-5", "loss.beta=-5 must be a number above 0"),
     ("loss=kto loss.beta=0", "loss.beta=0 must be a number above 0"),

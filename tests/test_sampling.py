@@ -98,7 +98,7 @@ def test_copies_of_a_prompt_have_noise_of_their_own(lm, encoder, prompts):
 def test_responses_end_at_max_length_each_by_its_own_prompt(lm, encoder, prompts, monkeypatch):
     """Without EOS, each prompt and its response have max_length tokens together, in a batch of different lengths."""
     lengths = []
-    monkeypatch.setattr(Encoder, "decode_response", lambda self, ids: lengths.append(len(ids)) or str(len(ids)))
+    monkeypatch.setattr(Encoder, "decode_response", lambda self, ids, stops: lengths.append(len(ids)) or str(len(ids)))
     monkeypatch.setattr(encoder, "eos_token_id", 10**6)
     texts = samples(lm, encoder, prompts, max_length=20)
     assert texts == [str(20 - len(prompt)) for prompt in prompts]
