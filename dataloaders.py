@@ -347,11 +347,15 @@ def describe(loader: DataLoader, split: str) -> dict:
 
 
 class Prompt(NamedTuple):
-    """A prompt to sample for, and the response that people preferred ('' if unknown)."""
+    """A prompt to sample for, and the response that people preferred ('' if unknown).
+
+    text: as the model reads it; messages: the conversation that it was rendered from, or None
+    """
 
     text: str
     chosen: str
     truncation_mode: str
+    messages: list[dict] | None = None
 
 
 def read_prompts(config, tokenizer, path: str | None = None, limit: int | None = None) -> list[Prompt]:
@@ -369,7 +373,12 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
             rank0_print(f"{limit} prompts were asked for; the test split has {len(examples)}, all of which are used")
         examples = examples[:limit]
     return [
-        Prompt(render_prompt(example.prompt, tokenizer), preferred(example, tokenizer), example.truncation_mode)
+        Prompt(
+            render_prompt(example.prompt, tokenizer),
+            preferred(example, tokenizer),
+            example.truncation_mode,
+            example.prompt if isinstance(example.prompt, list) else None,
+        )
         for example in examples
     ]
 

@@ -81,7 +81,7 @@ def locate_cache(config: DictConfig, path: str) -> None:
 
 
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
-    """Write samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
+    """Write samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}, and messages of a conversation."""
     import dataloaders
     from halos import distributed, loading
     from halos.sampling import sample as sample_from
@@ -118,12 +118,17 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
     if args.sample_reference:
         reference = responses_of("reference", use_load_from=not args.hub_reference)
     rows = [
-        {"prompt": prompt.text, "chosen": prompt.chosen, "policy": ours, "reference": theirs}
+        {"prompt": prompt.text, **messages_of(prompt), "chosen": prompt.chosen, "policy": ours, "reference": theirs}
         for prompt, ours, theirs in zip(prompts, policy, reference, strict=True)
     ]
     if distributed.is_main():
         write_json(path, rows)
         print(f"{len(rows)} samples written to {path}")
+
+
+def messages_of(prompt) -> dict:
+    """Return {"messages": [...]} for a conversation, and {} for a text."""
+    return {} if prompt.messages is None else {"messages": prompt.messages}
 
 
 def sample_name(config: DictConfig, policy_pt: str) -> str:

@@ -286,6 +286,7 @@ def test_own_prompts(command, run, tmp_path):
     assert code == 0, err
     rows = json.loads((tmp_path / "base.json").read_text())
     assert [row["prompt"] for row in rows] == ["Once", "\n\nHuman: Hi\n\nAssistant:"]
+    assert [row.get("messages") for row in rows] == [None, [{"role": "user", "content": "Hi"}]]
 
 
 def test_closed_form_metrics(command, run):
