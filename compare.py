@@ -52,6 +52,7 @@ def parser() -> FlagParser:
     add("--cache", metavar="DIR", help="the journal's directory (judgments/ beside the results file)")
     add("--plot", metavar="PNG", help="draw the results")
     add("--report", metavar="HTML", help="write a page to browse all prompts, responses and verdicts")
+    add("--export_feedback", metavar="JSONL", help="write the decided pairs as training data: prompt, chosen, rejected")
     add("--dry_run", action="store_true", help="print the number of calls and their cost, and stop")
     add("--stats_only", action="store_true", help="compute the results from the journal, without any call")
     add("-v", "--verbose", type=boolean, nargs="?", const=True, help="print every verdict (false)")
