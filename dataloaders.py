@@ -4,6 +4,7 @@ To add a dataset, write `get_{name}(split)` below. It returns a `Dataset` of `Ex
 training rows in another way, subclass `DataLoader` (`halos/loader.py`) and override `flatten`.
 """
 
+import os
 import random
 import re
 import sys
@@ -350,12 +351,14 @@ class Prompt(NamedTuple):
     """A prompt to sample for, and the response that people preferred ('' if unknown).
 
     text: as the model reads it; messages: the conversation that it was rendered from, or None
+    dataset: the name of the dataset or of the file that it is from
     """
 
     text: str
     chosen: str
     truncation_mode: str
     messages: list[dict] | None = None
+    dataset: str = ""
 
 
 def read_prompts(config, tokenizer, path: str | None = None, limit: int | None = None) -> list[Prompt]:
@@ -364,7 +367,9 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
     limit: number of prompts; None means `config.n_samples` of the test split, or all of the file
     """
     if path:
-        examples = [Example(row["prompt"], [row["chosen"]], sft_index=0) for row in prompt_records(path)][:limit]
+        name = os.path.splitext(os.path.basename(path))[0]
+        rows = list(prompt_records(path))[:limit]
+        examples = [Example(row["prompt"], [row["chosen"]], sft_index=0, dataset_name=name) for row in rows]
     else:
         examples = merge([read_dataset(name, "test", config.dataset_paths.get(name)) for name in config.datasets])
         random.Random(f"{config.seed}-prompts").shuffle(examples)
@@ -378,6 +383,7 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
             preferred(example, tokenizer),
             example.truncation_mode,
             example.prompt if isinstance(example.prompt, list) else None,
+            example.dataset_name,
         )
         for example in examples
     ]
