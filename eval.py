@@ -3,7 +3,8 @@
     python eval.py -c /data/models/kto_llama7b/config.yaml -m sample -n 512 -b 32
 
 `-c RUN/config.yaml` evaluates the run's latest checkpoint, `-c RUN/step-N/config.yaml` the checkpoint of step N.
-key=value arguments change the run's config, for example top_p=0.9 temperature=0.7 seed=2.
+key=value arguments change the run's config, for example top_p=0.9 temperature=0.7 seed=2. If sampling was stopped, run
+the command again to go on: docs/sampling.md.
 """
 
 import argparse
