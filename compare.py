@@ -24,7 +24,7 @@ def parser() -> FlagParser:
     add("-f2", "--file2", help="take the baseline of each prompt from this file")
     add("-ck", "--candidate_key", help="key of the response that is tested (policy)")
     add("-bk", "--baseline_key", help="key of the one it is compared with (reference; with -f2 the candidate's)")
-    add("-hk", "--history_key", help="key of the prompt (prompt)")
+    add("-hk", "--history_key", help="key of the prompt; messages of a row stand in for its prompt (prompt)")
     add("-mc", "--max_comp", type=int, help="compare a seeded sample of this many prompts (all)")
     add("-s", "--seed", type=int, help="of the sample, and of the order with --order one (0)")
     add("--human", metavar="KEY", help="key with a person's choice: candidate, baseline or tie")

@@ -59,6 +59,17 @@ def test_rows_without_messages_and_other_keys_are_shown_as_they_are(file):
     assert [pair.prompt for pair in read_pairs(path, "policy", "chosen", "question")] == ["Hi?", "y"]
 
 
+def test_calls_of_tools_are_shown(file):
+    """Messages need no content. Messages that are no list are refused, with the row."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    turns = [{"role": "user", "content": "1+1"}, call, {"role": "tool", "content": "2"}]
+    path = file("a.jsonl", {"prompt": "x", "messages": turns, "policy": "a", "chosen": "b"})
+    (pair,) = read_pairs(path, "policy", "chosen")
+    assert pair.prompt == 'user: 1+1\n\nassistant: [{"name": "add", "arguments": {"a": 1}}]\n\ntool: 2'
+    with pytest.raises(UserError, match="row 1.*'messages' is 'hi', not a list of messages"):
+        read_pairs(file("b.jsonl", {"prompt": "x", "messages": "hi", "policy": "a", "chosen": "b"}), "policy", "chosen")
+
+
 def test_two_model_families_are_paired_by_their_messages(file):
     """The same message is another text for each template. Rows without messages are paired by their prompts."""
     a = file(

@@ -9,6 +9,7 @@ responses). They do not depend on the order of the file or of the calls. Change 
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -175,7 +176,7 @@ def _row(place: str, number: int, content: dict, prompt_key: str, keys: list[str
     return Row(
         number,
         prompt,
-        _text(place, content, MESSAGES) if has_messages else None,
+        _conversation(place, content[MESSAGES]) if has_messages else None,
         sample if isinstance(sample, int) and not isinstance(sample, bool) else None,
         tuple(_text(place, content, key) for key in keys),
         _human_label(place, content, human_key) if human_key else None,
@@ -197,6 +198,18 @@ def _text(place: str, row: dict, key: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{place}: {key!r} is {value!r:.40}, not a text; correct the row")
     return LONE_SURROGATE.sub("\ufffd", value)
+
+
+def _conversation(place: str, messages: object) -> str:
+    """Write the messages of a row as `_text` does. A call of a tool, and content that is not text, is shown as JSON."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in messages):
+        raise UserError(f"{place}: {MESSAGES!r} is {messages!r:.40}, not a list of messages; correct the row")
+    turns = []
+    for turn in messages:
+        parts = [turn.get("content"), turn.get("tool_calls")]
+        texts = [part if isinstance(part, str) else json.dumps(part) for part in parts if part]
+        turns.append(f"{turn['role']}: {' '.join(texts)}")
+    return LONE_SURROGATE.sub("\ufffd", "\n\n".join(turns))
 
 
 def _human_label(place: str, row: dict, key: str) -> str | None:
