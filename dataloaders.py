@@ -6,6 +6,7 @@ forms (docs/data.md), its YAML names a `reader`: a function below that goes over
 `DataLoader` (`halos/loader.py`) and override `flatten`.
 """
 
+import os
 import random
 import sys
 from collections import deque
@@ -330,11 +331,17 @@ def describe(loader: DataLoader, split: str) -> dict:
 
 
 class Prompt(NamedTuple):
-    """A prompt to sample for, and the response that people preferred ('' if unknown)."""
+    """A prompt to sample for, and the response that people preferred ('' if unknown).
+
+    text: as the model reads it; messages: the conversation that it was rendered from, or None
+    dataset: the name of the dataset or of the file that it is from
+    """
 
     text: str
     chosen: str
     truncation_mode: str
+    messages: list[dict] | None = None
+    dataset: str = ""
 
 
 def read_prompts(config, tokenizer, path: str | None = None, limit: int | None = None) -> list[Prompt]:
@@ -343,9 +350,9 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
     limit: number of prompts; None means `config.n_samples` of the test split, or all of the file
     """
     if path:
-        examples = [Example(row["prompt"], [row["chosen"]], sft_index=0) for row in sources.prompt_records(path)][
-            :limit
-        ]
+        name = os.path.splitext(os.path.basename(path))[0]
+        rows = list(sources.prompt_records(path))[:limit]
+        examples = [Example(row["prompt"], [row["chosen"]], sft_index=0, dataset_name=name) for row in rows]
     else:
         examples = merge(read_datasets(config, "test"))
         random.Random(f"{config.seed}-prompts").shuffle(examples)
@@ -355,7 +362,14 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
         examples = examples[:limit]
     renderer = Renderer(tokenizer)
     return [
-        Prompt(renderer.prompt(example), preferred(example, renderer), example.truncation_mode) for example in examples
+        Prompt(
+            renderer.prompt(example),
+            preferred(example, renderer),
+            example.truncation_mode,
+            example.prompt if isinstance(example.prompt, list) else None,
+            example.dataset_name,
+        )
+        for example in examples
     ]
 
 

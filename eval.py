@@ -3,7 +3,8 @@
     python eval.py -c /data/models/kto_llama7b/config.yaml -m sample -n 512 -b 32
 
 `-c RUN/config.yaml` evaluates the run's latest checkpoint, `-c RUN/step-N/config.yaml` the checkpoint of step N.
-key=value arguments change the run's config, for example top_p=0.9 temperature=0.7 seed=2.
+key=value arguments change the run's config, for example top_p=0.9 temperature=0.7 seed=2. If sampling was stopped, run
+the command again to go on: docs/sampling.md.
 """
 
 import argparse
@@ -17,12 +18,15 @@ from halos.config import overrides, validate
 from halos.errors import UserError
 from halos.files import finished, make_room
 
+ADDED = {"sampler": "hf", "sampler_url": None}  # keys that configs of earlier versions do not have
+
 
 def arguments() -> argparse.Namespace:
     parser = FlagParser(description=__doc__)
     parser.add_argument("-c", "--config", required=True, help="config.yaml of a run or of one of its checkpoints")
     parser.add_argument("-m", "--mode", choices=["sample", "eval"], default="sample")
     parser.add_argument("-n", "--n_samples", type=int, help="prompts to sample for (default: n_samples)")
+    parser.add_argument("--n_per_prompt", type=int, default=1, help="responses per prompt, a row each (default: 1)")
     parser.add_argument("-b", "--batch_size", type=int, help="responses at a time (default: model.eval_batch_size)")
     parser.add_argument(
         "-u", "--sample_reference", type=boolean, default=True, help="sample the reference model too (default: true)"
@@ -34,6 +38,13 @@ def arguments() -> argparse.Namespace:
         default=True,
         help="the reference is the model before any training; false: what model.load_from names (default: true)",
     )
+    parser.add_argument(
+        "--format",
+        choices=["rows", "alpaca_eval"],
+        default="rows",
+        help="rows for compare.py, or the policy's outputs as AlpacaEval reads them (default: rows)",
+    )
+    parser.add_argument("-o", "--output", help="the file to write (default: {samples_dir}/{exp_name}.json)")
     parser.add_argument("-f", "--file", help="sample for the prompts of this .jsonl, .json or .parquet file instead")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the run's config")
     return parser.parse_intermixed_args()
@@ -43,20 +54,28 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     """Return the run's config with the command's changes, and the path of the policy.pt to evaluate."""
     import dataloaders
     import trainers
+    from halos import samplers
     from halos.checkpoint import POLICY
 
     if not os.path.isfile(args.config):
         raise UserError(f"-c {args.config} does not exist; give the config.yaml of a run, as in -c RUN/config.yaml")
-    for name in ("n_samples", "batch_size"):
+    for name in ("n_samples", "batch_size", "n_per_prompt"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is not a positive number")
+    if args.format == "alpaca_eval" and args.n_per_prompt > 1:
+        reason = "AlpacaEval reads one output per instruction"
+        raise UserError(f"--n_per_prompt {args.n_per_prompt} --format alpaca_eval: {reason}; leave one of them out")
     config = OmegaConf.load(args.config)
     if not isinstance(config, DictConfig) or "model" not in config or "loss" not in config:
         raise UserError(f"-c {args.config} is not a run's config; give the config.yaml that train.py wrote")
+    for key, value in ADDED.items():
+        config[key] = config.get(key, value)
     locate_cache(config, args.config)
     config = overrides(config, args.overrides)
     config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
     validate(config, trainers, dataloaders)
+    if args.mode == "sample":
+        samplers.check(config, args.sample_reference and args.format == "rows")
     directory = os.path.dirname(os.path.abspath(args.config))
     candidates = [os.path.join(directory, POLICY), os.path.join(directory, "LATEST", POLICY)]
     policy_pt = next((path for path in candidates if os.path.isfile(path)), None)
@@ -81,11 +100,11 @@ def locate_cache(config: DictConfig, path: str) -> None:
 
 
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
-    """Write samples/{exp_name}.json: a list of {prompt, chosen, policy, reference}."""
+    """Write samples/{exp_name}.json, a list of rows. Samples that an earlier command left are not made again."""
     import dataloaders
     from halos import distributed, loading
-    from halos.chat import Renderer, without_marks
-    from halos.sampling import sample as sample_from
+    from halos.sample_files import PartialFile, alpaca_rows, rows_of
+    from halos.samplers import Sampler
     from halos.tokens import Encoder, truncate_prompt
 
     tokenizer = loading.load_tokenizer(config)
@@ -96,36 +115,28 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
         truncate_prompt(ids, config.model.max_prompt_length, prompt.truncation_mode, len(encoder.bos))
         for prompt, ids in zip(prompts, encoder.prompt_arrays([prompt.text for prompt in prompts]), strict=True)
     ]
-    path = os.path.join(config.samples_dir, f"{sample_name(config, policy_pt)}.json")
-    device = distributed.default_device()
-    loading.check_whole_copy(config, device)
-
-    def responses_of(description: str, **weights) -> list[str]:
-        lm = loading.load_lm(config, loading.compute_dtype(config, device), **weights).to(device)
-        return sample_from(
-            lm,
-            encoder,
-            ids,
-            max_length=config.model.max_length,
-            batch_size=config.model.eval_batch_size,
-            top_p=config.top_p,
-            temperature=config.temperature,
-            seed=config.seed,
-            stop_ids=Renderer(tokenizer).stop_ids,
-            description=f"sampling {description}",
-        )
-
-    policy = responses_of("policy", policy_pt=policy_pt)
-    reference = [""] * len(ids)
-    if args.sample_reference:
-        reference = responses_of("reference", use_load_from=not args.hub_reference)
-    rows = [
-        {"prompt": without_marks(prompt.text), "chosen": prompt.chosen, "policy": ours, "reference": theirs}
-        for prompt, ours, theirs in zip(prompts, policy, reference, strict=True)
-    ]
-    if distributed.is_main():
-        write_json(path, rows)
-        print(f"{len(rows)} samples written to {path}")
+    copies = ids * args.n_per_prompt  # the first sample of every prompt, then the second of every prompt, and so on
+    weights = {"policy": {"policy_pt": policy_pt}}
+    if args.sample_reference and args.format == "rows":
+        weights["reference"] = {"use_load_from": not args.hub_reference}
+    samplers = {name: Sampler(config, encoder, name, **which) for name, which in weights.items()}
+    keys = {name: sampler.keys(copies) for name, sampler in samplers.items()}
+    run_name = sample_name(config, policy_pt)
+    ending = ".json" if args.format == "rows" else f".{args.format}.json"
+    path = args.output or os.path.join(config.samples_dir, run_name + ending)
+    with PartialFile(f"{path.removesuffix(ending)}.partial.jsonl", sum(keys.values(), [])) as partial:
+        texts = {
+            name: sampler.sample(copies, partial.known(keys[name]), partial.recorder(keys[name]))
+            for name, sampler in samplers.items()
+        }
+        if args.format == "rows":
+            rows = rows_of(prompts, texts["policy"], texts.get("reference"))
+        else:
+            rows = alpaca_rows(prompts, texts["policy"], run_name)
+        if distributed.is_main():
+            write_json(path, rows)
+            partial.remove()
+            print(f"{len(rows)} samples written to {path}")
 
 
 def sample_name(config: DictConfig, policy_pt: str) -> str:
@@ -174,7 +185,8 @@ def main() -> None:
 
         loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
         command = {"sample": sample, "eval": evaluate}[args.mode]
-        launch(command, args, config, policy_pt, nproc_per_node=config.nproc_per_node)
+        n = config.nproc_per_node if args.mode == "eval" or config.sampler == "hf" else 1
+        launch(command, args, config, policy_pt, nproc_per_node=n)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ checkpoint.py       policy.pt and the Hugging Face export: save and load
 run_dir.py          the run directory: its path, its config.yaml, its model card
 metrics.py          metrics.jsonl, curves.png, the progress bar, wandb
 sampling.py         responses from a model
+samplers.py         the models that eval.py samples from, and where they run
+serving.py          responses from an OpenAI-compatible server, or from vLLM
+sample_files.py     samples as they come, and the rows of the finished file
 advice.py           what is worth knowing before the first update
 config.py           validation of the configuration
 rules.py            what values of the configuration can be

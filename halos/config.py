@@ -56,7 +56,7 @@ RULES: dict[str, Rule] = {
         (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name"),
         (
             rules.text.or_null(),
-            "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name",
+            "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name sampler_url",
         ),
     )
     for key in keys.split()
@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("train", "eval"),
     "lr_scheduler": ("constant", "cosine", "linear"),
+    "sampler": ("hf", "server", "vllm"),
     "model.logps": ("fused", "plain"),
     "model.policy_dtype": ("float32", "bfloat16"),
     "model.fsdp_policy_mp": ("float32", "bfloat16", "null"),

@@ -250,7 +250,11 @@ BARE = re.compile(rf"(?:{'|'.join(filter(None, LEAD_INS))})?(.*?)\.?", re.DOTALL
 
 
 def solve(prompt: str) -> str:
-    """Return the right answer to the last question of a prompt. It may begin one turn earlier ("My prices are ...")."""
+    """Return the right answer to the last question of a prompt. It may begin one turn earlier ("My prices are ...").
+
+    A prompt is as a model without a template reads it, or messages as compare.py shows them ("user: ...").
+    """
+    prompt = re.sub(r"(?:\A|\n\n)user: ", "\n\nHuman: ", prompt).replace("\n\nassistant: ", "\n\nAssistant: ")
     turns = prompt.removesuffix("\n\nAssistant:").split("\n\nHuman: ")
     for n_turns in (1, 2):
         question = "\n\nHuman: ".join(turns[-n_turns:])

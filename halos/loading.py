@@ -242,6 +242,23 @@ def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: 
     return lm
 
 
+def identity(config: DictConfig, use_load_from: bool = True, policy_pt: str | None = None) -> list:
+    """Return what decides the weights that `load_lm` loads with these arguments, as JSON can hold it.
+
+    Files count by name, size and time of change; reading them would take longer.
+    """
+    path = policy_pt or (_policy_pt(config) if use_load_from else None)
+    source = _source(config, use_load_from)
+    directory = _local(source) if source else ""
+    files = [path] if path else []
+    if not path and os.path.isdir(directory):
+        files = [entry.path for entry in sorted(os.scandir(directory), key=lambda entry: entry.name)]
+    status = [(os.path.basename(file), os.stat(file)) for file in files]
+    architecture = OmegaConf.to_container(config.model.architecture) if source is None else None
+    seed = config.seed if source is None and not path else None
+    return [source, architecture, seed, [[name, found.st_size, found.st_mtime_ns] for name, found in status]]
+
+
 def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:
     """Load the critic, if the loss has one: the v_head.pt beside the policy's weights, or new weights if there is none.
 

@@ -4,11 +4,14 @@ The next token is argmax(log p + Gumbel noise), which is a sample from p. The no
 seeded by (seed, prompt ids, copy number) and advances with the position. So a batch of another size or in another order
 gives the same text in float32. In bfloat16 the shape of a batch changes the rounding of log p, and so, occasionally, a
 token.
+
+Prompts of a batch are padded at the left. A model that ignores the attention mask, as RWKV does, would read the
+padding. It samples one response at a time: in transformers 5.23 RWKV is wrong in batches of equal lengths, too.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -76,36 +79,79 @@ def sample(
     seed: int,
     stop_ids: Sequence[int] = (),
     description: str = "sampling",
+    done: Mapping[int, str] | None = None,
+    record: Callable[[dict[int, str]], None] = lambda texts: None,
 ) -> list[str]:
     """Sample one response per prompt, in the prompts' order. It ends at EOS, at another stop token, or when the
     sequence reaches max_length.
 
-    Each rank has a whole `lm`, samples for its part of the prompts, and returns all responses.
+    Each rank has a whole `lm`, samples for its part of the prompts, and returns all responses. A prompt may come
+    several times; its responses differ.
 
     prompts: n arrays of ids, with BOS, shorter than max_length
     stop_ids: more tokens that end a response, such as a chat template's end of turn; those that the checkpoint's own
         generation settings name do so, too
+    done: index -> response of an earlier call; these are not sampled again
+    record: called on every rank after each batch, with index -> response of the batches of all ranks
     """
     lm.eval()
     stops = stop_token_ids([*stop_ids, encoder.eos_token_id], lm.generation_config)
     # The checkpoint's own settings (a repetition penalty, for example) would change the distribution.
     lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     seeds = response_seeds(prompts, seed)
-    texts: dict[int, str] = {}
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    own = by_length[distributed.rank() :: distributed.world_size()]
-    with tqdm(total=len(own), desc=description, unit="response", disable=not distributed.is_main()) as bar:
-        for start in range(0, len(own), batch_size):
-            rows = own[start : start + batch_size]
-            limits = [max_length - len(prompts[i]) for i in rows]
-            sampler = GumbelSampler([seeds[i] for i in rows], top_p, temperature)
-            for i, ids in zip(
-                rows, _generate(lm, encoder, [prompts[i] for i in rows], limits, sampler, stops), strict=True
-            ):
-                texts[i] = encoder.decode_response(ids, stops)
-            bar.update(len(rows))
-    everyone = {i: text for texts in distributed.gather_objects(texts) for i, text in texts.items()}
-    return [everyone[i] for i in range(len(prompts))]
+    texts = dict(done or {})
+    todo = [i for i in range(len(prompts)) if i not in texts]
+    if batch_size > 1 and len(todo) > 1 and ignores_attention_mask(lm, prompts[todo[0]]):
+        batch_size = 1
+        if distributed.is_main():
+            print(f"{type(lm).__name__} ignores the attention mask, so it samples one response at a time")
+
+    def responses_to(rows: list[int]) -> dict[int, str]:
+        limits = [max_length - len(prompts[i]) for i in rows]
+        sampler = GumbelSampler([seeds[i] for i in rows], top_p, temperature)
+        generated = _generate(lm, encoder, [prompts[i] for i in rows], limits, sampler, stops)
+        return {i: encoder.decode_response(ids, stops) for i, ids in zip(rows, generated, strict=True)}
+
+    everyone = {"total": len(prompts), "initial": len(texts), "disable": not distributed.is_main()}
+    with tqdm(desc=description, unit="response", **everyone) as bar:
+        for rows in _batches(todo, prompts, batch_size):
+            new: dict[int, str] = {}
+            for theirs in distributed.gather_objects(responses_to(rows) if rows else {}):
+                new |= theirs
+            record(new)
+            texts |= new
+            bar.update(len(new))
+    return [texts[i] for i in range(len(prompts))]
+
+
+def _batches(todo: list[int], prompts: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:
+    """Divide the indices `todo` among the ranks, longest prompts first, and return this rank's batches.
+
+    All ranks have equally many, since they exchange their responses after each. The last one may be empty.
+    """
+    by_length = sorted(todo, key=lambda i: len(prompts[i]), reverse=True)
+    n, own = distributed.world_size(), by_length[distributed.rank() :: distributed.world_size()]
+    return [own[start : start + batch_size] for start in range(0, len(by_length[::n]), batch_size)]
+
+
+def ignores_attention_mask(lm, prompt: np.ndarray) -> bool:
+    """Return True if the tokens of the padding change the logits after a padded prompt.
+
+    prompt: an array of ids; its first 16 are used
+    """
+    ids = torch.as_tensor(prompt[:16].astype(np.int64))
+
+    def logits(padding: int) -> torch.Tensor:
+        input_ids = torch.cat((torch.full((4,), padding), ids))[None].to(lm.device)
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[:, :4] = 0
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=1, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        return lm.generate(input_ids, attention_mask=attention_mask, generation_config=settings).logits[0].float()
+
+    one, other = logits(0), logits(1)
+    return bool((one - other).abs().max() > 0.01 * one.std())
 
 
 def stop_token_ids(stop_ids: Sequence[int], generation_config: GenerationConfig) -> list[int]:

@@ -79,11 +79,19 @@ def load_checkpoints(folder: str, cache_dir: str, sources: dict[str, str]) -> No
 
 
 def sample_texts(folder: str) -> None:
-    """Sample responses to 11 prompts of ragged lengths, two of them equal, in batches of 3."""
+    """Sample responses to 11 prompts of ragged lengths, two of them equal, in batches of 3.
+
+    Then do it again with four of them given, as after an interruption: the other seven are recorded on all ranks.
+    """
     lm = loading.load_lm(make_config(folder, "loss=sft", *SMALL, "seed=5"), torch.float32)
     prompts = [example.prompt for example in random_examples(10)]
     settings = {"max_length": 24, "batch_size": 3, "top_p": 0.95, "temperature": 1.0, "seed": 1}
-    texts = sampling.sample(lm, Encoder(tokenizer()), [*prompts, prompts[0]], **settings)
+    prompts = [*prompts, prompts[0]]
+    texts = sampling.sample(lm, Encoder(tokenizer()), prompts, **settings)
+    recorded: dict[int, str] = {}
+    done = {i: texts[i] for i in (1, 2, 5, 10)}
+    assert sampling.sample(lm, Encoder(tokenizer()), prompts, **settings, done=done, record=recorded.update) == texts
+    assert recorded == {i: text for i, text in enumerate(texts) if i not in done}
     everyone = distributed.gather_objects(texts)
     assert all(others == texts for others in everyone)
     if distributed.is_main():

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +13,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import compare as compare_program
+import completions_server
 import eval as eval_program
 import train as train_program
-from halos import demo
+from halos import demo, sampling
 from halos.metrics import read_metrics
+from halos.sample_files import PartialFile
+from halos.tokens import Encoder
 from helpers import ONE_BLOCK
 
 SMALL = [*ONE_BLOCK, "n_examples=32", "lr=1e-2"]
@@ -35,7 +41,8 @@ def command(monkeypatch, capsys):
     """Run a command: command("train.py", words...) -> (exit code, stdout, stderr)."""
 
     def run(program: str, *words: str):
-        main = {"train.py": train_program.main, "eval.py": eval_program.main}[program]
+        programs = {"train.py": train_program, "eval.py": eval_program, "compare.py": compare_program}
+        main = programs[program].main
         monkeypatch.setattr(sys, "argv", [program, *map(str, words)])
         code = 0
         try:
@@ -244,6 +251,206 @@ def test_samples(command, run, tmp_path):
     assert [row["policy"] for row in others] != [row["policy"] for row in rows]
 
 
+def killed_after(monkeypatch, n_batches: int) -> None:
+    """Make sampling stop like a killed process, once `n_batches` batches are written and a third of a line more."""
+    real = PartialFile.recorder
+
+    def recorder(partial, keys):
+        record = real(partial, keys)
+
+        def until_killed(texts):
+            nonlocal n_batches
+            if not n_batches:
+                partial.file.write(b'{"key": "012')
+                raise KeyboardInterrupt
+            n_batches -= 1
+            record(texts)
+
+        return until_killed
+
+    monkeypatch.setattr(PartialFile, "recorder", recorder)
+
+
+@pytest.mark.parametrize("n_batches", [2, 5])
+def test_a_killed_eval_goes_on_where_it_was(command, run, tmp_path, monkeypatch, n_batches):
+    """Killed while the policy samples, or the reference: the samples that are written are not made again.
+
+    The texts are those of an uninterrupted command. The torn last line is cut off.
+    """
+    words = ["-c", run / "config.yaml", "-n", "6", "-b", "2"]
+    assert command("eval.py", *words, f"samples_dir={tmp_path / 'whole'}")[0] == 0
+    words.append(f"samples_dir={tmp_path / 'killed'}")
+    with monkeypatch.context() as patched:
+        killed_after(patched, n_batches)
+        assert command("eval.py", *words)[0] == 130
+    assert os.listdir(tmp_path / "killed") == ["base.partial.jsonl"]
+    written = (tmp_path / "killed" / "base.partial.jsonl").read_bytes()
+    assert written.count(b"\n") == 2 * n_batches and not written.endswith(b"\n")
+    generated, real = [], sampling._generate
+
+    def generate(lm, encoder, prompts, *rest):
+        generated.extend(prompts)
+        return real(lm, encoder, prompts, *rest)
+
+    monkeypatch.setattr(sampling, "_generate", generate)
+    code, out, err = command("eval.py", *words)
+    assert code == 0, err
+    assert len(generated) == 12 - 2 * n_batches
+    assert os.listdir(tmp_path / "killed") == ["base.json"]
+    assert (tmp_path / "killed" / "base.json").read_bytes() == (tmp_path / "whole" / "base.json").read_bytes()
+
+
+def test_the_partial_file_of_other_settings_is_kept(command, run, tmp_path):
+    """Samples of another seed are not taken, and not thrown away. A file that another process writes is refused."""
+    partial = tmp_path / "base.partial.jsonl"
+    partial.write_text('{"key": "of another seed", "text": "x"}\n')
+    words = ["-c", run / "config.yaml", "-n", "2", "-u", "false", f"samples_dir={tmp_path}"]
+    assert command("eval.py", *words)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["base.json", "base.partial.jsonl.bak-1"]
+    with PartialFile(str(partial), []):
+        mistake(command("eval.py", *words), "base.partial.jsonl is in use by another eval.py")
+
+
+def test_several_samples_per_prompt(command, run, tmp_path):
+    """A row for each, numbered from 0. They differ; the first ones are those of one sample per prompt."""
+    words = ["-c", run / "config.yaml", "-n", "3"]
+    assert command("eval.py", *words, f"samples_dir={tmp_path / '1'}")[0] == 0
+    assert command("eval.py", *words, "--n_per_prompt", "3", f"samples_dir={tmp_path / '3'}")[0] == 0
+    one, three = (json.loads((tmp_path / n / "base.json").read_text()) for n in "13")
+    assert [row.pop("sample") for row in three] == 3 * [0, 1, 2]
+    assert three[::3] == one
+    assert all(len({row["policy"] for row in three[at : at + 3]}) == 3 for at in (0, 3, 6))
+    assert len({row["prompt"] for row in three}) == 3
+    mistake(command("eval.py", *words, "--n_per_prompt", "0"), "n_per_prompt")
+
+
+def test_one_round_of_sampling_judging_and_training(command, run, cache_dir, tmp_path):
+    """docs/judging.md, "One round": samples, judged by the demo's checker, train the policy with DPO.
+
+    The rows of the dataset are the decided pairs: chosen has the higher score. Training reads all of them. With the key
+    of the candidate for the baseline too, the samples of a prompt are compared with each other.
+    """
+    words = ["-c", run / "config.yaml", "-n", "12", "--n_per_prompt", "2", "-u", "false", f"samples_dir={tmp_path}"]
+    code, _, err = command("eval.py", *words)
+    assert code == 0, err
+    samples = json.loads((tmp_path / "base.json").read_text())
+    feedback = tmp_path / "feedback.jsonl"
+    words = ["-f", tmp_path / "base.json", "-ck", "policy", "-r", tmp_path / "result.jsonl"]
+    words += ["--judge", "halos.demo:check", "--judge_kind", "score", "--export_feedback", feedback]
+    code, out, err = command("compare.py", *words, "-bk", "policy", "--dry_run")
+    assert code == 0 and "halos.demo:check: 12 verdicts" in out, err
+    code, out, err = command("compare.py", *words, "-bk", "chosen")
+    assert code == 0 and f"written to {feedback}" in out and "24 pairs of 12 prompts" in out, err
+    rows = [json.loads(line) for line in feedback.read_text().splitlines()]
+    assert len(rows) > 4 and all(set(row) == {"prompt", "chosen", "rejected"} for row in rows)
+    assert all(demo.check(row["prompt"], row["chosen"]) > demo.check(row["prompt"], row["rejected"]) for row in rows)
+    sampled = {(row["prompt"], row[key]) for row in samples for key in ("policy", "chosen")}
+    assert all((row["prompt"], row[side]) in sampled for row in rows for side in ("chosen", "rejected"))
+    words = ["loss=dpo", f"datasets=[{feedback}]", "model.load_from=base/LATEST/policy.pt", "exp_name=round"]
+    code, _, err = command("train.py", *words, f"cache_dir={cache_dir}", *SMALL)
+    assert code == 0, err
+    counts = json.loads((cache_dir / "round" / "data.json").read_text())
+    assert sum(counts[split]["datasets"][0]["pairs"] for split in ("train", "test")) == len(rows)
+    first = read_metrics(cache_dir / "round" / "metrics.jsonl")[0]
+    assert first["loss/eval"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_the_form_of_alpaca_eval(command, run, tmp_path):
+    """The instruction is the last user message, also of a prompt that is text. There is one output per instruction."""
+    said = (("user", "Hi"), ("assistant", "Yes?"), ("user", "2+2"))
+    turns = [{"role": role, "content": content} for role, content in said]
+    own = write_lines(
+        tmp_path / "own.jsonl", {"prompt": turns}, {"prompt": "\n\nHuman: a\n\nAssistant:"}, {"prompt": "Once"}
+    )
+    words = ["-c", run / "config.yaml", "-f", own, f"samples_dir={tmp_path}"]
+    assert command("eval.py", *words)[0] == 0
+    code, out, err = command("eval.py", *words, "--format", "alpaca_eval")
+    assert code == 0 and f"3 samples written to {tmp_path}/base.alpaca_eval.json" in out, err
+    rows = json.loads((tmp_path / "base.alpaca_eval.json").read_text())
+    assert [row["instruction"] for row in rows] == ["2+2", "a", "Once"]
+    policy = [row["policy"].strip() for row in json.loads((tmp_path / "base.json").read_text())]
+    assert rows == [
+        {"instruction": row["instruction"], "output": text, "generator": "base", "dataset": "own"}
+        for row, text in zip(rows, policy, strict=True)
+    ]
+    assert command("eval.py", *words, "--format", "alpaca_eval", "-o", tmp_path / "x" / "y.json")[0] == 0
+    assert json.loads((tmp_path / "x" / "y.json").read_text()) == rows
+    mistake(command("eval.py", *words, "--format", "alpaca_eval", "--n_per_prompt", "2"), "one output per instruction")
+
+
+@pytest.fixture
+def server_words(run, tmp_path):
+    """Words of eval.py for a server, without its address."""
+    return ["-c", run / "config.yaml", "-n", "6", "-b", "3", "-u", "false", f"samples_dir={tmp_path}", "sampler=server"]
+
+
+def test_sampling_from_a_server(command, run, server_words, tmp_path):
+    """The server gets the ids that sampling here gets, a seed per response, and the run's settings.
+
+    Requests that fail with 503 or 429 are sent again.
+    """
+    assert command("eval.py", *server_words[:-1], "sampler=hf")[0] == 0
+    here = json.loads((tmp_path / "base.json").read_text())
+    encoder = Encoder(AutoTokenizer.from_pretrained(run / "LATEST"))
+    ids = {row["prompt"]: encoder.prompts([row["prompt"]])[0] for row in here}
+    with completions_server.serve(errors=[503, 429]) as server:
+        words = [*server_words, f"sampler_url={server.url}", "top_p=0.9", "--n_per_prompt", "2"]
+        code, _, err = command("eval.py", *words)
+        assert code == 0, err
+        rows = json.loads((tmp_path / "base.json").read_text())
+        asked = {(tuple(body["prompt"]), body["seed"]): body for body in server.requests}
+    assert [row["prompt"] for row in rows[::2]] == [row["prompt"] for row in here]
+    assert len(asked) == len(server.requests) == 12
+    assert {prompt for prompt, _ in asked} == {tuple(prompt) for prompt in ids.values()}
+    for (prompt, seed), body in asked.items():
+        assert body["max_tokens"] == 96 - len(prompt) and (body["top_p"], body["temperature"]) == (0.9, 1.0)
+        assert body["model"] == "the-export"
+        assert completions_server.text_of(list(prompt), seed) in {row["policy"] for row in rows}
+    assert len({row["policy"] for row in rows}) == 12
+
+
+def test_a_server_that_fails_leaves_the_samples_that_it_made(command, server_words, tmp_path):
+    """A refusal ends the command in one line; the next one asks for what is missing."""
+    with completions_server.serve(errors=[200, 200, 400]) as server:
+        words = [*server_words, f"sampler_url={server.url}", "-b", "1"]
+        mistake(command("eval.py", *words), "sampler_url=", "the test says no")
+        assert (tmp_path / "base.partial.jsonl").read_text().count("\n") == 2
+        made = list(server.requests)
+        assert command("eval.py", *words)[0] == 0
+        assert len(server.requests) == 6 and server.requests[:2] == made
+    assert [name for name in os.listdir(tmp_path)] == ["base.json"]
+
+
+def test_sampling_with_vllm(command, run, tmp_path, monkeypatch):
+    """A stand-in for the library: it gets the export, the ids, a seed each, and the stop token."""
+    words = ["-c", run / "config.yaml", "-n", "3", f"samples_dir={tmp_path}", "sampler=vllm"]
+    mistake(command("eval.py", *words, "-u", "false"), "sampler=vllm", "not installed", "sampler=hf")
+    calls = []
+
+    class LLM:
+        def __init__(self, model, **settings):
+            self.model = model
+
+        def generate(self, prompts, settings):
+            calls.extend(zip(prompts, settings, strict=True))
+            assert self.model == str(run / "LATEST")
+            ids = [prompt["prompt_token_ids"][-3:] for prompt in prompts]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=some)]) for some in ids]
+
+    stand_in = ModuleType("vllm")
+    stand_in.LLM, stand_in.SamplingParams = LLM, SimpleNamespace
+    stand_in.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    mistake(command("eval.py", *words), "sampler=vllm", "-u false")
+    code, _, err = command("eval.py", *words, "-u", "false")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "base.json").read_text())
+    assert all(row["prompt"].endswith(row["policy"]) and row["policy"] for row in rows)
+    eos = AutoTokenizer.from_pretrained(run / "LATEST").eos_token_id
+    assert all(settings.stop_token_ids == [eos] for _, settings in calls)
+    assert len({settings.seed for _, settings in calls}) == 3
+
+
 def test_a_relative_cache_dir_is_where_the_run_is(tmp_path, monkeypatch):
     """A relative cache_dir is located by the path of the run's config, from any working directory.
 
@@ -286,6 +493,7 @@ def test_own_prompts(command, run, tmp_path):
     assert code == 0, err
     rows = json.loads((tmp_path / "base.json").read_text())
     assert [row["prompt"] for row in rows] == ["Once", "\n\nHuman: Hi\n\nAssistant:"]
+    assert [row.get("messages") for row in rows] == [None, [{"role": "user", "content": "Hi"}]]
 
 
 def test_closed_form_metrics(command, run):
@@ -335,6 +543,8 @@ def test_mistakes_of_eval(command, run, tmp_path):
     mistake(command("eval.py", "-c", tmp_path / "config.yaml"), "does not exist", "-c")
     mistake(command("eval.py", "-c", run / "config.yaml", "top_pp=0.9"), "top_pp", "did you mean top_p?")
     mistake(command("eval.py", "-c", run / "config.yaml", "-n", "0"), "n_samples")
+    mistake(command("eval.py", "-c", run / "config.yaml", "sampler=sever"), "did you mean 'server'?")
+    mistake(command("eval.py", "-c", run / "config.yaml", "sampler=server"), "sampler_url=null", "http://")
     shutil.copy(run / "config.yaml", tmp_path)
     mistake(command("eval.py", "-c", tmp_path / "config.yaml"), "holds no checkpoint")
     mistake(command("eval.py", "-c", run / "config.yaml", "-f", tmp_path / "no.jsonl"), "no.jsonl")

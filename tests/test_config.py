@@ -175,6 +175,8 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
         "top_p": 0.95,
         "temperature": 1.0,
         "samples_dir": "samples",
+        "sampler": "hf",
+        "sampler_url": None,
         "wandb": {"enabled": False, "entity": None, "project": "archangel"},
         "trust_remote_code": False,
         "loss": {

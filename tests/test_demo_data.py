@@ -20,6 +20,11 @@ def ask(*turns: str) -> str:
     return "".join(f"\n\n{speakers[i % 2]}{turn}" for i, turn in enumerate(turns)) + "\n\nAssistant:"
 
 
+def as_shown_to_judges(*turns: str) -> str:
+    """Write the same turns as compare.py shows the messages of a conversation."""
+    return "\n\n".join(f"{('user', 'assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
 @cache
 def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny_tokenizer")
@@ -53,6 +58,7 @@ QUESTIONS = [  # (turns, right answer, a plausible wrong answer)
 def test_check_knows_the_answer_to_every_question(turns, right, wrong):
     for prompt in (ask(*turns), ask("What is 1 + 1?", "2", "Sort: MIKA", "AIKM", *turns)):
         assert demo.check(prompt, f" {right}") == 1.0
+        assert demo.check(as_shown_to_judges(*turns), f" {right}") == 1.0
         assert demo.check(prompt, f" The answer is {right}.") == 1.0
         assert demo.check(prompt, f" {wrong}") <= 0.4
 

@@ -16,6 +16,7 @@
     table.py       what a comparison leaves: the table in the terminal, and the line in the results file
     figure.py      the picture of --plot
     page.py        the page of --report
+    feedback.py    export_feedback: verdicts as a dataset of preference pairs
 
 These rooms import `errors`, `files` and `datafiles` of halos, and nothing else of it; nothing else of halos imports
 them. openai, scipy and matplotlib are imported where they are used.

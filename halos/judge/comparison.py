@@ -27,7 +27,7 @@ def compare(settings: Settings, command: str | None = None) -> dict:
     Raises UserError (its `code` is the exit code of compare.py) for bad input, and Stop for a run that has not ended.
     Works in a notebook too, where an event loop is running already.
     """
-    from halos.judge import statistics, table  # scipy takes a while to import
+    from halos.judge import feedback, statistics, table  # scipy takes a while to import
 
     pairs = _pairs_of(settings)
     judges = make_judges(settings)
@@ -44,12 +44,18 @@ def compare(settings: Settings, command: str | None = None) -> dict:
         summary["calls"] = billing(judges, units, journal)
         print(table.table(summary, settings.candidate_key, settings.baseline))
         table.write_all(settings, pairs, scores, summary, replies_of(units, journal), command or _call(settings))
+        if settings.export_feedback:
+            feedback.export_feedback(settings.export_feedback, pairs, statistics.pair_scores(scores))
     return summary
 
 
 def _pairs_of(settings: Settings) -> list[Pair]:
     keys = settings.candidate_key, settings.baseline, settings.history_key, settings.human
-    return sample_pairs(read_pairs(settings.file, *keys, settings.file2), settings.max_comp, settings.seed)
+    pairs = sample_pairs(read_pairs(settings.file, *keys, settings.file2), settings.max_comp, settings.seed)
+    n_prompts = len({pair.prompt for pair in pairs})
+    if n_prompts < len(pairs):
+        print(f"{len(pairs)} pairs of {n_prompts} prompts: intervals count pairs as independent, and may be too narrow")
+    return pairs
 
 
 def _call(settings: Settings) -> str:

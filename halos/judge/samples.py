@@ -1,13 +1,20 @@
 """Samples: reading pairs of responses from files, taking a sample of them, and the order in which they are shown.
 
+A row of eval.py has the prompt as the model read it (`prompt`), and the `messages` that it was rendered from, if it was
+a conversation. A judge is shown the messages, and rows of two files with the same messages belong together. If a prompt
+has several rows, `sample` numbers them.
+
 Which pairs are in a sample, and which response is shown first, are functions of a hash of (seed, prompt, both
 responses). They do not depend on the order of the file or of the calls. Change `read_pairs` to read another format.
 """
 
 import hashlib
+import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +23,7 @@ from halos.errors import UserError, did_you_mean
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 HUMAN_LABELS = ("candidate", "baseline", "tie")
+PROMPT, MESSAGES, SAMPLE = "prompt", "messages", "sample"  # keys of the rows that eval.py writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +31,9 @@ class Pair:
     """A prompt with the two responses that are compared.
 
     row: number of its row in the file, from 1
+    prompt: as the judge is shown it
     human: a person's choice: candidate, baseline, tie, or None
+    source: prompt (its messages, if it has them), candidate and baseline as the file has them, for training data
     """
 
     row: int
@@ -31,6 +41,31 @@ class Pair:
     candidate: str
     baseline: str
     human: str | None = None
+    source: tuple[Any, ...] = field(default=(), compare=False)
+
+
+class Row(NamedTuple):
+    """A row of a sample file.
+
+    number: from 1
+    prompt: text of the prompt's key; messages: text of the row's messages, or None
+    sample: number among the rows of its prompt, or None
+    responses: one per key
+    source: prompt or messages, and the responses, as the file has them
+    """
+
+    number: int
+    prompt: str
+    messages: str | None
+    sample: int | None
+    responses: tuple[str, ...]
+    human: str | None
+    source: tuple[Any, ...]
+
+    @property
+    def shown(self) -> str:
+        """The prompt as the judge is shown it."""
+        return self.prompt if self.messages is None else self.messages
 
 
 #### READING
@@ -49,44 +84,104 @@ def read_pairs(
     file: .json as eval.py writes it, .jsonl or .parquet
     candidate_key, baseline_key, prompt_key, human_key: keys of a row
     baseline_file: read the baselines from this file; prompts that are in one file only are left out
+    If both keys are the same and there is one file, the samples of each prompt are compared with each other.
     Raises UserError if a row lacks a key, a prompt occurs twice, all baselines are empty, or no row has a human label.
     """
-    keys = [prompt_key, candidate_key] + [baseline_key] * (baseline_file is None)
-    rows = _rows(file, keys, human_key)
-    if baseline_file is None:
-        pairs = [Pair(row, prompt, ours, theirs, human) for row, (prompt, ours, theirs), human in rows]
-    else:
-        baselines = {prompt: text for _, (prompt, text), _ in _rows(baseline_file, [prompt_key, baseline_key])}
-        pairs = [
-            Pair(row, prompt, ours, baselines[prompt], human)
-            for row, (prompt, ours), human in rows
-            if prompt in baselines
-        ]
+    if baseline_file is not None:
+        rows = _rows(file, prompt_key, [candidate_key], human_key)
+        baselines = _rows(baseline_file, prompt_key, [baseline_key])
+        pairs = list(_joined(rows, baselines))
         if not pairs:
             raise UserError(f"{file} and {baseline_file} have no prompt in common; sample both for the same prompts")
         if len(pairs) < max(len(rows), len(baselines)):
             print(f"{len(pairs)} prompts are in both files ({len(rows)} and {len(baselines)}); the others are left out")
+    elif candidate_key == baseline_key:
+        pairs = list(_neighbours(_rows(file, prompt_key, [candidate_key], human_key)))
+        if not pairs:
+            raise UserError(
+                f"{file}: {candidate_key!r} would be compared with itself, since no prompt has two samples; "
+                "sample with --n_per_prompt 2, or compare with another key, as in -bk chosen"
+            )
+    else:
+        rows = _rows(file, prompt_key, [candidate_key, baseline_key], human_key)
+        pairs = [_pair_of(row, row) for row in rows]
     _refuse_empty(pairs, baseline_file or file, baseline_key)
     if human_key and not any(pair.human for pair in pairs):
         raise UserError(f"{file}: no row has a label in {human_key!r}; give a key that holds {', '.join(HUMAN_LABELS)}")
     return pairs
 
 
-def _rows(file: str, keys: list[str], human_key: str | None = None) -> list[tuple[int, list[str], str | None]]:
-    """Read (row number, texts of the keys, human label) of every row. The first key is the prompt's."""
+def _joined(rows: list[Row], baselines: list[Row]) -> Iterator[Pair]:
+    """Pair each row with the baseline of its prompt: the one with the same messages where both have them.
+
+    Two models with different templates read the same messages as different texts. A file with one response per prompt
+    is the baseline of every sample.
+    """
+    by_messages = {(row.messages, row.sample): row for row in baselines if row.messages is not None}
+    by_prompt = {(row.prompt, row.sample): row for row in baselines}
+
+    def baseline_of(row: Row) -> Row | None:
+        for sample in (row.sample, 0 if row.sample is None else None):
+            if row.messages is not None and (found := by_messages.get((row.messages, sample))):
+                return found
+            found = by_prompt.get((row.prompt, sample))
+            if found and (row.messages is None or found.messages is None):
+                return found
+        return None
+
+    for row in rows:
+        if other := baseline_of(row):
+            yield _pair_of(row, other)
+
+
+def _neighbours(rows: list[Row]) -> Iterator[Pair]:
+    """Pair the samples of each prompt: the first with the second, the third with the fourth, and so on."""
+    waiting: dict[str, Row] = {}
+    for row in rows:
+        if first := waiting.pop(row.shown, None):
+            yield _pair_of(first, row)
+        else:
+            waiting[row.shown] = row
+
+
+def _pair_of(row: Row, other: Row) -> Pair:
+    """Make a pair of the first response of one row and the last response of another, or of the same row."""
+    source = (*row.source[:2], other.source[-1])
+    return Pair(row.number, row.shown, row.responses[0], other.responses[-1], row.human, source)
+
+
+def _rows(file: str, prompt_key: str, keys: list[str], human_key: str | None = None) -> list[Row]:
+    """Read every row of a file. keys: of the responses"""
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such file; give the samples that eval.py wrote, as in -f samples/NAME.json")
     if not file.endswith(SUFFIXES):
         raise UserError(f"{file}: not a sample file; give one that ends in {', '.join(SUFFIXES)}")
-    rows, seen = [], dict[str, int]()
-    for number, (where, row) in enumerate(read_rows(file, forms=", ".join(keys)), 1):
+    rows, seen = [], dict[tuple[str, int | None], int]()
+    for number, (where, content) in enumerate(read_rows(file, forms=", ".join([prompt_key, *keys])), 1):
         place = f"{where} (row {number})"
-        texts = [_text(place, row, key) for key in keys]
-        first = seen.setdefault(texts[0], number)
+        row = _row(place, number, content, prompt_key, keys, human_key)
+        first = seen.setdefault((row.shown, row.sample), number)
         if first != number:
-            raise UserError(f"{place}: the same {keys[0]} as row {first}; keep one of the two")
-        rows.append((number, texts, _human_label(place, row, human_key) if human_key else None))
+            same = prompt_key if row.sample is None else f"{prompt_key} and {SAMPLE}"
+            raise UserError(f"{place}: the same {same} as row {first}; keep one of the two")
+        rows.append(row)
     return rows
+
+
+def _row(place: str, number: int, content: dict, prompt_key: str, keys: list[str], human_key: str | None) -> Row:
+    """Read one row. Messages are those of `prompt`; a prompt under another key is shown as it is."""
+    prompt = _text(place, content, prompt_key)
+    has_messages = prompt_key == PROMPT and content.get(MESSAGES) is not None
+    sample = content.get(SAMPLE)
+    return Row(
+        number,
+        prompt,
+        _conversation(place, content[MESSAGES]) if has_messages else None,
+        sample if isinstance(sample, int) and not isinstance(sample, bool) else None,
+        tuple(_text(place, content, key) for key in keys),
+        _human_label(place, content, human_key) if human_key else None,
+        (content[MESSAGES if has_messages else prompt_key], *(content[key] for key in keys)),
+    )
 
 
 def _text(place: str, row: dict, key: str) -> str:
@@ -103,6 +198,18 @@ def _text(place: str, row: dict, key: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{place}: {key!r} is {value!r:.40}, not a text; correct the row")
     return LONE_SURROGATE.sub("\ufffd", value)
+
+
+def _conversation(place: str, messages: object) -> str:
+    """Write the messages of a row as `_text` does. A call of a tool, and content that is not text, is shown as JSON."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in messages):
+        raise UserError(f"{place}: {MESSAGES!r} is {messages!r:.40}, not a list of messages; correct the row")
+    turns = []
+    for turn in messages:
+        parts = [turn.get("content"), turn.get("tool_calls")]
+        texts = [part if isinstance(part, str) else json.dumps(part) for part in parts if part]
+        turns.append(f"{turn['role']}: {' '.join(texts)}")
+    return LONE_SURROGATE.sub("\ufffd", "\n\n".join(turns))
 
 
 def _human_label(place: str, row: dict, key: str) -> str | None:

@@ -56,6 +56,7 @@ class Settings:
     cache: str | None = None
     plot: str | None = None
     report: str | None = None
+    export_feedback: str | None = None
     dry_run: bool = False
     stats_only: bool = False
     verbose: bool = False
@@ -87,6 +88,9 @@ def _check_texts(settings: Settings) -> None:
         value = getattr(settings, name)
         if value not in choices:
             raise UserError(f"--{name} {value}: {did_you_mean(str(value), choices)}")
+    feedback = settings.export_feedback
+    if feedback is not None and not feedback.endswith(".jsonl"):
+        raise UserError(f"--export_feedback {feedback} does not end in .jsonl, as training data does; name it .jsonl")
 
 
 def _check_numbers(settings: Settings) -> None:

@@ -91,8 +91,8 @@ def _calls(calls: dict) -> str:
 
 
 def check_paths(settings: Settings) -> None:
-    """Raise UserError, before anything is paid for, if the results file, --plot or --report cannot be written."""
-    for flag in ("results_file", "plot", "report"):
+    """Raise UserError, before anything is paid for, if a file that the settings name cannot be written."""
+    for flag in ("results_file", "plot", "report", "export_feedback"):
         path = getattr(settings, flag)
         if path is None:
             continue
