@@ -14,7 +14,7 @@ import os
 from omegaconf import DictConfig, OmegaConf
 
 from halos.commands import FlagParser, boolean, report_user_errors
-from halos.config import overrides, validate
+from halos.config import add_new_keys, overrides, validate
 from halos.errors import UserError
 from halos.files import finished, make_room
 
@@ -70,6 +70,7 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
         raise UserError(f"-c {args.config} is not a run's config; give the config.yaml that train.py wrote")
     for key, value in ADDED.items():
         config[key] = config.get(key, value)
+    add_new_keys(config)
     locate_cache(config, args.config)
     config = overrides(config, args.overrides)
     config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from halos import dataset_specs, rules
 from halos.errors import UserError, did_you_mean
+from halos.project_dir import PROJECT
 from halos.rules import Rule
 
 # Dictionaries that may have keys which are not in the YAML files. The functions _check_* below check these keys.
@@ -125,6 +126,23 @@ def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:
         with open_dict(result):
             result.merge_with(new)
     return result
+
+
+def add_new_keys(config: DictConfig) -> None:
+    """Give the config of an earlier run the defaults of keys that are newer than the run, and name them."""
+    directory, new = os.path.join(PROJECT, "config"), []
+    for node, file in ((config, "config.yaml"), (config.loss, f"loss/{config.loss.get('name')}.yaml")):
+        path = os.path.join(directory, file)
+        if not os.path.isfile(path):
+            continue  # a loss that is not here any more: `validate` says so
+        with open(path, encoding="utf-8") as written:
+            defaults = yaml.safe_load(written)
+        for key in defaults.keys() - node.keys() - {"defaults", "hydra", "dataset"}:
+            with open_dict(node):
+                node[key] = defaults[key]
+            new.append(f"{'' if node is config else 'loss.'}{key}={_shown(defaults[key])}")
+    if new:
+        print(f"the run is older than some keys, which get their defaults: {', '.join(sorted(new))}")
 
 
 #### KEYS

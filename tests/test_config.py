@@ -19,13 +19,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 import halos.config
 import trainers
 from halos import dataset_specs
 from halos.commands import hydra_main, report_user_errors
-from halos.config import component, overrides, validate
+from halos.config import add_new_keys, component, overrides, validate
 from halos.errors import UserError
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -1055,3 +1055,16 @@ def test_help_and_mistakes_are_fast(tmp_path):
         done = subprocess.run([sys.executable, "-c", start + program], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == code and done.stderr.startswith(err), done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_the_config_of_an_earlier_run_gets_the_keys_that_are_newer(capsys):
+    """With their defaults, and named. What the run has stays as it is."""
+    saved = written("loss=kto").copy()
+    OmegaConf.update(saved, "lr", 0.5)
+    with open_dict(saved):
+        del saved["chat_template"], saved.loss["desirable_weight"]
+    add_new_keys(saved)
+    assert (saved.chat_template, saved.loss.desirable_weight, saved.lr) == ("auto", 1.0, 0.5)
+    assert capsys.readouterr().out.endswith("defaults: chat_template=auto, loss.desirable_weight=1.0\n")
+    add_new_keys(saved)
+    assert not capsys.readouterr().out

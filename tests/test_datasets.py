@@ -24,14 +24,15 @@ from dataloaders import (
     merge,
 )
 from halos import datafiles, demo, hub
-from halos.chat import render_prompt, render_responses
+from halos.chat import Renderer
 from halos.errors import UserError
 from halos.rows import FORMS_IN_WORDS
 from halos.turns import messages_of_turns, split_reply
 
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
 TREE = "\n\nHuman: Hi.\n\nAssistant: Hello. How are you?\n\nHuman: Name a tree.\n\nAssistant:"
-NO_TEMPLATE = SimpleNamespace(chat_template=None)  # of a tokenizer, all that rendering asks for
+# A tokenizer without a template: this is all that rendering needs of it.
+NO_TEMPLATE = SimpleNamespace(chat_template=None, added_tokens_decoder={})
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +63,12 @@ def user(*contents: str) -> list[dict]:
 
 def by_text(dataset: Dataset) -> dict[str, Example]:
     """Return the examples by the text of their prompts, as a tokenizer without a template gets it."""
-    return {render_prompt(example.prompt, NO_TEMPLATE): example for example in dataset.examples.values()}
+    return {Renderer(NO_TEMPLATE).prompt(example): example for example in dataset.examples.values()}
 
 
 def texts(example: Example) -> list[str]:
     """Return the texts of the responses, as a tokenizer without a template gets them."""
-    return render_responses(example, NO_TEMPLATE)
+    return Renderer(NO_TEMPLATE).responses(example)
 
 
 def text_pairs(example: Example) -> set[tuple[str, str]]:
@@ -201,7 +202,7 @@ def test_split_reply(conversation, expected):
 def test_turns_as_messages_render_as_the_same_text(text, expected):
     messages = messages_of_turns(text)
     assert messages == (text if expected is None else expected)
-    assert render_prompt(messages, NO_TEMPLATE) == text
+    assert Renderer(NO_TEMPLATE).prompt(Example(messages)) == text
 
 
 #### OASST

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from comparing import at, compare, last_line, rows_of, write_samples
-from halos.datafiles import read_rows, records
+from dataloaders import get_local
+from halos.datafiles import read_rows
 from halos.judge.feedback import export_feedback
 from halos.judge.samples import Pair
 from judge_server import Settings, serve
@@ -36,7 +37,9 @@ def test_the_better_response_is_chosen_and_undecided_pairs_are_left_out(tmp_path
     said = capsys.readouterr().out
     assert "3 preference pairs written" in said and "1 without all verdicts" in said and "2 tied" in said
     assert "1 with an empty response" in said and "1 with equal responses" in said
-    assert {record["chosen"] for split in ("train", "test") for record in records(str(path), split)} == {"good", "bad"}
+    datasets = [get_local(str(path), split) for split in ("train", "test")]
+    read = [text for dataset in datasets for example in dataset.examples.values() for text in example.generations]
+    assert set(read) == {"good", "bad"}
 
 
 def test_an_earlier_file_is_renamed_and_none_is_written_without_a_pair(tmp_path, capsys):
