@@ -239,7 +239,7 @@ def test_samples(command, run, tmp_path):
     code, out, err = command("eval.py", *words, "-b", "4")
     assert code == 0 and f"6 samples written to {tmp_path}/base.json" in out, err
     rows = json.loads((tmp_path / "base.json").read_text())
-    assert len(rows) == 6 and all(set(row) == {"prompt", "chosen", "policy", "reference"} for row in rows)
+    assert len(rows) == 6 and all(set(row) == {"prompt", "messages", "chosen", "policy", "reference"} for row in rows)
     assert all(row["prompt"].endswith("\n\nAssistant:") and row["chosen"].startswith(" ") for row in rows)
     assert any(row["policy"] != row["reference"] for row in rows)
     assert command("eval.py", *words, "-b", "1")[0] == 0
@@ -343,7 +343,10 @@ def test_one_round_of_sampling_judging_and_training(command, run, cache_dir, tmp
     assert code == 0 and f"written to {feedback}" in out and "24 pairs of 12 prompts" in out, err
     rows = [json.loads(line) for line in feedback.read_text().splitlines()]
     assert len(rows) > 4 and all(set(row) == {"prompt", "chosen", "rejected"} for row in rows)
-    assert all(demo.check(row["prompt"], row["chosen"]) > demo.check(row["prompt"], row["rejected"]) for row in rows)
+    for row in rows:
+        (question,) = row["prompt"]
+        prompt = f"user: {question['content']}"  # as compare.py shows messages to a judge
+        assert demo.check(prompt, row["chosen"]) > demo.check(prompt, row["rejected"])
     sampled = {(row["prompt"], row[key]) for row in samples for key in ("policy", "chosen")}
     assert all((row["prompt"], row[side]) in sampled for row in rows for side in ("chosen", "rejected"))
     words = ["loss=dpo", f"datasets=[{feedback}]", "model.load_from=base/LATEST/policy.pt", "exp_name=round"]
