@@ -344,8 +344,8 @@ def test_one_round_of_sampling_judging_and_training(command, run, cache_dir, tmp
     rows = [json.loads(line) for line in feedback.read_text().splitlines()]
     assert len(rows) > 4 and all(set(row) == {"prompt", "chosen", "rejected"} for row in rows)
     for row in rows:
-        (question,) = row["prompt"]
-        prompt = f"user: {question['content']}"  # as compare.py shows messages to a judge
+        # As compare.py shows messages to a judge.
+        prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
         assert demo.check(prompt, row["chosen"]) > demo.check(prompt, row["rejected"])
     sampled = {(row["prompt"], row[key]) for row in samples for key in ("policy", "chosen")}
     assert all((row["prompt"], row[side]) in sampled for row in rows for side in ("chosen", "rejected"))
