@@ -347,7 +347,7 @@ def test_one_round_of_sampling_judging_and_training(command, run, cache_dir, tmp
         # As compare.py shows messages to a judge.
         prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
         assert demo.check(prompt, row["chosen"]) > demo.check(prompt, row["rejected"])
-    sampled = {(row["prompt"], row[key]) for row in samples for key in ("policy", "chosen")}
+    sampled = [(row["messages"], row[key]) for row in samples for key in ("policy", "chosen")]
     assert all((row["prompt"], row[side]) in sampled for row in rows for side in ("chosen", "rejected"))
     words = ["loss=dpo", f"datasets=[{feedback}]", "model.load_from=base/LATEST/policy.pt", "exp_name=round"]
     code, _, err = command("train.py", *words, f"cache_dir={cache_dir}", *SMALL)
