@@ -170,6 +170,7 @@ def main() -> None:
         from halos import loading
         from halos.launch import launch
 
+        loading.check_positions(config)
         loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
         command = {"sample": sample, "eval": evaluate}[args.mode]
         launch(command, args, config, policy_pt, nproc_per_node=config.nproc_per_node)

@@ -8,6 +8,7 @@ datafiles.py        rows of data files: local files and copies of hub repositori
 chat.py             chat messages as text
 tokens.py           texts as token ids, stored memory-mapped on disk; truncation
 demo.py             the embedded dataset
+positions.py        how many tokens a model can read; rotary frequencies fixed for a run
 models.py           the network: policy, value head, one forward pass
 loading.py          policy, reference and tokenizer from the hub, directories and checkpoints
 weights.py          streams of weights into sharded models
