@@ -184,6 +184,7 @@ def main() -> None:
         from halos import loading
         from halos.launch import launch
 
+        loading.check_positions(config)
         loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
         command = {"sample": sample, "eval": evaluate}[args.mode]
         n = config.nproc_per_node if args.mode == "eval" or config.sampler == "hf" else 1

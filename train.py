@@ -24,6 +24,7 @@ def main(config: DictConfig) -> None:
 
     if distributed.is_main():
         run_dir.refuse_existing(config)
+    loading.check_positions(config)
     loading.check_load_from(config)
     launch(run, config, nproc_per_node=config.nproc_per_node)
 

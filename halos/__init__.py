@@ -15,6 +15,7 @@ dataset_specs.py    the files of config/dataset: composed with Hydra, and checke
 chat.py             chat messages as text
 tokens.py           texts as token ids, stored memory-mapped on disk; truncation
 demo.py             the embedded dataset
+positions.py        how many tokens a model can read; rotary frequencies fixed for a run
 models.py           the network: policy, value head, one forward pass
 loading.py          policy, reference and tokenizer from the hub, directories and checkpoints
 weights.py          streams of weights into sharded models

@@ -183,6 +183,15 @@ class Renderer:
         return near if len(text) <= TAIL else near[max(near.find(" "), 0) :]
 
 
+def stop_token_ids(tokenizer, of_base: int | Sequence[int] | None = None) -> list[int]:
+    """Return all ids that end a response, each once: the template's end of a turn, the tokenizer's EOS, the base's.
+
+    of_base: eos_token_id of the base's generation settings
+    """
+    of_base = [of_base] if isinstance(of_base, int) else of_base or ()
+    return list(dict.fromkeys([*Renderer(tokenizer).stop_ids, *of_base]))
+
+
 def without_marks(text: str) -> str:
     """Return a rendered text as people read it."""
     return text.replace(LITERAL, "").removeprefix(TEMPLATED)

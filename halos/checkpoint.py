@@ -5,6 +5,7 @@ temporary directory and then renamed, so `LATEST` is always a complete checkpoin
 checkpoint contains. The run directory itself is in `halos/run_dir.py`.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from halos import distributed, run_dir
+from halos import chat, distributed, run_dir
 from halos.errors import UserError
 
 POLICY = "policy.pt"
@@ -102,13 +104,54 @@ def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: torch.dtype) -> None:
-    """Write the files that `from_pretrained` opens: config, safetensors, and tokenizer."""
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    lm.generation_config.eos_token_id = tokenizer.eos_token_id
-    lm.generation_config.pad_token_id = tokenizer.pad_token_id
-    lm.save_pretrained(directory, state_dict=state)
+    """Write the files that `from_pretrained` opens: config, safetensors, tokenizer, and generation settings.
+
+    A tied weight is stored once. The settings are those of the base, with all ids that end a response as eos_token_id.
+    """
+    settings = copy.deepcopy(lm.generation_config)
+    stops = chat.stop_token_ids(tokenizer, settings.eos_token_id)
+    settings.eos_token_id = stops if len(stops) > 1 else stops[0]
+    settings.pad_token_id = tokenizer.pad_token_id
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        lm.save_pretrained(directory, state_dict=cast_state(state, dtype))
+    finally:
+        lm.generation_config = own
+    # Not by its own save_pretrained, which raises for settings of the base that contradict each other.
+    settings.to_json_file(os.path.join(directory, GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
     _set_dtype(os.path.join(directory, "config.json"), dtype)
     tokenizer.save_pretrained(directory)
+
+
+def cast_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the state in `dtype`. A tensor under two names stays one, so that transformers finds tied weights."""
+    tensors = {id(tensor): tensor for tensor in state.values()}
+    cast = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    return {name: cast[id(tensor)] for name, tensor in state.items()}
+
+
+# Settings that matter only if generation samples, with the values that change nothing.
+SAMPLING_DEFAULTS = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+def say_that_it_samples(settings: GenerationConfig) -> GenerationConfig:
+    """Set do_sample to true where it is not set and a setting of sampling is.
+
+    Old checkpoints, such as Vicuna 1.5, set a temperature alone. transformers ignores it then, and refuses to save it.
+    """
+    values = {name: getattr(settings, name, None) for name in SAMPLING_DEFAULTS}
+    if settings.do_sample is None and any(v not in (None, SAMPLING_DEFAULTS[name]) for name, v in values.items()):
+        settings.do_sample = True
+    return settings
 
 
 def _set_dtype(path: str, dtype: torch.dtype) -> None:

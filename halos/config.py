@@ -94,6 +94,8 @@ def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) 
     _check_loss(values, trainers, dataloaders)
     _check_datasets(values, dataloaders)
     _check_template(values)
+    if written is not None:
+        _check_base_model(values)
     _check_model(values)
     _check_optimizer(values)
 
@@ -405,6 +407,23 @@ def _check_model(values: dict[str, Any]) -> None:
             path = os.path.join(values["cache_dir"], path)  # an absolute path stays unchanged
         if looks_local and not os.path.exists(path):
             raise UserError(f"{key}={values[key]}: {path} does not exist; {remedy}")
+
+
+def _check_base_model(values: dict[str, Any]) -> None:
+    """Refuse `model.name_or_path=X` together with an architecture, as in model=tiny without model=base_model.
+
+    X would get the other model's tokenizer, learning rate, and lengths. Runs saved with both can still be evaluated.
+    """
+    name = values.get("model.name_or_path")
+    if name is None or values.get("model.architecture") is None:
+        return
+    kept = {key: values.get(key) for key in ("model.tokenizer_name_or_path", "lr", "model.max_length")}
+    settings = " ".join(f"{key}={_shown(value)}" for key, value in kept.items())
+    short = os.path.basename(name.rstrip("/")).lower() or "NAME"
+    raise UserError(
+        f"model.name_or_path={name} is given with a model that has an architecture of its own, whose settings would "
+        f"stay ({settings}); use model=base_model model.name={short} model.name_or_path={name}"
+    )
 
 
 def _earlier_policies(cache_dir: str) -> str:

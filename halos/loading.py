@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from halos import checkpoint, distributed, logps, packing_check, sharding, weights
+from halos import checkpoint, distributed, logps, packing_check, positions, sharding, weights
 from halos.errors import UserError
 from halos.models import PolicyModel, ValueHead
 from halos.project_dir import PROJECT
@@ -66,6 +67,7 @@ def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.devic
     base_dtype = load_config(config).dtype  # the checkpoint's; loading overwrites it in the model's own config
     load = _load_whole if distributed.world_size() == 1 else _load_sharded
     policy, reference, float32 = load(config, tokenizer, device, policy_pt)
+    policy.lm.generation_config = generation_settings(config, policy.lm)
     export_dtype = config.model.export_dtype or base_dtype
     if export_dtype:
         policy.export_dtype = getattr(torch, str(export_dtype).removeprefix("torch."))
@@ -97,16 +99,20 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
     mesh = sharding.mesh_of(config, device)
     lm_config = load_config(config)
 
+    def empty_lm(stored: torch.dtype) -> PreTrainedModel:
+        lm = weights.empty_lm(lm_config, stored, config.trust_remote_code)
+        positions.fix_rotary(lm, config.model.max_length)
+        return lm
+
     def empty_policy(dtype: torch.dtype) -> PolicyModel:
-        lm = weights.empty_lm(lm_config, policy_dtype(config), config.trust_remote_code)
+        lm = empty_lm(policy_dtype(config))
         policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt))
         sharding.prepare_policy(policy, dtype, mesh=mesh, **_preparation(config))
         return policy
 
     reference = None
     if config.loss.use_reference_model:
-        lm = weights.empty_lm(lm_config, reference_dtype(config, device), config.trust_remote_code)
-        reference = build(config, lm, tokenizer).requires_grad_(False)
+        reference = build(config, empty_lm(reference_dtype(config, device)), tokenizer).requires_grad_(False)
         sharding.prepare_reference(reference, config.model.block_name, mesh)
     # If packing is checked, the policy is first built to compute in float32; its shards then move to the model that
     # trains.
@@ -122,10 +128,6 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
     if checked and dtype != torch.float32:
         filled, policy = policy, empty_policy(dtype)
         policy.lm.load_state_dict(filled.lm.state_dict(keep_vars=True), assign=True)
-    source = _source(config, use_load_from=True)
-    if source and not (policy_pt or _policy_pt(config)):
-        with suppress(OSError):  # some checkpoints have none
-            policy.lm.generation_config = GenerationConfig.from_pretrained(_local(source))
     return policy, reference, float32
 
 
@@ -220,6 +222,12 @@ def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, 
     use_load_from: False loads the weights from before `model.load_from`
     policy_pt: a checkpoint to load instead of either
     """
+    lm = _load_weights(config, dtype, use_load_from, policy_pt)
+    positions.fix_rotary(lm, config.model.max_length)
+    return lm
+
+
+def _load_weights(config: DictConfig, dtype: torch.dtype, use_load_from: bool, policy_pt: str | None):
     lm_config = load_config(config, use_load_from)
     policy_pt = policy_pt or (_policy_pt(config) if use_load_from else None)
     source = _source(config, use_load_from)
@@ -232,13 +240,21 @@ def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, 
 
 
 def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: torch.dtype, trust: bool, **kwargs):
-    """Load with transformers, but raise UserError for a missing weight. transformers would start it at random."""
-    loaded: Any = cls.from_pretrained(
-        name, config=lm_config, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **kwargs
-    )
+    """Load with transformers, but raise UserError for a weight that is missing or has another shape.
+
+    transformers would start such a weight at random, or raise an error without its name.
+    """
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = cls.from_pretrained(name, config=lm_config, dtype=dtype, trust_remote_code=trust, **kwargs)
     lm, info = loaded
+    if info["mismatched_keys"]:
+        key, stored, expected = min(info["mismatched_keys"])
+        raise UserError(
+            f"{name} has {key} of shape {tuple(stored)}, but its config.json describes {tuple(expected)}; "
+            "its files do not belong together, so copy or download all of them again"
+        )
     if info["missing_keys"]:
-        raise UserError(f"{name} lacks the weight {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
+        raise UserError(f"{name} lacks the weight {min(info['missing_keys'])}; it is not a whole checkpoint")
     return lm
 
 
@@ -259,6 +275,19 @@ def identity(config: DictConfig, use_load_from: bool = True, policy_pt: str | No
     return [source, architecture, seed, [[name, found.st_size, found.st_mtime_ns] for name, found in status]]
 
 
+def generation_settings(config: DictConfig, lm: PreTrainedModel) -> GenerationConfig:
+    """Return the base's generation settings for the export: of generation_config.json, or of config.json as of old."""
+    source, settings = _source(config, use_load_from=True), lm.generation_config
+    if source:
+        with _loading(_source_key(config, use_load_from=True), source):
+            try:
+                settings = GenerationConfig.from_pretrained(_local(source))
+            except OSError:  # transformers does the same, with the same private argument
+                old: Any = {"config_file_name": "config.json", "_from_model_config": True}
+                settings = GenerationConfig.from_pretrained(_local(source), **old)
+    return checkpoint.say_that_it_samples(settings)
+
+
 def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:
     """Load the critic, if the loss has one: the v_head.pt beside the policy's weights, or new weights if there is none.
 
@@ -276,6 +305,20 @@ def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | No
         _compare_state(v_head, state, path)
         v_head.load_state_dict(state)
     return v_head
+
+
+def check_positions(config: DictConfig) -> None:
+    """Raise UserError if sequences of `model.max_length` are too long for the model; print warnings.
+
+    Only the config of the model is read.
+    """
+    lm_config = load_config(config)
+    if positions.are_enough(lm_config, config.model.max_length):
+        return
+    source = _source(config, use_load_from=True) or f"model.architecture.model_type={lm_config.model_type}"
+    for warning in positions.check(_meta_lm(lm_config, config.trust_remote_code), source, config.model.max_length):
+        if distributed.is_main():
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def check_load_from(config: DictConfig) -> None:
@@ -391,11 +434,23 @@ def _loading(key: str, name: str):
     """Turn the many errors of a failed download or a wrong name into a one-line UserError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().split("\n")[0]
+        if pointer := _git_lfs_pointer(name):
+            reason = f"{pointer} is a pointer of git-lfs, not the file itself; run `git lfs pull` there"
         raise UserError(
             f"{key}={name} cannot be loaded ({reason}); give a hub name that this machine can reach, "
             f"or a local directory with {key}=DIR"
         ) from error
+
+
+def _git_lfs_pointer(name: str) -> str | None:
+    """Return the name of a file in a local directory that git has cloned without git-lfs; None if there is none."""
+    directory = _local(name)
+    for file in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+        with suppress(OSError), open(os.path.join(directory, file), "rb") as opened:
+            if opened.read(23) == b"version https://git-lfs":
+                return file
+    return None

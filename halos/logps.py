@@ -21,14 +21,16 @@ def plain(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     entropy: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Compute log p(target) for each entry of `hidden`, by the definition.
 
     hidden: (N, d); weight: (V, d); targets: (N,); bias: (V,)
     softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2
     entropy: (N,) float32, filled with the entropy of each entry's distribution in nats, without gradient
+    scale: factor of the logits, before the soft cap, as in Cohere
     """
-    return from_logits(_logits(hidden, weight, bias, softcap), targets, entropy)
+    return from_logits(_logits(hidden, weight, bias, softcap, scale), targets, entropy)
 
 
 def from_logits(logits: torch.Tensor, targets: torch.Tensor, entropy: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,9 +55,10 @@ def fused(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     entropy: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Compute the same as `plain`, without (N, V) tensors."""
-    return _FusedLogps.apply(hidden, weight, targets, bias, softcap, entropy)
+    return _FusedLogps.apply(hidden, weight, targets, bias, softcap, entropy, scale)
 
 
 class _FusedLogps(torch.autograd.Function):
@@ -65,26 +68,26 @@ class _FusedLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, softcap, entropy):
+    def forward(ctx, hidden, weight, targets, bias, softcap, entropy, scale):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         lse = torch.empty_like(logps)
         logits = None
         for rows in _chunks(hidden, weight):
             del logits  # else two chunks would be in memory while the next one is computed
-            logits = _logits(hidden[rows], weight, bias, softcap)
+            logits = _logits(hidden[rows], weight, bias, softcap, scale)
             lse[rows] = logits.logsumexp(-1)
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
             if entropy is not None:
                 entropy[rows] = entropy_of(logits, lse[rows])
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
-        ctx.softcap = softcap
+        ctx.softcap, ctx.scale = softcap, scale
         ctx.last_logits = logits
         return logps
 
     @staticmethod
     def backward(ctx, upstream):
         hidden, weight, targets, bias, lse = ctx.saved_tensors
-        wants_hidden, wants_weight, _, wants_bias, _, _ = ctx.needs_input_grad
+        wants_hidden, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Summed over chunks in float32: a bfloat16 sum would round once per chunk.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -92,12 +95,14 @@ class _FusedLogps(torch.autograd.Function):
         for rows in reversed(_chunks(hidden, weight)):
             logits, ctx.last_logits = ctx.last_logits, None
             if logits is None:
-                logits = _logits(hidden[rows], weight, bias, ctx.softcap)
+                logits = _logits(hidden[rows], weight, bias, ctx.softcap, ctx.scale)
             grad = logits.sub(lse[rows, None]).exp_().neg_()
             grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
             grad *= upstream[rows, None]
             if ctx.softcap is not None:
                 grad *= 1 - (logits / ctx.softcap) ** 2  # d tanh
+            if ctx.scale != 1:
+                grad *= ctx.scale
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -110,7 +115,7 @@ class _FusedLogps(torch.autograd.Function):
                     grad_weight += grad.T @ hidden[rows]
         grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None else None
         grad_bias = grad_bias.to(bias.dtype) if grad_bias is not None else None
-        return grad_hidden, grad_weight, None, grad_bias, None, None
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
@@ -122,7 +127,7 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, max(1, size))]
 
 
-def _logits(hidden, weight, bias, softcap) -> torch.Tensor:
+def _logits(hidden, weight, bias, softcap, scale) -> torch.Tensor:
     """Compute float32 logits.
 
     Half-precision inputs are multiplied exactly. Rounding the logits to bfloat16 would cost 0.1 nat over a 512-token
@@ -134,4 +139,6 @@ def _logits(hidden, weight, bias, softcap) -> torch.Tensor:
         logits = hidden.float() @ weight.float().T
     if bias is not None:
         logits = logits + bias
+    if scale != 1:
+        logits *= scale  # in place: else two chunks would be in memory
     return softcap * torch.tanh(logits / softcap) if softcap is not None else logits

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from halos import logps
 from halos.packing import ATTENTION, Inputs, pack, pad
@@ -21,6 +21,19 @@ class PerToken(NamedTuple):
     logps: torch.Tensor  # in nats
     values: torch.Tensor | None  # value of the state before the token; None without a value head
     entropy: torch.Tensor | None  # of the distribution that predicts the token, in nats, detached; None if not wanted
+
+
+def logit_scale(lm_config: PreTrainedConfig) -> float:
+    """Return the factor by which a model multiplies its logits after the head.
+
+    A model with a factor that is not found here fails the check of packing, and runs on padded batches.
+    """
+    config = lm_config.get_text_config()
+    if isinstance(factor := getattr(config, "logit_scale", None), float | int):  # Cohere
+        return float(factor)
+    if isinstance(factor := getattr(config, "logits_scaling", None), float | int):  # Granite; HyperCLOVA X multiplies
+        return float(factor) if config.model_type == "hyperclovax" else 1 / factor
+    return 1.0
 
 
 class ValueHead(nn.Module):
@@ -99,8 +112,8 @@ class PolicyModel(nn.Module):
         )
         hidden = output.last_hidden_state[0].index_select(0, inputs.target_positions)
         head = self.lm.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        return self.token_logps(hidden, head.weight, inputs.targets, bias, self._softcap, entropy), hidden
+        bias, scale = getattr(head, "bias", None), logit_scale(self.lm.config)
+        return self.token_logps(hidden, head.weight, inputs.targets, bias, self._softcap, entropy, scale), hidden
 
     def _plain_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the same as `_packed_forward`, from the model's own logits of a padded batch.

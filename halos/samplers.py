@@ -77,7 +77,6 @@ class Sampler:
             max_length=self.config.model.max_length,
             batch_size=self.config.model.eval_batch_size,
             seed=self.config.seed,
-            stop_ids=self.stop_ids,
             description=f"sampling {self.name}",
             done=done,
             record=record,

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from halos import distributed
+from halos.chat import stop_token_ids
 from halos.tokens import Encoder
 
 
@@ -77,25 +78,22 @@ def sample(
     top_p: float,
     temperature: float,
     seed: int,
-    stop_ids: Sequence[int] = (),
     description: str = "sampling",
     done: Mapping[int, str] | None = None,
     record: Callable[[dict[int, str]], None] = lambda texts: None,
 ) -> list[str]:
-    """Sample one response per prompt, in the prompts' order. It ends at EOS, at another stop token, or when the
+    """Sample one response per prompt, in the prompts' order. It ends at a token of `chat.stop_token_ids`, or when the
     sequence reaches max_length.
 
     Each rank has a whole `lm`, samples for its part of the prompts, and returns all responses. A prompt may come
     several times; its responses differ.
 
     prompts: n arrays of ids, with BOS, shorter than max_length
-    stop_ids: more tokens that end a response, such as a chat template's end of turn; those that the checkpoint's own
-        generation settings name do so, too
     done: index -> response of an earlier call; these are not sampled again
     record: called on every rank after each batch, with index -> response of the batches of all ranks
     """
     lm.eval()
-    stops = stop_token_ids([*stop_ids, encoder.eos_token_id], lm.generation_config)
+    stops = stop_token_ids(encoder.tokenizer, lm.generation_config.eos_token_id)
     # The checkpoint's own settings (a repetition penalty, for example) would change the distribution.
     lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     seeds = response_seeds(prompts, seed)
@@ -152,12 +150,6 @@ def ignores_attention_mask(lm, prompt: np.ndarray) -> bool:
 
     one, other = logits(0), logits(1)
     return bool((one - other).abs().max() > 0.01 * one.std())
-
-
-def stop_token_ids(stop_ids: Sequence[int], generation_config: GenerationConfig) -> list[int]:
-    """Return the given ids and those that end a generation by a checkpoint's own settings, each once."""
-    own = generation_config.eos_token_id
-    return list(dict.fromkeys([*stop_ids, *(own if isinstance(own, list) else [] if own is None else [own])]))
 
 
 def _generate(

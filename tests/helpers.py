@@ -59,6 +59,9 @@ ARCHITECTURES = {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
+    "cohere": {**_GROUPED, "logit_scale": 0.5},  # multiplies its logits
+    "cohere2": {**_WINDOWED, "logit_scale": 0.5, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {**_GROUPED, "logits_scaling": 2.0, "attention_multiplier": 0.4},  # divides its logits
 }
 
 
@@ -85,7 +88,7 @@ def tiny_lm(model_type: str, seed: int = 0, **fields):
         **ARCHITECTURES.get(model_type, {}),
         **fields,
     }
-    settings = {"architecture": architecture, "load_from": None, "name_or_path": None}
+    settings = {"architecture": architecture, "load_from": None, "name_or_path": None, "max_length": 128}
     config = OmegaConf.create({"seed": seed, "trust_remote_code": False, "cache_dir": "", "model": settings})
     lm = loading.load_lm(config, torch.float32)
     generator = torch.Generator().manual_seed(seed)

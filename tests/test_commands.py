@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import compare as compare_program
 import completions_server
@@ -200,13 +200,23 @@ def test_local_pairs_and_feedback(command, run, cache_dir, tmp_path):
         "model.max_prompt_length=300": ["300", "max_length"],
         "model.load_from=gone/policy.pt": ["gone/policy.pt", "does not exist"],
         "model.tokenizer_name_or_path=/no/such/tokenizer": ["/no/such/tokenizer"],
-        "model.name_or_path=/no/such/model": ["/no/such/model"],
+        "model.name_or_path=/no/such/model": ["/no/such/model", "model=base_model"],
+        "model=base_model model.name=x model.name_or_path=/no/such/model": ["/no/such/model"],
         "exp_name=../outside": ["../outside"],
     }.items(),
 )
 def test_mistakes_are_one_line(command, cache_dir, words, parts):
     mistake(command("train.py", *words.split(), f"cache_dir={cache_dir / 'none'}"), *parts)
     assert not (cache_dir / "none").exists() or os.listdir(cache_dir / "none") == [".tokens"]
+
+
+def test_too_few_positions_are_found_before_anything_loads(command, cache_dir, tmp_path):
+    """GPT-2 has 1024 positions, and max_length is 2048: that is one line, from a directory without any weights."""
+    GPT2Config(vocab_size=576).save_pretrained(tmp_path)
+    words = [f"model.name_or_path={tmp_path}", "model.tokenizer_name_or_path=assets/tiny_tokenizer"]
+    result = command("train.py", "model=base_model", "model.name=gpt2", *words, f"cache_dir={cache_dir / 'none'}")
+    mistake(result, "model.max_length=2048 is more than the 1024 positions", "use model.max_length=1024")
+    assert not (cache_dir / "none" / "sft_gpt2").exists()
 
 
 def test_damaged_checkpoints(command, run, cache_dir, tmp_path):

@@ -801,6 +801,12 @@ REFUSED = [
         "model.name_or_path=null: nothing to load; give a hub name or a local folder",
     ),
     (
+        "model.name_or_path=Qwen/Qwen2.5-0.5B",
+        "model.name_or_path=Qwen/Qwen2.5-0.5B is given with a model that has an architecture of its own, whose "
+        "settings would stay (model.tokenizer_name_or_path=assets/tiny_tokenizer lr=0.0012 model.max_length=256); use "
+        "model=base_model model.name=qwen2.5-0.5b model.name_or_path=Qwen/Qwen2.5-0.5B",
+    ),
+    (
         "model.tokenizer_name_or_path=null",
         "model.tokenizer_name_or_path=null: a model of random weights has none; name a tokenizer",
     ),
@@ -1028,6 +1034,13 @@ def test_a_saved_config_is_validated_without_hydra():
     saved.top_p = 2
     with pytest.raises(UserError, match="top_p=2 must be"):
         validate(saved, TRAINERS, DATALOADERS)
+
+
+def test_a_saved_run_of_another_base_model_can_be_evaluated():
+    """A run that was trained with model=tiny and model.name_or_path=X has both in its config, and stays valid."""
+    saved = OmegaConf.create(OmegaConf.to_yaml(written("loss=kto"), resolve=True))
+    saved.model.name_or_path = "Qwen/Qwen2.5-0.5B"
+    validate(saved, TRAINERS, DATALOADERS)
 
 
 #### WITH THE REAL train.py

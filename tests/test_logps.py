@@ -35,10 +35,10 @@ def case(n: int = N, d: int = D, v: int = V, with_bias: bool = False, dtype=torc
     return hidden, weight, targets, draw(v) if with_bias else None, torch.randn(n, generator=generator)
 
 
-def values_and_gradients(function, hidden, weight, targets, bias, upstream, softcap=None) -> list[torch.Tensor]:
+def values_and_gradients(function, hidden, weight, targets, bias, upstream, **options) -> list[torch.Tensor]:
     """Return [values, gradient of hidden, gradient of weight, gradient of bias if there is one]."""
     leaves = [part.clone().requires_grad_() for part in (hidden, weight, bias) if part is not None]
-    values = function(*leaves[:2], targets, *leaves[2:], softcap=softcap)
+    values = function(*leaves[:2], targets, *leaves[2:], **options)
     values.backward(upstream.to(values.dtype))
     return [values.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -47,11 +47,12 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def exact(hidden, weight, targets, bias=None, softcap=None) -> torch.Tensor:
+def exact(hidden, weight, targets, bias=None, softcap=None, scale=1.0) -> torch.Tensor:
     """Compute the definition in float64: z_t - ln sum exp z."""
     logits = hidden.double() @ weight.double().T
     if bias is not None:
         logits = logits + bias.double()
+    logits = scale * logits
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     return logits[range(len(targets)), targets] - logits.exp().sum(-1).log()
@@ -80,6 +81,18 @@ def test_softcap_by_hand(function):
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]])
     expected = torch.tensor([0.0, 1.0]) - math.log(1 + math.e)
     torch.testing.assert_close(function(hidden, weight, torch.tensor([0, 1]), softcap=2.0), expected)
+
+
+@pytest.mark.parametrize("function", [logps.plain, logps.fused])
+def test_scale_by_hand(function):
+    """Logits 0 and ln 9, times 1/2, are 0 and ln 3: odds 1 : 3. So the log-probs are ln 1/4 and ln 3/4.
+
+    The scale comes before the soft cap: capped at 2, ln 3 becomes 1, as in the test above.
+    """
+    hidden, weight, targets = torch.ones(2, 1), torch.tensor([[0.0], [math.log(9)]]), torch.tensor([0, 1])
+    torch.testing.assert_close(function(hidden, weight, targets, scale=0.5), torch.tensor([1 / 4, 3 / 4]).log())
+    expected = torch.tensor([0.0, 1.0]) - math.log(1 + math.e)
+    torch.testing.assert_close(function(hidden, weight, targets, softcap=2.0, scale=0.5), expected)
 
 
 @pytest.mark.parametrize("function", [logps.plain, logps.fused])
@@ -134,19 +147,20 @@ def test_extreme_logits_stay_finite(function):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 36, 1000])
-def test_fused_is_plain(chunk, rows_per_chunk, with_bias, softcap):
+def test_fused_is_plain(chunk, rows_per_chunk, with_bias, scale, softcap):
     """Fused and plain agree to 1e-6 in values and gradients, whether the 37 targets come in 37, 8, 2 or 1 chunks."""
     chunk(rows_per_chunk * V + V // 2)
     inputs = case(with_bias=with_bias)
-    plain = values_and_gradients(logps.plain, *inputs, softcap=softcap)
-    fused = values_and_gradients(logps.fused, *inputs, softcap=softcap)
+    plain = values_and_gradients(logps.plain, *inputs, softcap=softcap, scale=scale)
+    fused = values_and_gradients(logps.fused, *inputs, softcap=softcap, scale=scale)
     assert len(plain) == len(fused) == 3 + with_bias
     for one, other in zip(fused, plain, strict=True):
         assert one.dtype == torch.float32 and one.shape == other.shape
         assert relative(one, other) < 1e-6
-    assert relative(plain[0], exact(*inputs[:4], softcap)) < 1e-6
+    assert relative(plain[0], exact(*inputs[:4], softcap, scale)) < 1e-6
 
 
 def test_one_row_and_none():

@@ -370,7 +370,6 @@ UNPACKABLE = {
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2},  # recurrent
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
-    "granite": {**ARCHITECTURES["llama"], "logits_scaling": 4.0},  # scales its logits after the head
 }
 
 
