@@ -29,6 +29,9 @@ def parser() -> FlagParser:
     add("-s", "--seed", type=int, help="of the sample, and of the order with --order one (0)")
     add("--human", metavar="KEY", help="key with a person's choice: candidate, baseline or tie")
 
+    words = "verdicts on rewrites of the baseline's own responses, a file of --verdicts; may be given several times"
+    add("--length_anchor", action="append", metavar="CSV", help=words)
+
     add = flags.add_argument_group("who judges, and how").add_argument
     add("--judge", action="append", metavar="NAME", help="a model, or pkg.module:function; several may be given")
     add("--judge_kind", choices=CHOICES["judge_kind"], help="what a Python function judges (pairwise)")
@@ -50,6 +53,7 @@ def parser() -> FlagParser:
     add = flags.add_argument_group("what comes out").add_argument
     add("-r", "--results_file", help="a JSON line is appended to it (results.jsonl)")
     add("--cache", metavar="DIR", help="the journal's directory (judgments/ beside the results file)")
+    add("--verdicts", metavar="CSV", help="write the lengths and the preference of each pair")
     add("--plot", metavar="PNG", help="draw the results")
     add("--report", metavar="HTML", help="write a page to browse all prompts, responses and verdicts")
     add("--export_feedback", metavar="JSONL", help="write the decided pairs as training data: prompt, chosen, rejected")

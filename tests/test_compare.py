@@ -150,6 +150,32 @@ def test_a_python_function_judges_without_a_key(samples):
     assert pairwise["position"]["first_slot_share"] == 0.5 and scored["position"]["first_slot_share"] is None
 
 
+def test_verdicts_of_rewrites_are_an_anchor(tmp_path):
+    """The judge prefers the longer response, but for every fourth prompt the shorter one."""
+    rows = []
+    for i in range(60):
+        text = "word " * (20 + i % 7)
+        row = {"prompt": str(i), "reference": text, "concise": "word " * 9, "verbose": text * 2}
+        rows.append(row | {"policy": text[: -5 * (1 + i % 3)] if i % 5 else text + "word"})
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    judge = "def long(prompt, a, b):\n    return 1 if (len(a) > len(b)) == (int(prompt) % 4 > 0) else 2\n"
+    (tmp_path / "likes.py").write_text(judge)
+    words = ("-f", "samples.json", "--order", "one", "--judge", "likes:long")
+    for name in ("concise", "verbose"):
+        done = compare(tmp_path, *words, "-ck", name, "--verdicts", f"{name}.csv")
+        assert done.returncode == 0 and f"{name}.csv" in done.stdout, done.stderr
+    lines = (tmp_path / "concise.csv").read_text().splitlines()
+    assert lines[0] == "row,length_candidate,length_baseline,preference_candidate" and len(lines) == 61
+    assert lines[1].startswith("1,45,100,")
+    anchors = ("--length_anchor", "concise.csv", "--length_anchor", "verbose.csv")
+    for flags in ((), anchors):
+        assert compare(tmp_path, *words, *flags).returncode == 0
+    alone, anchored = results(tmp_path)[-2:]
+    assert alone["settings"]["length_anchor"] == [] and anchored["settings"]["length_anchor"] == list(anchors[1::2])
+    assert alone["win_rate"] == anchored["win_rate"]
+    assert alone["length_controlled"] != anchored["length_controlled"]
+
+
 def test_two_files_are_compared_on_their_common_prompts(tmp_path, start):
     write_samples(tmp_path, 30)
     other = [{**row, "policy": row["policy"] + " and more"} for row in rows_of(40)[10:]]

@@ -1,22 +1,23 @@
 """The judge: which of two responses to a prompt is better, asked of a model or a Python function. docs/judging.md
 
-    settings.py    Settings, one field per flag of compare.py
-    comparison.py  compare(settings) -> summary: the whole way, and what kind of judge a name is
-    samples.py     Pair; reading sample files, taking a sample of pairs, which response is shown first
-    prompts.py     PromptTemplate; what a chat judge is told about a pair
-    judges.py      Judge, the interface of every judge; Reply, and the three ways in which a call can fail
-    functions.py   FunctionJudge, a Python function as a judge
-    chat.py        ChatJudge, a model behind an OpenAI-compatible server: calls, parameters, errors, prices
-    verdicts.py    parse_verdict: from the text of a reply to 1, 2, a tie, or nothing
-    units.py       Unit, one pair in one order before one judge: keys, what is missing, scores, costs
-    run.py         judge_all: ask for all missing verdicts, with retries, failures and Ctrl-C
-    gate.py        Gate: calls in flight, pace, pauses and budget; every call passes it
-    journal.py     Journal: the append-only file of calls and verdicts
-    statistics.py  summarize: win rate, length control, position bias, agreement, with their uncertainty
-    table.py       what a comparison leaves: the table in the terminal, and the line in the results file
-    figure.py      the picture of --plot
-    page.py        the page of --report
-    feedback.py    export_feedback: verdicts as a dataset of preference pairs
+    settings.py        Settings, one field per flag of compare.py
+    comparison.py      compare(settings) -> summary: the whole way, and what kind of judge a name is
+    samples.py         Pair; reading sample files, taking a sample of pairs, which response is shown first
+    prompts.py         PromptTemplate; what a chat judge is told about a pair
+    judges.py          Judge, the interface of every judge; Reply, and the three ways in which a call can fail
+    functions.py       FunctionJudge, a Python function as a judge
+    chat.py            ChatJudge, a model behind an OpenAI-compatible server: calls, parameters, errors, prices
+    verdicts.py        parse_verdict: from the text of a reply to 1, 2, a tie, or nothing
+    units.py           Unit, one pair in one order before one judge: keys, what is missing, scores, costs
+    run.py             judge_all: ask for all missing verdicts, with retries, failures and Ctrl-C
+    gate.py            Gate: calls in flight, pace, pauses and budget; every call passes it
+    journal.py         Journal: the append-only file of calls and verdicts
+    statistics.py      summarize: win rate, position bias, agreement, with their uncertainty
+    length_control.py  the win rate at equal lengths, or why the data cannot tell it
+    table.py           what a comparison leaves: the table in the terminal, and the line in the results file
+    figure.py          the picture of --plot
+    page.py            the page of --report
+    feedback.py        export_feedback: verdicts as a dataset of preference pairs
 
 These rooms import `errors`, `files` and `datafiles` of halos, and nothing else of it; nothing else of halos imports
 them. openai, scipy and matplotlib are imported where they are used.

@@ -14,7 +14,7 @@ from halos.judge.journal import Journal
 from halos.judge.judges import Judge
 from halos.judge.prompts import PromptTemplate, load_template
 from halos.judge.run import judge_all
-from halos.judge.samples import Pair, lengths, read_pairs, sample_pairs
+from halos.judge.samples import Pair, lengths, read_pairs, read_verdicts, sample_pairs
 from halos.judge.settings import Settings
 from halos.judge.units import billing, plan, replies_of, scores_of, units_of
 
@@ -30,6 +30,7 @@ def compare(settings: Settings, command: str | None = None) -> dict:
     from halos.judge import feedback, statistics, table  # scipy takes a while to import
 
     pairs = _pairs_of(settings)
+    anchor = read_verdicts(settings.length_anchor) if settings.length_anchor else None
     judges = make_judges(settings)
     table.check_paths(settings)
     units = units_of(pairs, judges, settings.order == "both", settings.seed)
@@ -40,7 +41,7 @@ def compare(settings: Settings, command: str | None = None) -> dict:
         if not settings.stats_only:
             judge_all(pairs, judges, units, journal, settings)
         scores = scores_of(pairs, judges, units, journal)
-        summary = statistics.summarize(scores, *lengths(pairs), [pair.human for pair in pairs])
+        summary = statistics.summarize(scores, *lengths(pairs), [pair.human for pair in pairs], anchor)
         summary["calls"] = billing(judges, units, journal)
         print(table.table(summary, settings.candidate_key, settings.baseline))
         table.write_all(settings, pairs, scores, summary, replies_of(units, journal), command or _call(settings))

@@ -8,6 +8,7 @@ Which pairs are in a sample, and which response is shown first, are functions of
 responses). They do not depend on the order of the file or of the calls. Change `read_pairs` to read another format.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from halos.errors import UserError, did_you_mean
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 HUMAN_LABELS = ("candidate", "baseline", "tie")
 PROMPT, MESSAGES, SAMPLE = "prompt", "messages", "sample"  # keys of the rows that eval.py writes
+VERDICT_COLUMNS = ("length_candidate", "length_baseline", "preference_candidate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +232,49 @@ def _refuse_empty(pairs: list[Pair], file: str, baseline_key: str) -> None:
         )
     if empty:
         print(f"{empty} of {len(pairs)} baselines are empty texts; they are judged as they are")
+
+
+def read_verdicts(files: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read preferences, and lengths of candidates and of baselines, from csv files with VERDICT_COLUMNS: three of (n,).
+
+    Lengths are in characters; a preference is in [0, 1], 1 if the candidate won. A pair without one is left out.
+    Raises UserError if a file is missing or holds something else, or if all preferences are the same.
+    """
+    rows = [row for file in files for row in _verdict_rows(file)]
+    ours, theirs, scores = np.array(rows, dtype=float).reshape(-1, 3).T
+    if not len(rows) or np.ptp(scores) == 0:
+        problem = "all preferences are the same" if len(rows) else "no pair has a preference"
+        raise UserError(f"--length_anchor {' '.join(files)}: {problem}; give rewrites that win and rewrites that lose")
+    return scores, ours, theirs
+
+
+def _verdict_rows(file: str) -> list[list[float]]:
+    """Read the numbers of VERDICT_COLUMNS in each row that has a preference."""
+    rows = []
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for column in VERDICT_COLUMNS:
+                if column not in (reader.fieldnames or ()):
+                    raise UserError(f"--length_anchor {file}: no column {column!r}; give {', '.join(VERDICT_COLUMNS)}")
+            for row in reader:
+                texts = [row[column] for column in VERDICT_COLUMNS]
+                if texts[-1]:
+                    rows.append(_verdict_numbers(f"{file}, line {reader.line_num}", texts))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--length_anchor {file}: {error}; give a csv that --verdicts wrote") from error
+    return rows
+
+
+def _verdict_numbers(place: str, texts: list[str]) -> list[float]:
+    """Read two lengths and a preference of a row. place: of the row, for errors"""
+    try:
+        ours, theirs, score = map(float, texts)
+    except (TypeError, ValueError):
+        ours, theirs, score = -1.0, -1.0, -1.0
+    if not (0 <= ours < np.inf and 0 <= theirs < np.inf and 0 <= score <= 1):
+        raise UserError(f"{place}: {texts} are not two lengths and a preference between 0 and 1; correct the row")
+    return [ours, theirs, score]
 
 
 def lengths(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:

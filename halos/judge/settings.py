@@ -23,6 +23,7 @@ class Settings:
     """Settings of one comparison. `python compare.py --help` explains each field under its name.
 
     judge: names of judges; each is a model or pkg.module:function
+    length_anchor: csv files as `verdicts` writes them
     price: US dollars per million input and output tokens, one pair of numbers for all judges or one per judge
     sleep_time, timeout: seconds; rpm, tpm: calls and tokens per minute; max_cost: US dollars
     max_fail: share of the units that may end without a verdict, between 0 and 1
@@ -38,6 +39,7 @@ class Settings:
     max_comp: int | None = None
     seed: int = 0
     human: str | None = None
+    length_anchor: tuple[str, ...] = ()
     judge: tuple[str, ...] = (DEFAULT_JUDGE,)
     judge_kind: str = "pairwise"
     base_url: str | None = None
@@ -54,6 +56,7 @@ class Settings:
     max_fail: float = 0.01
     results_file: str = "results.jsonl"
     cache: str | None = None
+    verdicts: str | None = None
     plot: str | None = None
     report: str | None = None
     export_feedback: str | None = None
@@ -84,6 +87,8 @@ def _check_texts(settings: Settings) -> None:
     for name, value in vars(settings).items():
         if isinstance(value, os.PathLike):
             raise UserError(f"{name}={value!r} is not a text; write {name}={os.fspath(value)!r}")
+    if isinstance(settings.length_anchor, str):
+        raise UserError(f"length_anchor={settings.length_anchor!r} is not a tuple; write ({settings.length_anchor!r},)")
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
         if value not in choices:

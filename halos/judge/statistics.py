@@ -9,17 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import bdtr, betaincinv, expit, log_expit, ndtri  # scipy.stats takes a second to import
+from scipy.special import bdtr, betaincinv  # scipy.stats takes a second to import
 
 from halos.judge.judges import JudgeScores
+from halos.judge.length_control import CONFIDENCE, TOLERANCE, Verdicts, Z, length_controlled
 
-CONFIDENCE = 0.95
-Z = float(ndtri(0.5 + CONFIDENCE / 2))
-TOLERANCE = 1e-9  # scores that differ by less are equal: means of log-probs are rounded
-MIN_SPREAD = 1e-3  # of the length covariate; below it, the fit cannot tell the slope from the intercept
-MAX_STEPS = 200  # of Newton's method, which takes 5 to 8
-CONVERGED = 1e-14  # twice what the log-likelihood had left to gain before the last step
-NOT_CONVERGED = "the regression on the length difference did not converge"
 OUTCOME_OF_LABEL = {"candidate": 1, "tie": 0, "baseline": -1}
 
 
@@ -28,11 +22,13 @@ def summarize(
     candidate_lengths: ArrayLike,
     baseline_lengths: ArrayLike,
     human: Sequence[str | None] | None = None,
+    anchor: Verdicts | None = None,
 ) -> dict:
     """Compute all numbers of a comparison, as a dict that JSON can hold.
 
     candidate_lengths, baseline_lengths: (n_pairs,), in characters
     human: (n_pairs,), a person's choice: candidate, baseline, tie, or None
+    anchor: see `length_controlled`
 
     Its keys, and the functions that explain them:
     n_pairs; n_judged: pairs with all verdicts that were asked for; failures: pairs without; failed_units: their number
@@ -43,7 +39,7 @@ def summarize(
     judges: name, and all of the above, for each judge alone, over the pairs with all verdicts of that judge
     agreement: `judge_agreement`
     """
-    data = (np.asarray(candidate_lengths, dtype=float), np.asarray(baseline_lengths, dtype=float), human)
+    data = (np.asarray(candidate_lengths, dtype=float), np.asarray(baseline_lengths, dtype=float), human, anchor)
     rows = [{"name": judge.name, **_summary([judge], *data)} for judge in judges]
     return {**_summary(judges, *data), "judges": rows, "agreement": judge_agreement(judges)}
 
@@ -53,6 +49,7 @@ def _summary(
     candidate_lengths: np.ndarray,
     baseline_lengths: np.ndarray,
     human: Sequence[str | None] | None,
+    anchor: Verdicts | None,
 ) -> dict:
     scores = pair_scores(judges)
     failed = np.stack([judge.asked & np.isnan(judge.scores) for judge in judges])
@@ -63,7 +60,7 @@ def _summary(
         "failed_units": int(failed.sum()),
         **win_rate(scores),
         **outcome_counts(scores),
-        "length_controlled": length_controlled(scores, candidate_lengths, baseline_lengths),
+        "length_controlled": length_controlled(scores, candidate_lengths, baseline_lengths, anchor),
         "position": position_bias(judges),
         "bounds": bounds(judges),
         "human": human_agreement(scores, human) if human is not None and any(human) else None,
@@ -171,108 +168,6 @@ def sign_test(wins: int, losses: int) -> float | None:
     """Compute the exact two-sided p of the hypothesis that wins and losses are equally likely; None without any."""
     n = wins + losses
     return min(1.0, 2 * float(bdtr(min(wins, losses), n, 0.5))) if n else None
-
-
-#### LENGTH
-
-
-def length_controlled(scores: np.ndarray, candidate_lengths: ArrayLike, baseline_lengths: ArrayLike) -> dict:
-    """Estimate the win rate at equal lengths by fractional logistic regression (Papke and Wooldridge, 1996).
-
-    E[score] = logistic(intercept + slope * tanh(d / sd(d))), where d is the candidate's length minus the baseline's and
-    sd has ddof 1, as in https://arxiv.org/abs/2404.04475. The win rate is logistic(intercept). The fit is by maximum
-    likelihood; intervals come from the sandwich covariance (HC0), that of the win rate through the logistic. With 50
-    pairs the intervals are a little too narrow: they cover 93 to 94 %.
-
-    scores: (n_pairs,), NaN left out; lengths: (n_pairs,), in characters
-    Returns {win_rate, interval, intercept, slope, slope_interval, reason}: either reason is None, or all others are.
-    """
-    judged = np.isfinite(scores)
-    differences = np.asarray(candidate_lengths, dtype=float) - np.asarray(baseline_lengths, dtype=float)
-    covariate, scores = _length_covariate(differences[judged]), scores[judged]
-    try:
-        fit = _cannot_fit(covariate, scores) or _fit_logistic(covariate, scores)
-    except np.linalg.LinAlgError:  # scores within rounding of a set that is separable
-        fit = NOT_CONVERGED
-    if isinstance(fit, str):
-        keys = ("win_rate", "interval", "intercept", "slope", "slope_interval")
-        return {**dict.fromkeys(keys), "reason": fit}
-    coefficients, errors = fit
-    low, high = coefficients - Z * errors, coefficients + Z * errors
-    return {
-        "win_rate": float(expit(coefficients[0])),
-        "interval": [float(expit(low[0])), float(expit(high[0]))],
-        "intercept": float(coefficients[0]),
-        "slope": float(coefficients[1]),
-        "slope_interval": [float(low[1]), float(high[1])],
-        "reason": None,
-    }
-
-
-def _length_covariate(differences: np.ndarray) -> np.ndarray:
-    """Compute tanh(d / sd(d)): (n,), in [-1, 1]; zeros if d does not vary."""
-    deviation = differences.std(ddof=1) if len(differences) > 1 else 0.0
-    return np.tanh(differences / deviation) if deviation else np.zeros(len(differences))
-
-
-def _cannot_fit(covariate: np.ndarray, scores: np.ndarray) -> str | None:
-    """Say why the regression has no solution; None if it has one."""
-    if len(scores) < 3:
-        return "fewer than 3 pairs were judged"
-    if np.ptp(scores) < TOLERANCE:
-        return "all scores are the same"
-    if np.ptp(covariate) < MIN_SPREAD:
-        return "the length difference does not vary, or is far from 0 in all pairs"
-    if is_separable(covariate, scores):
-        return "the length difference separates wins from losses"
-    return None
-
-
-def is_separable(covariate: np.ndarray, scores: np.ndarray) -> bool:
-    """Return whether wins and losses are separable (or quasi-separable), so that the likelihood has no maximum.
-
-    A score s counts as s of a win and 1 - s of a loss. The maximum exists unless a line a + b x is at least 0 at every
-    win and at most 0 at every loss (Albert and Anderson, 1984). With one covariate x that varies, there is such a line
-    if there are no wins, or no losses, or if the ranges of x at wins and at losses share at most an end point. Scores
-    between 0 and 1 are in both ranges.
-    """
-    wins, losses = covariate[scores > TOLERANCE], covariate[scores < 1 - TOLERANCE]
-    if not len(wins) or not len(losses):
-        return True
-    return bool(wins.max() <= losses.min() or losses.max() <= wins.min())
-
-
-def _fit_logistic(covariate: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray] | str:
-    """Fit (intercept, slope) by maximum likelihood, with standard errors (HC0); or say why there is no fit.
-
-    By Newton's method. A step is halved while it lowers the likelihood: if few pairs determine the slope, a whole step
-    can jump to where the likelihood is flat.
-    """
-    design = np.stack([np.ones_like(covariate), covariate], axis=1)
-    coefficients, gain = np.zeros(2), np.inf
-    for _ in range(MAX_STEPS):
-        means = expit(design @ coefficients)
-        residuals = scores - means
-        bread = np.linalg.inv((design.T * (means * (1 - means))) @ design)
-        if abs(gain) < CONVERGED:
-            break
-        gradient = design.T @ residuals
-        step = bread @ gradient
-        gain = gradient @ step
-        least = _log_likelihood(design @ coefficients, scores) * (1 + TOLERANCE)  # likelihoods are negative
-        while _log_likelihood(design @ (coefficients + step), scores) < least:
-            step = step / 2
-        coefficients = coefficients + step
-    else:
-        return NOT_CONVERGED
-    if np.abs(residuals).max() < TOLERANCE:
-        return "the regression on the length difference fits exactly, so its error is unknown"
-    return coefficients, np.linalg.norm(design @ bread * residuals[:, None], axis=0)
-
-
-def _log_likelihood(logits: np.ndarray, scores: np.ndarray) -> float:
-    """Log-likelihood of the scores under Bernoulli means, up to a constant for scores between 0 and 1."""
-    return float(scores @ log_expit(logits) + (1 - scores) @ log_expit(-logits))
 
 
 #### POSITION

@@ -3,17 +3,21 @@
 `table` is what people read first; `line` is what programs read. The numbers come from statistics.py.
 """
 
+import csv
 import json
+import math
 import os
 from collections.abc import Callable
 from datetime import datetime
 
+import numpy as np
+
 from halos.errors import UserError
-from halos.files import make_room
+from halos.files import finished, make_room
 from halos.judge import figure, statistics
 from halos.judge.judges import JudgeScores
 from halos.judge.page import estimate, write_html
-from halos.judge.samples import Pair, lengths
+from halos.judge.samples import VERDICT_COLUMNS, Pair, lengths
 from halos.judge.settings import Settings
 
 #### THE TABLE
@@ -92,7 +96,7 @@ def _calls(calls: dict) -> str:
 
 def check_paths(settings: Settings) -> None:
     """Raise UserError, before anything is paid for, if a file that the settings name cannot be written."""
-    for flag in ("results_file", "plot", "report", "export_feedback"):
+    for flag in ("results_file", "verdicts", "plot", "report", "export_feedback"):
         path = getattr(settings, flag)
         if path is None:
             continue
@@ -115,7 +119,7 @@ def line(settings: Settings, pairs: list[Pair], summary: dict) -> dict:
         return {"name": key, "wins": wins, "lengths": [len(text.split()) for text in texts], "file": file}
 
     ours, theirs = [pair.candidate for pair in pairs], [pair.baseline for pair in pairs]
-    kept = ("judge_kind", "mode", "template", "order", "max_comp", "base_url")
+    kept = ("judge_kind", "mode", "template", "order", "max_comp", "base_url", "length_anchor")
     return {
         "date": str(datetime.now()),
         "total": summary["n_judged"],
@@ -136,14 +140,17 @@ def write_all(
     reply: Callable[[int, int, int], str | None],
     command: str,
 ) -> None:
-    """Write the picture and the page, if wanted, and then the line, and say what was written.
+    """Write verdicts, picture and page, if wanted, and then the line, and say what was written.
 
-    An earlier picture or page is renamed. No line is written if more verdicts are missing than `max_fail` allows, as
-    with --stats_only before the end of a comparison.
+    An earlier file of these three is renamed. No line is written if more verdicts are missing than `max_fail` allows,
+    as with --stats_only before the end of a comparison.
     reply, command: see `page.write_html`
     """
     title = f"{settings.file}: {settings.candidate_key} against {settings.baseline}"
     ours, theirs = lengths(pairs)
+    if settings.verdicts:
+        make_room(settings.verdicts)
+        _write_verdicts(settings.verdicts, pairs, statistics.pair_scores(scores))
     if settings.plot:
         make_room(settings.plot)
         figure.plot(settings.plot, title, summary, statistics.pair_scores(scores), ours - theirs)
@@ -156,5 +163,15 @@ def write_all(
             file.write(json.dumps(line(settings, pairs, summary)) + "\n")
     else:
         print(f"{summary['failed_units']} verdicts are missing: no line is added to {settings.results_file}")
-    written = [path for path in (settings.results_file if complete else None, settings.plot, settings.report) if path]
+    others = (settings.verdicts, settings.plot, settings.report)
+    written = [path for path in (settings.results_file if complete else None, *others) if path]
     print(f"written to {', '.join(written)}" if written else "nothing was written")
+
+
+def _write_verdicts(path: str, pairs: list[Pair], scores: np.ndarray) -> None:
+    """Write a csv with a line per pair, which `samples.read_verdicts` reads. No preference: a verdict is missing."""
+    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("row", *VERDICT_COLUMNS))
+        for pair, score in zip(pairs, scores.tolist(), strict=True):
+            writer.writerow((pair.row, len(pair.candidate), len(pair.baseline), "" if math.isnan(score) else score))
