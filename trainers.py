@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from halos import advice, rules
 from halos.engine import Batch, Outcome, Statistic
+from halos.errors import UserError
 from halos.trainer import BasicTrainer, wins
 from utils import discounted_sums
 
@@ -30,6 +31,11 @@ class PairedPreferenceTrainer(BasicTrainer):
 
     def accuracy(self, chosen_rewards, rejected_rewards):
         """Share of pairs whose chosen response has the higher reward; ties are half."""
+        if len(chosen_rewards) != len(rejected_rewards):
+            raise UserError(
+                f"{len(chosen_rewards)} chosen and {len(rejected_rewards)} rejected responses are not pairs; override "
+                f"accuracy() in {type(self).__name__}"
+            )
         return wins(chosen_rewards, rejected_rewards)
 
 

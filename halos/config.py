@@ -349,10 +349,10 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
     """Check that the trainer and the loader exist and have the same `data_format`. None matches every format."""
     trainer = component(trainers, values["loss.trainer"], trainers.BasicTrainer, "loss.trainer")
     loader = component(dataloaders, values["loss.dataloader"], dataloaders.DataLoader, "loss.dataloader")
-    for key in getattr(trainer, "needs", ()):
+    for key in (key for keys in _declared(trainer, "needs") for key in keys):
         if not values.get(f"loss.{key}"):
             raise UserError(f"loss.{key}=false: loss.trainer={trainer.__name__} needs it; use loss.{key}=true")
-    for key, rule in getattr(trainer, "rules", {}).items():
+    for key, rule in {key: rule for own in _declared(trainer, "rules") for key, rule in own.items()}.items():
         if f"loss.{key}" not in values:
             raise UserError(f"loss.{key} is missing, and loss.trainer={trainer.__name__} needs it; add it to the YAML")
         _check_rule(f"loss.{key}", values[f"loss.{key}"], rule)
@@ -364,6 +364,11 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
         f"loss.dataloader={loader.__name__} gives {gives} data, and loss.trainer={trainer.__name__} needs {needs};"
         f" use loss.dataloader={' or '.join(sorted(fitting)) or f'a loader with data_format {needs!r}'}"
     )
+
+
+def _declared(cls: type, name: str) -> list[Any]:
+    """Return what a class and its bases declare under a name, bases first: a loss keeps the demands of its parent."""
+    return [vars(one)[name] for one in reversed(cls.__mro__) if name in vars(one)]
 
 
 def _check_datasets(values: dict[str, Any], dataloaders: ModuleType) -> None:

@@ -207,8 +207,8 @@ def gather_rows(parts: list[torch.Tensor], rows: list[torch.Tensor], n_rows: int
 def any_rank(flag: bool) -> bool:
     """Return True if the flag is True on at least one rank."""
     if world_size() == 1:
-        return flag
-    answer = torch.tensor(int(flag))  # on the CPU: no synchronisation with a GPU
+        return bool(flag)
+    answer = torch.tensor(int(bool(flag)))  # on the CPU: no synchronisation with a GPU
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from halos import distributed
+from halos.errors import UserError
 from halos.models import PerToken, PolicyModel
 from halos.packing import schedule
 from halos.tokens import Role, TokenizedExample
@@ -120,7 +121,7 @@ class Outcome:
     chosen_rewards, rejected_rewards, chosen_logps, rejected_logps: (n_chosen,) or (n_rejected,), to be logged
     metrics: more to be logged, `name: vector` or `name: Statistic`. Of a vector the mean is logged, over all batches of
         an update or of an evaluation. `kl/chosen` is logged as `kl/chosen` in training, as `kl_eval/chosen` in
-        evaluation.
+        evaluation. A NaN among a vector's values is logged as NaN.
     """
 
     losses: torch.Tensor
@@ -144,7 +145,7 @@ class Outcome:
 
 
 def _cat(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([vector.detach().reshape(-1) for vector in vectors])
+    return torch.cat([torch.as_tensor(vector).detach().reshape(-1) for vector in vectors])
 
 
 def _join(parts: list[Any]) -> torch.Tensor | Statistic:
@@ -210,6 +211,11 @@ class Forward:
         """Send the gradient of `tokens` into the model's parameters."""
         # FSDP averages gradients over ranks, and each rank has those of its own tokens: hence the factor.
         assert self.leaf.grad is not None, "the loss must be differentiated first"
+        if self.with_entropy and self.leaf.grad[:, -1].any():
+            raise UserError(
+                "the loss differentiates batch.policy.entropy, which has no gradient: that term would train nothing; "
+                "use batch.policy.entropy.detach(), or leave the term out"
+            )
         upstream = self.leaf.grad * distributed.world_size()
         for piece in self.pieces:
             output = self.graph if self.graph is not None else self._run(piece)

@@ -36,6 +36,7 @@ class TrainState:
     updates: int = 0  # optimizer steps taken
     evaluated_at: int = 0  # `examples` at the last evaluation
     eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    own: dict[str, Any] = field(default_factory=dict)  # what a trainer keeps between updates, such as a running mean
 
     @property
     def examples(self) -> int:
@@ -50,13 +51,14 @@ class TrainState:
             "updates": self.updates,
             "evaluated_at": self.evaluated_at,
             "eval_metrics": self.eval_metrics,
+            "own": self.own,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state["loader"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        for name in ("updates", "evaluated_at", "eval_metrics"):
+        for name in ("updates", "evaluated_at", "eval_metrics", "own"):
             setattr(self, name, state[name])
 
 
@@ -153,6 +155,11 @@ class BasicTrainer:
 
     def backward(self, outcome: Outcome, forward: Forward, examples: list[TokenizedExample]) -> Outcome:
         """Send the gradient of the summed losses into the policy; `update` divides by their number."""
+        if outcome.losses.ndim != 1:
+            raise UserError(
+                f"the loss of {type(self).__name__} has the shape {tuple(outcome.losses.shape)}; return a vector, one "
+                "loss per pair, response or token, so that microbatches of different sizes weigh as they should"
+            )
         self.check_finite(outcome.losses, "loss", examples)
         outcome.losses.sum().backward()
         forward.backward()
@@ -325,9 +332,14 @@ class BasicTrainer:
         numbers = {name: value.item() for name, value in values.items()}
         suffix = "" if mode == "train" else f"_{mode}"
         for name, metric in whole.metrics.items():
-            number = (metric.value() if isinstance(metric, Statistic) else metric.mean()).item()
-            if not math.isnan(number):
-                numbers[name.replace("/", f"{suffix}/", 1)] = number
+            group, slash, rest = name.partition("/")
+            if isinstance(metric, Statistic):
+                value = metric.value()
+                undefined = bool(value.isnan())
+            else:
+                value, undefined = metric.float().mean(), not len(metric)
+            if not undefined:
+                numbers[f"{group}{suffix}{slash}{rest}"] = value.item()
         return numbers
 
     def log_step(self, outcomes: list[Outcome], examples: list[TokenizedExample], update: dict[str, float]) -> None:

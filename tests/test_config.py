@@ -23,7 +23,7 @@ from omegaconf import OmegaConf, open_dict
 
 import halos.config
 import trainers
-from halos import dataset_specs
+from halos import dataset_specs, rules
 from halos.commands import hydra_main, report_user_errors
 from halos.config import add_new_keys, component, overrides, validate
 from halos.errors import UserError
@@ -1081,3 +1081,19 @@ def test_the_config_of_an_earlier_run_gets_the_keys_that_are_newer(capsys):
     assert capsys.readouterr().out.endswith("defaults: chat_template=auto, loss.desirable_weight=1.0\n")
     add_new_keys(saved)
     assert not capsys.readouterr().out
+
+
+def test_a_loss_keeps_the_demands_of_the_one_it_extends(run, tmp_path, monkeypatch):
+    """A subclass with a rule of its own: DPO's beta is still above 0, and its reference model still needed."""
+    child = type("ChildTrainer", (TRAINERS.DPOTrainer,), {"rules": {"decay": rules.number(above=0)}, "needs": ()})
+    monkeypatch.setattr(TRAINERS, "ChildTrainer", child, raising=False)
+    os.makedirs(tmp_path / "mine/loss")
+    (tmp_path / "mine/loss/child.yaml").write_text(
+        "name: child\ntrainer: ChildTrainer\ndataloader: PairedPreferenceDataLoader\nuse_reference_model: true\n"
+        "beta: 0.1\ndecay: 1\n"
+    )
+    words = ("--config-dir", "mine", "loss=child")
+    assert len(run(*words).configs) == 1
+    assert run(*words, "loss.beta=-5").err == "error: loss.beta=-5 must be a number above 0\n"
+    assert run(*words, "loss.decay=0").err == "error: loss.decay=0 must be a number above 0\n"
+    assert "loss.use_reference_model=false" in run(*words, "loss.use_reference_model=false").err

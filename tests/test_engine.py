@@ -1,6 +1,7 @@
 """A global batch as a loss sees it, its forward and backward passes by role, and the state of training."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import trainers
 from halos import metrics
 from halos.engine import Batch, Forward, Outcome, Statistic, pieces
+from halos.errors import UserError
 from halos.models import PerToken
 from halos.tokens import Role
 from helpers import example, random_examples, tiny_policy
@@ -64,8 +66,8 @@ def test_outcomes_are_concatenated_with_their_metrics():
     first = outcome([1.0, 2.0], a=torch.tensor([1.0, 2.0]), v=Statistic(variance, (torch.tensor([1.0, 2.0]),)))
     second = outcome([6.0], a=torch.tensor(6.0), b=torch.tensor([5.0]), v=Statistic(variance, (torch.tensor([6.0]),)))
     values = trainers.DPOTrainer.__new__(trainers.DPOTrainer).summarize([first, second], "eval")
-    assert (values["loss/eval"], values["a"], values["b"]) == (3, 3, 5)
-    assert values["v"] == pytest.approx(14 / 3)
+    assert (values["loss/eval"], values["a_eval"], values["b_eval"]) == (3, 3, 5)
+    assert values["v_eval"] == pytest.approx(14 / 3)
 
 
 #### FORWARD AND BACKWARD
@@ -249,3 +251,53 @@ def test_a_loss_can_log_the_names_of_its_examples(tmp_path):
     (row,), (evaluation,) = rows_of(trainer), rows_of(trainer, "eval")
     assert row["loss/a"] == row["loss/b"] == pytest.approx(math.log(2))
     assert evaluation["loss/eval"] == pytest.approx((evaluation["loss_eval/a"] + evaluation["loss_eval/b"]) / 2)
+
+
+#### MISTAKES THAT WOULD TRAIN IN SILENCE
+
+
+def trained_by(folder, name: str, /, **overrides):
+    """One update by the trainer of a loss in which these methods and attributes are replaced."""
+    trainer = make_trainer(folder, name)
+    trainer.__class__ = type("Changed", (type(trainer),), overrides)
+    trainer.train_step(trainer.train_loader.batches[:1])
+    return trainer
+
+
+def test_a_term_of_the_entropy_is_refused(tmp_path):
+    """It has no gradient, so it would train nothing; as a metric it is welcome."""
+
+    def bonus(self, batch):
+        outcome = trainers.SFTTrainer.batch_loss(self, batch)
+        return replace(outcome, losses=outcome.losses - batch.policy.entropy.sum())
+
+    with pytest.raises(UserError, match="policy.entropy, which has no gradient"):
+        trained_by(tmp_path, "sft", batch_loss=bonus, uses_entropy=True)
+
+
+def test_a_scalar_loss_is_refused(tmp_path):
+    def scalar(self, *logps):
+        losses, *rewards = trainers.SFTTrainer.loss(self, *logps)
+        return losses.mean(), *rewards
+
+    with pytest.raises(UserError, match=r"Changed has the shape \(\); return a vector"):
+        trained_by(tmp_path, "sft", loss=scalar)
+
+
+def test_a_nan_in_a_metric_is_seen():
+    """A mean of nothing is left out, and so is a statistic that is undefined. A NaN among values is logged."""
+    none = torch.empty(0)
+    metrics = {"a/nan": torch.tensor([1.0, math.nan]), "a/none": none, "a/flags": torch.tensor([True, False])}
+    metrics["a/undefined"] = Statistic(lambda x: x.sum() / 0 * 0, (torch.ones(1),))
+    outcome = Outcome(torch.ones(1), none, none, none, none, metrics=metrics)
+    values = trainers.DPOTrainer.__new__(trainers.DPOTrainer).summarize([outcome], "train")
+    assert math.isnan(values["a/nan"]) and values["a/flags"] == 0.5 and not {"a/none", "a/undefined"} & set(values)
+
+
+def test_what_a_trainer_keeps_is_part_of_the_state(tmp_path):
+    trainer = make_trainer(tmp_path, "sft")
+    trainer.state.own["mean"] = 0.25
+    again = make_trainer(tmp_path / "again", "sft", train_loader=loader_for("sft", 16, batch_size=8))
+    trainer.state.loader = loader_for("sft", 16, batch_size=8)
+    again.state.load_state_dict(trainer.state.state_dict())
+    assert again.state.own == {"mean": 0.25}
