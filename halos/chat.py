@@ -32,7 +32,7 @@ Messages = list[dict[str, Any]]
 
 
 class Ending(NamedTuple):
-    """What a template writes behind a reply."""
+    """The text that a template writes behind a reply."""
 
     kept: str  # up to its first control token, or to its last character that is not white space
     dropped: str  # the rest
@@ -63,10 +63,11 @@ class Renderer:
     def responses(self, example: Example) -> list[str]:
         """Return the responses as `Encoder.responses` takes them."""
         marked = [self.literal(generation) for generation in example.generations]
-        prompt: Messages = [] if isinstance(example.prompt, str) else self.literal(example.prompt)
-        if any(LITERAL in json.dumps(text, ensure_ascii=False) for text in (prompt, marked)):
+        is_text = isinstance(example.prompt, str)  # the user's own rendering, which stays as it is
+        prompt: Any = example.prompt if is_text else self.literal(example.prompt)
+        if marked != example.generations or prompt != example.prompt:
             self.counts["examples with control tokens in their texts"] += 1
-        if isinstance(example.prompt, str):
+        if is_text:
             return [str(generation) for generation in marked]
         before = self.conversation(prompt, example, calls_for_reply=True)
         return [self._response(example, prompt, before, generation) for generation in marked]
@@ -140,7 +141,7 @@ class Renderer:
 
     @cached_property
     def end_of_turn(self) -> "Ending":
-        """What the template writes behind a reply."""
+        """The text that the template writes behind a reply."""
         if not self.tokenizer.chat_template:
             return Ending("", "", False)
         messages: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]

@@ -30,7 +30,7 @@ PAIRINGS = ("all", "best-worst", "adjacent")
 
 @dataclass
 class Record:
-    """What one row says: about `responses` to a prompt, by their indices."""
+    """The content of one row: `responses` to a prompt, and what is known of them, by their indices."""
 
     prompt: Text
     responses: list[Text]

@@ -124,12 +124,12 @@ class DataLoader:
 
     def _is_one_response(self, row: Row) -> bool:
         """Return whether truncation leaves the same of all of a row's trained responses: there is nothing to prefer."""
-        lengths = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
-        if self.prompt_lengths[row.example] + max(lengths) <= self.max_length:
-            return False
         trained = [i for i, role in enumerate(row.roles) if role is not Role.UNRELATED]
-        responses = {self.tokenized(row).responses[i].tobytes() for i in trained}
-        return len(responses) < len(trained)
+        lengths = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
+        if len(trained) < 2 or self.prompt_lengths[row.example] + max(lengths) <= self.max_length:
+            return False
+        responses = self.tokenized(row).responses
+        return len({responses[i].tobytes() for i in trained}) < len(trained)
 
     def __len__(self) -> int:
         """Batches from the start to the end of training."""
