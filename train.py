@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from halos.commands import hydra_main
 from halos.config import validate
+from halos.files import finished
 
 
 @hydra_main("config", "config")
@@ -19,11 +20,13 @@ def main(config: DictConfig) -> None:
     import trainers
 
     validate(config, trainers, dataloaders)
-    from halos import distributed, loading, run_dir
+    from halos import distributed, loading, resume, run_dir
     from halos.launch import launch
 
     if distributed.is_main():
         run_dir.refuse_existing(config)
+        if config.resume:
+            resume.check_same(config)
     loading.check_positions(config)
     loading.check_load_from(config)
     launch(run, config, nproc_per_node=config.nproc_per_node)
@@ -33,7 +36,7 @@ def run(config: DictConfig) -> None:
     """Train or evaluate, in each process of the run."""
     import dataloaders
     import trainers
-    from halos import checkpoint, distributed, loading, run_dir
+    from halos import checkpoint, distributed, loading, resume, run_dir
     from utils import rank0_print
 
     tokenizer = loading.load_tokenizer(config)
@@ -44,9 +47,10 @@ def run(config: DictConfig) -> None:
     with distributed.first_on_each_node():
         loaders = {split: dataloaders.make_loader(config, tokenizer, split) for split in splits}
     counts = {split: dataloaders.describe(loader, split) for split, loader in loaders.items()}
-    directory = run_dir.create(config)
+    state_path = resume.newest_state(config)
+    directory = run_dir.path_of(config) if state_path else run_dir.create(config)
     if distributed.is_main():
-        with open(os.path.join(directory, "data.json"), "w") as file:
+        with finished(os.path.join(directory, "data.json")) as unfinished, open(unfinished, "w") as file:
             json.dump(counts, file, indent=1)
 
     #### MODELS
@@ -58,6 +62,10 @@ def run(config: DictConfig) -> None:
     trainer_class = getattr(trainers, config.loss.trainer)
     trainer = trainer_class(policy, reference, tokenizer, config, loaders.get("train"), loaders["test"], directory)
     if training:
+        if state_path:
+            trainer.load_state(state_path)
+            done, total = trainer.state.examples, loaders["train"].total_examples
+            rank0_print(f"resumed from {state_path}: {done} of {total} examples are done")
         for line in trainer.advice():
             rank0_print(line)
         trainer.train()

@@ -26,8 +26,13 @@ sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives
 launch.py           starting the processes of a run and reporting the first failure
 checkpoint.py       policy.pt and the Hugging Face export: save and load
+states.py           the states that a run resumes from: written in the background, read back
+resume.py           going on with a run: is it the same, and from which state
+stopping.py         signals that ask a run to stop
+mishaps.py          a value that is not finite, too little memory: what is said and kept of it
 run_dir.py          the run directory: its path, its config.yaml, its model card
-metrics.py          metrics.jsonl, curves.png, the progress bar, wandb
+metrics.py          metrics.jsonl, the progress bar, wandb
+curves.py           curves.png
 sampling.py         responses from a model
 samplers.py         the models that eval.py samples from, and where they run
 serving.py          responses from an OpenAI-compatible server, or from vLLM

@@ -23,14 +23,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from halos import dataset_specs
 from halos.config import OPTIONAL, command_words, first_line, flat, is_open, unknown_key
-from halos.errors import UserError, did_you_mean
+from halos.errors import Stopped, UserError, did_you_mean
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a user's mistake shows its traceback too
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Report a UserError in one line and exit with its code; report Ctrl-C in one line and exit with 130.
+    """Report a UserError or Stopped in one line and exit with its code; report Ctrl-C in one line and exit with 130.
 
     All other exceptions pass through, with their traceback.
     """
@@ -47,6 +47,9 @@ def report_user_errors() -> Iterator[None]:
             raise
         _say(f"error: {error}")
         sys.exit(error.code)
+    except Stopped as stopped:
+        _say(str(stopped))
+        sys.exit(stopped.code)
 
 
 class FlagParser(argparse.ArgumentParser):

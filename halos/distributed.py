@@ -204,13 +204,18 @@ def gather_rows(parts: list[torch.Tensor], rows: list[torch.Tensor], n_rows: int
     return everyone
 
 
+def largest(*numbers: int) -> list[int]:
+    """Return the largest of each of these numbers over all ranks."""
+    if world_size() == 1:
+        return [int(number) for number in numbers]
+    answer = torch.tensor([int(number) for number in numbers])  # on the CPU: no synchronisation with a GPU
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return answer.tolist()
+
+
 def any_rank(flag: bool) -> bool:
     """Return True if the flag is True on at least one rank."""
-    if world_size() == 1:
-        return bool(flag)
-    answer = torch.tensor(int(bool(flag)))  # on the CPU: no synchronisation with a GPU
-    dist.all_reduce(answer, dist.ReduceOp.MAX)
-    return bool(answer)
+    return bool(largest(bool(flag))[0])
 
 
 def gather_objects(value: Any) -> list[Any]:

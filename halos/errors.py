@@ -1,4 +1,4 @@
-"""UserError, for a user's mistake: one line with the value, the reason and the remedy."""
+"""UserError, for a user's mistake: one line with the value, the reason and the remedy. Stopped, for a run that ends."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,6 +8,14 @@ class UserError(ValueError):
     """A mistake in the user's command, config, or data. Entry points print only the message, and exit with code 2."""
 
     code = 2
+
+
+class Stopped(Exception):
+    """A run that a signal has asked to end early. Its state is saved. Entry points print only the message."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:

@@ -32,12 +32,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-from halos import distributed
-from halos.errors import UserError
+from halos import distributed, stopping
+from halos.errors import Stopped, UserError
 from halos.files import finished
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the run
-PASSED_ON = signal.SIGUSR1  # forwarded to every process, which may have a handler for it
+AT_ONCE = (signal.SIGHUP, signal.SIGQUIT)  # end the run at once
+PASSED_ON = signal.SIGUSR1  # what every process gets for the first of stopping.REQUESTS; a second one ends the run
 PATIENCE = 10  # seconds that processes have to end before they are killed
 
 
@@ -132,7 +132,7 @@ class _LastWords(NamedTuple):
     """The error report that a failing process writes into the launcher's folder."""
 
     time: float  # of the failure; the earliest failure is reported
-    kind: str  # "bug", "mistake" (a UserError), "interrupt" (Ctrl-C), or "exit" (sys.exit)
+    kind: str  # "bug", "mistake" (a UserError), "stopped", "interrupt" (a signal before that), or "exit" (sys.exit)
     code: int  # its exit code
     message: str
     traceback: str
@@ -151,20 +151,24 @@ def _run_processes(function: Callable, args: tuple, n: int) -> None:
     """Run the processes under torch's elastic agent, without restarts, and report the first failure."""
     work = pickle.dumps((function, args))  # here, so that a pickling error appears before any process starts
     stop, ends = None, []
-    with tempfile.TemporaryDirectory() as folder, _own_environment(n), _watched(n) as processes:
+    with tempfile.TemporaryDirectory() as folder, _own_environment(n), _watched(n) as watch:
         try:
             elastic_launch(_settings(n, folder), _work)(work, folder)
         except SignalException as signaled:
-            stop = signaled.sigval
+            stop = watch.asked or signaled.sigval
         except ChildFailedError as error:
-            ends = _ends(processes, error.failures, folder)
+            ends = _ends(watch.processes, error.failures, folder)
     if stop is not None:
-        # End as a single process would: by the signal itself, or as its handler decides.
-        sys.stdout.flush()
-        signal.raise_signal(stop)
-        sys.exit(128 + stop)
+        _end_by(stop)
     if ends:
-        _report(ends, n)
+        _report(ends, n, watch.asked)
+
+
+def _end_by(number: int) -> NoReturn:
+    """End as a single process would: by the signal itself, or as its handler decides."""
+    sys.stdout.flush()
+    signal.raise_signal(number)
+    sys.exit(128 + number)
 
 
 def _settings(n: int, folder: str) -> LaunchConfig:
@@ -172,7 +176,7 @@ def _settings(n: int, folder: str) -> LaunchConfig:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # this file reports the errors
     # An ignored signal stays ignored, as with nohup or in a background job.
-    handled = [number.name for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    handled = [number.name for number in AT_ONCE if signal.getsignal(number) != signal.SIG_IGN]
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -202,38 +206,52 @@ def _own_environment(n: int) -> Iterator[None]:
         os.environ.update(before)
 
 
+class _Watch:
+    """The processes of a run, in rank order, and the signal by which this launcher was asked to stop them."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self.processes: list[BaseProcess] = []
+        self.asked = 0
+        self.asked_at = 0.0
+        self.others = set(multiprocessing.active_children())
+
+    def look(self, done: threading.Event) -> None:
+        while not done.wait(0.05):
+            if len(self.processes) < self.n:
+                found = [process for process in multiprocessing.active_children() if process not in self.others]
+                self.processes[:] = sorted(found, key=lambda process: int(process.name.rpartition("-")[2]))
+
+    def pass_on(self, number: int, frame: Any) -> None:
+        """Ask the processes to stop. They may finish their step and save; a second signal does not wait for that."""
+        if self.asked and time.monotonic() - self.asked_at > stopping.ECHO:
+            raise SignalException("stopped twice", signal.SIGTERM)  # with which torch's agent ends them
+        if not self.asked:
+            self.asked, self.asked_at = number, time.monotonic()
+            for process in self.processes:
+                if process.is_alive() and process.pid:
+                    os.kill(process.pid, PASSED_ON)
+
+
 @contextmanager
-def _watched(n: int) -> Iterator[list[BaseProcess]]:
-    """Yield the list of processes that are started in the block, in rank order, and forward SIGUSR1 to them.
+def _watched(n: int) -> Iterator[_Watch]:
+    """Watch the processes that are started in the block, and pass requests to stop on to them.
 
     Signals are blocked in a new process while it imports, because they would print a traceback or kill it; `_work`
     unblocks them. The launcher's main thread blocks them too; the thread that looks for new processes receives them.
     The agent changes signal handlers; all are restored at the end.
     """
-    processes: list[BaseProcess] = []
-    done = threading.Event()
-    others = set(multiprocessing.active_children())
-
-    def look() -> None:
-        while not done.wait(0.05):
-            if len(processes) < n:
-                found = [process for process in multiprocessing.active_children() if process not in others]
-                processes[:] = sorted(found, key=lambda process: int(process.name.rpartition("-")[2]))
-
-    def pass_on(number: int, frame: Any) -> None:
-        for process in processes:
-            if process.is_alive() and process.pid:
-                os.kill(process.pid, number)
-
-    before = {number: signal.getsignal(number) for number in (*STOPPING, PASSED_ON)}
-    thread = threading.Thread(target=look, daemon=True)
+    watch, done = _Watch(n), threading.Event()
+    before = {number: signal.getsignal(number) for number in (*AT_ONCE, *stopping.REQUESTS)}
+    thread = threading.Thread(target=watch.look, args=(done,), daemon=True)
     thread.start()
     resource_tracker.ensure_running()  # else the first process starts it, and starting it unblocks SIGINT
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, PASSED_ON))
-    if before[PASSED_ON] != signal.SIG_IGN:
-        signal.signal(PASSED_ON, pass_on)
+    for number in stopping.REQUESTS:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, watch.pass_on)
     try:
-        yield processes
+        yield watch
     finally:
         done.set()
         thread.join()
@@ -260,15 +278,17 @@ def _ends(processes: list[BaseProcess], failures: dict[int, ProcessFailure], fol
     return ends
 
 
-def _report(ends: list[_End], n: int) -> NoReturn:
+def _report(ends: list[_End], n: int, asked: int) -> NoReturn:
     """Report why the first process failed, and end the same way.
 
     A user's mistake is reported in one line, a bug with its traceback.
+
+    asked: the signal that asked the processes to stop; 0 if none did
     """
     spoken = sorted((end.last_words.time, end.rank, end.last_words) for end in ends if end.last_words)
     causes = [(rank, words) for _, rank, words in spoken if not words.lost_others]
     if causes:
-        _end_like(*causes[0], n)
+        _end_like(*causes[0], n, asked)
     # The agent ends the other processes with SIGTERM or SIGINT, so these two are not the cause.
     killed = [end for end in ends if end.exit_code < 0 and -end.exit_code not in (signal.SIGTERM, signal.SIGINT)]
     for end in killed[:1]:
@@ -281,18 +301,22 @@ def _report(ends: list[_End], n: int) -> NoReturn:
         _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}; its own output is above")
         sys.exit(end.exit_code)
     if spoken:
-        _end_like(*spoken[0][1:], n)
+        _end_like(*spoken[0][1:], n, asked)
+    if asked:
+        _end_by(asked)
     _say(f"a process of {n} was ended by a signal")
     sys.exit(1)
 
 
-def _end_like(rank: int, words: _LastWords, n: int) -> NoReturn:
+def _end_like(rank: int, words: _LastWords, n: int, asked: int) -> NoReturn:
     if words.kind == "mistake":
         error = UserError(words.message)
         error.add_note(f"in process {rank} of {n}:\n{words.traceback}")  # shown with HYDRA_FULL_ERROR=1
         raise error
     if words.kind == "interrupt":
-        raise KeyboardInterrupt
+        _end_by(asked or signal.SIGINT)
+    if words.kind == "stopped":
+        raise stopping.stopped_by(asked or PASSED_ON, words.message)
     if words.kind == "bug":
         _say(f"process {rank} of {n} failed:\n{words.traceback}")
     elif words.message:
@@ -339,18 +363,15 @@ def _end_with_the_launcher(folder: str) -> None:
 
 
 def _let_signals_in() -> None:
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _interrupt_once)
-    signal.signal(PASSED_ON, signal.SIG_IGN)  # until the function installs a handler
+    """Let the launcher alone decide what a signal means: the terminal sends Ctrl-C to all processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(PASSED_ON, _interrupt_once)  # until the function installs a handler
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, PASSED_ON))
 
 
 def _interrupt_once(number: int, frame: Any) -> NoReturn:
-    """Raise KeyboardInterrupt, once. Ctrl-C arrives twice, from the terminal and from the launcher.
-
-    The second signal must not interrupt the cleanup.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Raise KeyboardInterrupt, once: a second signal must not interrupt the cleanup."""
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -375,6 +396,8 @@ def _last_words(error: BaseException) -> _LastWords:
     kind, code, message = "bug", 1, str(error)
     if isinstance(error, UserError):
         kind, code = "mistake", 2
+    elif isinstance(error, Stopped):
+        kind, code = "stopped", error.code
     elif isinstance(error, KeyboardInterrupt):
         kind, code = "interrupt", 130
     elif isinstance(error, SystemExit):

@@ -1,33 +1,20 @@
-"""Log a run: metrics.jsonl, curves.png, the progress bar, and wandb if it is enabled.
+"""Log a run: metrics.jsonl, the progress bar, and wandb if it is enabled. Change this file to log to another place.
 
-Change this file to add a panel to curves.png (PANELS) or another place to log to.
+The picture of the metrics is drawn in `halos/curves.py`.
 """
 
 import json
 import os
-import re
 import time
-from collections import defaultdict
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from halos import distributed
+from halos.curves import Series, draw_curves
 from halos.files import finished
-
-# The panels of curves.png: title -> its metrics. A metric that the loss does not report is left out.
-PANELS = {
-    "loss": ["loss/{mode}"],
-    "reward margin": ["rewards_{mode}/margins"],
-    "reward accuracy": ["rewards_{mode}/accuracies"],
-    "rewards": ["rewards_{mode}/chosen", "rewards_{mode}/rejected"],
-    "log-probs (nats per response)": ["logps_{mode}/chosen", "logps_{mode}/rejected"],
-    "gradient norm": ["grad_norm"],
-    "critic: explained variance": ["val/explained_variance", "val_eval/explained_variance"],
-    "KL estimate (nats per token)": ["loss/policykl", "loss_eval/policykl"],
-    "share of clipped tokens": ["clipfrac/policy", "clipfrac_eval/policy"],
-}
 
 
 class MetricsLog:
@@ -36,19 +23,37 @@ class MetricsLog:
     total_examples: examples of the whole run, for the progress bar
     interval: least seconds between two refreshes of the bar, and between two lines in the sink
     sink: the result of `open_wandb`
+    examples, n_bytes: of a resumed run: examples before, and what metrics.jsonl had then. Later lines are cut off: they
+        are of steps that are made again.
     """
 
-    def __init__(self, run_dir: str, total_examples: int, interval: float, sink):
-        self.path = os.path.join(run_dir, "metrics.jsonl")
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  open for the whole run; flushed at every line
+    def __init__(self, run_dir: str, total_examples: int, interval: float, sink, examples: int = 0, n_bytes: int = 0):
+        self.run_dir = run_dir
+        path = os.path.join(run_dir, "metrics.jsonl")
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  open for the whole run; flushed at every line
+        self.file.truncate(n_bytes)
+        self.series = Series(rows_of(path))
         self.interval = interval
         self.sink = sink
         self.last_shown = -float("inf")
-        self.bar = tqdm(total=total_examples, unit="ex", desc="training", mininterval=interval, smoothing=0.1)
+        self.bar = tqdm(
+            total=total_examples, initial=examples, unit="ex", desc="training", mininterval=interval, smoothing=0.1
+        )
 
     def write(self, step: int, examples: int, mode: str, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, for an update or an evaluation. No line is skipped."""
-        self.file.write(json.dumps({"step": step, "examples": examples, "mode": mode, **metrics}) + "\n")
+        row = {"step": step, "examples": examples, "mode": mode, **metrics}
+        self.file.write(json.dumps(row) + "\n")
+        self.series.add(row)
+
+    def flush(self) -> int:
+        """Make sure that the lines so far survive a power cut. Returns the size of metrics.jsonl, in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return os.path.getsize(self.file.name)
+
+    def draw_curves(self, title: str) -> None:
+        draw_curves(self.run_dir, title, self.series)
 
     def training_step(self, step: int, examples: int, metrics: dict[str, float], tokens_per_second: float) -> None:
         self.write(step, examples, "train", metrics)
@@ -88,6 +93,15 @@ class NoLog:
     def evaluation(self, *args) -> None:
         pass
 
+    def say(self, line: str) -> None:
+        pass
+
+    def flush(self) -> int:
+        return 0
+
+    def draw_curves(self, title: str) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -99,90 +113,13 @@ def progress(loader: Iterable, description: str) -> Iterator:
 
 
 def read_metrics(path: str) -> list[dict]:
+    return list(rows_of(path))
+
+
+def rows_of(path: str) -> Iterator[dict]:
     with open(path) as file:
-        return [json.loads(line) for line in file]
-
-
-def draw_curves(run_dir: str, title: str) -> None:
-    """Draw curves.png from metrics.jsonl: one panel per kind of metric, training as a line, evaluation as points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    series = defaultdict(list)
-    for row in read_metrics(os.path.join(run_dir, "metrics.jsonl")):
-        for key, value in row.items():
-            if key not in ("step", "examples", "mode"):
-                series[key].append((row["examples"], value))
-    panels = {
-        title: [key for pattern in patterns for key in _in_both_modes(pattern) if key in series]
-        for title, patterns in PANELS.items()
-    } | _panels_of_own_metrics(series)
-    panels = {title: keys for title, keys in panels.items() if keys}
-    if not panels:
-        return
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
-        both = list(dict.fromkeys(_without_mode(key) for key in keys))  # a metric has one color in both modes
-        for index, key in enumerate(keys):
-            _draw(axis, key, series[key], f"C{both.index(_without_mode(key)) if len(both) > 1 else index}")
-        axis.set_title(name)
-        axis.set_xlabel("examples")
-        axis.locator_params(axis="x", nbins=6)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.suptitle(title)
-    figure.tight_layout()
-    with finished(os.path.join(run_dir, "curves.png")) as unfinished:
-        figure.savefig(unfinished, dpi=110, format="png")
-    pyplot.close(figure)
-
-
-def _panels_of_own_metrics(names: Iterable[str]) -> dict[str, list[str]]:
-    """A panel for each group of metrics that a loss reports and PANELS does not know, such as all of `kl/...`."""
-    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {"counters", "returns"}
-    panels = defaultdict(list)
-    for name in sorted(names):
-        if "/" in name and _group(name) not in known:
-            panels[_group(name)].append(name)
-    return panels
-
-
-def _group(name: str) -> str:
-    """`kl` of `kl/chosen` and of `kl_eval/chosen`."""
-    return _without_mode(name).partition("/")[0]
-
-
-def _without_mode(name: str) -> str:
-    """`kl/chosen` of `kl_eval/chosen`, `loss` of `loss/train`."""
-    return re.sub(r"_(train|eval|\{mode\})(?=/)|/(train|eval|\{mode\})$", "", name)
-
-
-def _in_both_modes(pattern: str) -> list[str]:
-    return [pattern.format(mode="train"), pattern.format(mode="eval")] if "{mode}" in pattern else [pattern]
-
-
-def _draw(axis, key: str, points: list[tuple[int, float]], color: str) -> None:
-    x, y = zip(*points, strict=True)
-    if "_eval/" in key or key.endswith("/eval"):
-        axis.plot(x, y, "o--", color=color, markersize=5, label=key, zorder=3)
-        return
-    axis.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-    axis.plot(x, _smoothed(y), color=color, linewidth=1.5, label=key)
-
-
-def _smoothed(values: tuple[float, ...]) -> list[float]:
-    """Return the exponential moving average over about a fiftieth of the run."""
-    weight = 1 / max(1.0, len(values) / 50)
-    out = [values[0]]
-    for value in values[1:]:
-        out.append(out[-1] + weight * (value - out[-1]))
-    return out
+        for line in file:
+            yield json.loads(line)
 
 
 class NoSink:
@@ -198,7 +135,8 @@ class NoSink:
 def open_wandb(settings, run_dir: str, name: str, config: dict):
     """Open a wandb run; return a `NoSink` if wandb is not enabled.
 
-    Without an API key, the run is logged offline in the run directory, so wandb never prompts or waits.
+    Without an API key, the run is logged offline in the run directory, so wandb never prompts or waits. A resumed run
+    goes on in the run of wandb that is named in `wandb_id`.
     """
     if not settings.enabled:
         return NoSink()
@@ -206,7 +144,15 @@ def open_wandb(settings, run_dir: str, name: str, config: dict):
 
     has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    id_path = os.path.join(run_dir, "wandb_id")
+    if not os.path.exists(id_path):
+        with finished(id_path) as unfinished, open(unfinished, "w") as file:
+            file.write(uuid.uuid4().hex[:8])
+    with open(id_path) as file:
+        run_id = file.read()
     return wandb.init(
+        id=run_id,
+        resume="allow",
         entity=settings.entity,
         project=settings.project,
         name=name,

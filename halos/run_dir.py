@@ -22,9 +22,10 @@ def refuse_existing(config: DictConfig) -> None:
     path = path_of(config)
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is a file, and the run would be a directory there; choose another exp_name")
-    if os.path.isdir(path) and os.listdir(path) and not config.overwrite:
+    if os.path.isdir(path) and os.listdir(path) and not (config.overwrite or config.resume):
         raise UserError(
-            f"{path} already holds a run; choose another exp_name, or overwrite=true (renames it to {path}.bak-N)"
+            f"{path} already holds a run; resume=true goes on with it; or choose another exp_name, or overwrite=true "
+            f"(renames it to {path}.bak-N)"
         )
 
 

@@ -5,21 +5,21 @@
 override. What one batch goes through is in `halos/engine.py`.
 """
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from halos import advice, checkpoint, distributed, metrics, sharding
+from halos import advice, checkpoint, distributed, metrics, mishaps, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome, Statistic
 from halos.errors import UserError
+from halos.files import make_room
 from halos.loader import DataLoader
 from halos.models import PolicyModel
 from halos.rules import Rule
@@ -35,6 +35,9 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     updates: int = 0  # optimizer steps taken
     evaluated_at: int = 0  # `examples` at the last evaluation
+    saved_at: int = 0  # `examples` at the last state that was saved
+    skipped: int = 0  # training steps without an update, since a value was not finite
+    skipped_in_a_row: int = 0
     eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     own: dict[str, Any] = field(default_factory=dict)  # what a trainer keeps between updates, such as a running mean
 
@@ -43,23 +46,26 @@ class TrainState:
         """Training examples that were used, on all ranks together."""
         return self.loader.examples_seen
 
+    def progress(self) -> dict[str, Any]:
+        """Everything but the optimizer, whose tensors are as large as the weights and are saved beside them."""
+        plain = {name: getattr(self, name) for name in PLAIN}
+        return {"loader": self.loader.state_dict(), "scheduler": self.scheduler.state_dict(), **plain}
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        self.loader.load_state_dict(progress["loader"])
+        self.scheduler.load_state_dict(progress["scheduler"])
+        for name in PLAIN:
+            setattr(self, name, progress[name])
+
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "loader": self.loader.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "updates": self.updates,
-            "evaluated_at": self.evaluated_at,
-            "eval_metrics": self.eval_metrics,
-            "own": self.own,
-        }
+        return {**self.progress(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state["loader"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        for name in ("updates", "evaluated_at", "eval_metrics", "own"):
-            setattr(self, name, state[name])
+        self.load_progress(state)
+
+
+PLAIN = ("updates", "evaluated_at", "saved_at", "skipped", "skipped_in_a_row", "eval_metrics", "own")  # of a TrainState
 
 
 class BasicTrainer:
@@ -88,6 +94,7 @@ class BasicTrainer:
         self.eval_loader = eval_loader
         self.run_dir = run_dir
         self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
+        self.metrics_bytes = 0  # of metrics.jsonl, that a resumed run keeps
         self.step_started = time.monotonic()
         if train_loader is not None:
             optimizer = self.make_optimizer()
@@ -160,7 +167,7 @@ class BasicTrainer:
                 f"the loss of {type(self).__name__} has the shape {tuple(outcome.losses.shape)}; return a vector, one "
                 "loss per pair, response or token, so that microbatches of different sizes weigh as they should"
             )
-        self.check_finite(outcome.losses, "loss", examples)
+        mishaps.check_finite(outcome.losses, "the loss", examples)
         outcome.losses.sum().backward()
         forward.backward()
         return outcome.detach()
@@ -168,26 +175,75 @@ class BasicTrainer:
     #### TRAINING
 
     def train(self) -> None:
-        """Train to the end of the data, or until `should_stop`; evaluate and save as configured, and at the end."""
-        state = self.state
+        """Train to the end of the data, or until `should_stop`; evaluate and save as configured, and at the end.
+
+        Raises Stopped if a signal asks for it: after the step, and with its state saved.
+        """
         self.policy.train()
-        self.log = self.open_log(self.train_loader.total_examples)
-        self.step_started = time.monotonic()
+        self.log = self.open_log()
+        self.states = states.StateWriter(self.run_dir, self.config.keep_checkpoints)
         try:
-            if self.config.do_first_eval:
-                self.log_evaluation()
-            for microbatches in _groups(self.train_loader, self.config.model.gradient_accumulation_steps):
-                self.train_step(microbatches)
-                if self.eval_is_due():
-                    self.log_evaluation()
-                    self.save()
-                if distributed.any_rank(self.should_stop()):
-                    break
-            if state.evaluated_at < state.examples:
-                self.log_evaluation()
-                self.save()
+            with stopping.StopRequest() as self.stop_request:
+                self.train_loop()
+            self.states.wait()
         finally:
+            self.states.close()
             self.log.close()
+
+    def train_loop(self) -> None:
+        state = self.state
+        self.step_started = self.state_written = time.monotonic()
+        if state.updates == 0 and self.config.do_first_eval:
+            self.log_evaluation()
+        # A state can be from before the evaluation that followed its step: a resumed run begins with that.
+        if state.updates == 0 or self.after_step():
+            for microbatches in _groups(self.train_loader, self.config.model.gradient_accumulation_steps):
+                self.guarded_step(microbatches)
+                if not self.after_step():
+                    break
+        if state.evaluated_at < state.examples:
+            self.log_evaluation()
+            self.save()
+        if state.saved_at < state.examples:
+            self.save_state()
+
+    def after_step(self) -> bool:
+        """Evaluate and save what is due, and stop if a signal asked for it. Returns whether training goes on."""
+        signal, is_time = distributed.largest(self.stop_request.signal, self.minutes_are_over())
+        if signal:
+            self.save_state()
+            self.states.wait()
+            saved = f"stopped after {self.state.updates} updates, which are saved; resume=true goes on from there"
+            raise stopping.stopped_by(signal, saved)
+        if self.eval_is_due():
+            self.log_evaluation()
+            self.save()
+        if is_time or self.state_is_due():
+            self.save_state()
+        return not distributed.any_rank(self.should_stop())
+
+    def guarded_step(self, microbatches: list[list[TokenizedExample]]) -> None:
+        """A training step, or the end of the run, or none if the loss or the gradient is not finite."""
+        try:
+            with mishaps.explained_out_of_memory(self.config, microbatches):
+                self.train_step(microbatches)
+        except mishaps.NotFinite as problem:
+            self.skip(problem)
+        else:
+            self.state.skipped_in_a_row = 0
+
+    def skip(self, problem: mishaps.NotFinite) -> None:
+        """Leave the weights as they are and go on, or end the run if `on_nonfinite` says so or this happens often."""
+        state = self.state
+        state.optimizer.zero_grad(set_to_none=True)
+        sharding.reshard(self.policy)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if self.config.on_nonfinite == "stop" or state.skipped_in_a_row > mishaps.MOST_SKIPPED:
+            self.give_up(problem)
+        self.log.say(
+            f"warning: {problem.what} is not finite: this step is skipped; steps skipped so far: {state.skipped}"
+        )
 
     def train_step(self, microbatches: list[list[TokenizedExample]]) -> None:
         """Accumulate the gradients of the microbatches, and update once."""
@@ -204,7 +260,7 @@ class BasicTrainer:
         self.average_gradients(sum(len(outcome.losses) for outcome in outcomes))
         norms = self.clip_gradients()
         for norm in norms.values():
-            self.check_finite(norm, "gradient", examples)
+            mishaps.check_finite(norm, "the gradient", examples)
         lr = state.optimizer.param_groups[0]["lr"]
         state.optimizer.step()
         state.scheduler.step()
@@ -216,7 +272,8 @@ class BasicTrainer:
         """Asked after every training step, on every rank: training ends if the answer is True on any of them.
 
         The run is then evaluated and saved as at its normal end. `self.state` says where it stands: its `eval_metrics`
-        are those of the last evaluation, which may have followed this step.
+        are those of the last evaluation, which may have followed this step. Look at the state and leave it as it is: a
+        resumed run asks again about the step that it goes on from.
         """
         return False
 
@@ -262,26 +319,18 @@ class BasicTrainer:
         """Return what is worth knowing before the first update, one line each. A loss may add lines of its own."""
         return advice.warmup(self.total_updates(), self.config.warmup_steps, self.config.lr)
 
-    def check_finite(self, values: torch.Tensor, what: str, examples: list[TokenizedExample]) -> None:
-        """Stop the run before a value that is not finite reaches the weights: save them, and write the examples."""
-        if torch.isfinite(values).all():
-            return
-        path = os.path.join(self.run_dir, "not_finite.json")
-        texts = [
-            {
-                "prompt": self.tokenizer.decode(example.prompt),
-                "responses": [self.tokenizer.decode(response) for response in example.responses],
-            }
-            for example in examples
-        ]
+    def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
+        """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""
+        directory = os.path.join(self.run_dir, "not_finite")
         if distributed.is_main():
-            with open(path, "w") as file:
-                json.dump(texts, file, indent=1)
-        self.save()
+            make_room(directory)
+        self.write_checkpoint([directory])
+        if distributed.is_main():
+            mishaps.write_examples(os.path.join(directory, "examples.json"), problem.examples, self.tokenizer)
         raise UserError(
-            f"the {what} is not finite after {self.state.updates} updates; no weight has been changed by it, the "
-            f"weights before are in LATEST, and the {len(examples)} examples of this update in {path}; lower lr or "
-            "look at them"
+            f"{problem.what} is not finite after {self.state.updates} updates; LATEST stays what it was, and the "
+            f"weights now and the {len(problem.examples)} examples are in {directory}; lower lr, look at the examples, "
+            "or skip such steps with on_nonfinite=skip"
         )
 
     #### EVALUATION
@@ -309,6 +358,8 @@ class BasicTrainer:
     def log_evaluation(self) -> None:
         state = self.state
         state.eval_metrics, state.evaluated_at = self.evaluate(), state.examples
+        if not math.isfinite(state.eval_metrics["loss/eval"]):
+            self.give_up(mishaps.NotFinite("the loss on the test examples", []))
         self.log.evaluation(state.updates, state.examples, state.eval_metrics)
         self.step_started = time.monotonic()
 
@@ -353,14 +404,16 @@ class BasicTrainer:
             "counters/examples": state.examples,
             "counters/updates": state.updates,
         }
+        values |= {"counters/skipped": state.skipped} if state.skipped else {}
         self.log.training_step(state.updates, state.examples, values, n_tokens / seconds)
 
-    def open_log(self, total_examples: int) -> metrics.MetricsLog | metrics.NoLog:
+    def open_log(self) -> metrics.MetricsLog | metrics.NoLog:
         if not distributed.is_main():
             return metrics.NoLog()
         settings: Any = OmegaConf.to_container(self.config, resolve=True)
         sink = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
-        return metrics.MetricsLog(self.run_dir, total_examples, self.config.minimum_log_interval_secs, sink)
+        interval, total = self.config.minimum_log_interval_secs, self.train_loader.total_examples
+        return metrics.MetricsLog(self.run_dir, total, interval, sink, self.state.examples, self.metrics_bytes)
 
     #### SAVING
 
@@ -369,8 +422,12 @@ class BasicTrainer:
         names = ["LATEST"]
         if self.config.intermediate_checkpoints and self.state.updates:
             names.append(f"step-{self.state.updates}")
+        self.write_checkpoint([os.path.join(self.run_dir, name) for name in names])
+        self.log.draw_curves(self.config.exp_name)
+
+    def write_checkpoint(self, directories: list[str]) -> None:
         checkpoint.save(
-            [os.path.join(self.run_dir, name) for name in names],
+            directories,
             self.policy.lm,
             self.tokenizer,
             self.config,
@@ -379,8 +436,34 @@ class BasicTrainer:
             export_dtype=self.policy.export_dtype,
             v_head=self.policy.v_head,
         )
-        if distributed.is_main():
-            metrics.draw_curves(self.run_dir, self.config.exp_name)
+
+    def state_is_due(self) -> bool:
+        """Return whether a multiple of save_every has been passed since the last state."""
+        every = self.config.save_every or self.config.eval_every
+        return self.state.examples // every > self.state.saved_at // every
+
+    def minutes_are_over(self) -> bool:
+        """Return whether this rank's clock says that a state is due."""
+        minutes = self.config.save_every_minutes
+        return minutes is not None and time.monotonic() - self.state_written > 60 * minutes
+
+    def save_state(self) -> None:
+        """Write what a resumed run starts from, in the background."""
+        self.state.saved_at = self.state.examples
+        kept = {"metrics_bytes": self.log.flush(), "data": self.state.loader.fingerprint}
+        self.states.write(self.policy, self.state.optimizer, {**self.state.progress(), **kept})
+        self.state_written = time.monotonic()
+
+    def load_state(self, path: str) -> None:
+        """Go on from a state that `save_state` wrote, on any number of ranks. `train` does the rest."""
+        progress = states.load(path, self.policy, self.state.optimizer)
+        if progress["data"] != self.state.loader.fingerprint:
+            raise UserError(
+                f"resume=true, but the training data have other texts or other rows than those of {path}; restore "
+                "them, or train on these under another exp_name"
+            )
+        self.metrics_bytes = progress["metrics_bytes"]
+        self.state.load_progress(progress)
 
 
 def wins(rewards: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -54,8 +54,13 @@ class Batches:
             self.examples_seen += len(batch)
             yield batch
 
+    fingerprint = ""
+
     def restart(self):
         self.examples_seen = 0
+
+    def state_dict(self):
+        return {}
 
 
 @cache
@@ -114,9 +119,9 @@ class _Ids(list):
 
 
 def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None, train_loader=None):
-    """Build a trainer as train.py does, with the run directory folder/run."""
+    """Build a trainer as train.py does, with the run directory folder/run. With resume=true, the directory stays."""
     config = make_config(folder, f"loss={loss}", *SMALL, *words)
-    directory = run_dir.create(config)
+    directory = run_dir.path_of(config) if config.resume else run_dir.create(config)
     policy, reference = loading.load_policy_and_reference(config, tokenizer(), CPU)
     batches = batches if batches is not None else batches_for(loss)
     loaders = train_loader or Batches(batches), Batches(eval_batches if eval_batches is not None else batches[:1])

@@ -1,0 +1,68 @@
+"""What can go wrong in a training step: a value that is not finite, too little memory. What is said and kept of it."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from omegaconf import DictConfig
+
+from halos.errors import UserError
+from halos.files import finished
+from halos.tokens import TokenizedExample
+
+MOST_SKIPPED = 10  # steps in a row that on_nonfinite=skip skips
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is not finite. It is raised before it reaches the weights, on all ranks alike."""
+
+    def __init__(self, what: str, examples: list[TokenizedExample]):
+        super().__init__(f"{what} is not finite")
+        self.what = what
+        self.examples = examples
+
+
+def check_finite(values: torch.Tensor, what: str, examples: list[TokenizedExample]) -> None:
+    if not torch.isfinite(values).all():
+        raise NotFinite(what, examples)
+
+
+def write_examples(path: str, examples: list[TokenizedExample], tokenizer) -> None:
+    texts = [
+        {
+            "prompt": tokenizer.decode(example.prompt),
+            "responses": [tokenizer.decode(response) for response in example.responses],
+            "ids": example.ids,
+        }
+        for example in examples
+    ]
+    with finished(path) as unfinished, open(unfinished, "w") as file:
+        json.dump(texts, file, indent=1)
+
+
+@contextmanager
+def explained_out_of_memory(config: DictConfig, microbatches: list[list[TokenizedExample]]) -> Iterator[None]:
+    """Turn an error about memory into a UserError with the tokens of the step, the peak, and what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # On a CPU torch raises a RuntimeError that starts with the place in its source.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        tokens = sum(example.n_tokens for examples in microbatches for example in examples)
+        model = config.model
+        raise UserError(
+            f"out of memory in a step of {tokens:,} tokens, at a peak of {peak_memory() / 2**30:.1f} GiB; lower "
+            f"model.max_tokens_per_forward={model.max_tokens_per_forward}, which changes nothing but time, or "
+            f"model.batch_size={model.batch_size}, with more model.gradient_accumulation_steps"
+            f"={model.gradient_accumulation_steps} to make up for it"
+        ) from error
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had at a time: of its GPU, or of main memory without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

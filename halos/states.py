@@ -1,0 +1,143 @@
+"""The states that a run resumes from: `{run_dir}/states/step-N/`, written in the background, and read back.
+
+A state holds everything that the next step depends on: weights, optimizer and critic, sharded as they are in memory
+(torch.distributed.checkpoint), and in `progress.pt` the rest: the position in the data, the schedule, counters, the
+random generators of every rank. A state with a manifest is complete. `halos/checkpoint.py` writes what people use.
+"""
+
+import os
+import random
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from halos import distributed, files, manifest
+from halos.models import PolicyModel
+
+PROGRESS = "progress.pt"
+
+
+def directory_of(run_dir: str) -> str:
+    return os.path.join(run_dir, "states")
+
+
+def complete(run_dir: str) -> list[str]:
+    """Return the paths of the complete states of a run, the newest first. Their files are not verified."""
+    directory = directory_of(run_dir)
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    steps = sorted((int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
+    paths = [os.path.join(directory, f"step-{step}") for step in steps]
+    return [path for path in paths if manifest.is_complete(path)]
+
+
+def newest(run_dir: str) -> str | None:
+    """Return the newest state whose files are what was written, with a warning for each newer one; None without one."""
+    for path in complete(run_dir):
+        try:
+            manifest.check(path)
+        except manifest.Damaged as damage:
+            print(f"warning: {damage}; the state before it is used")
+        else:
+            return path
+    return None
+
+
+class StateWriter:
+    """Writes states in the background: training waits for the copy to main memory alone. All ranks call its methods.
+
+    keep: number of states that stay; older ones are removed once a newer one is complete
+    """
+
+    def __init__(self, run_dir: str, keep: int):
+        self.run_dir = run_dir
+        self.keep = keep
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="states")
+        self.writing: Future | None = None
+        # The background thread's collectives must not meet those of training.
+        self.group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
+
+    def write(self, policy: PolicyModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+        """Start to write the state `step-{progress["updates"]}`. Raises what the write before has raised."""
+        self.wait()
+        path = os.path.join(directory_of(self.run_dir), f"step-{progress['updates']}")
+        unfinished = f"{path}.unfinished"
+        tensors, rest = _split(policy, optimizer)
+        rngs = distributed.gather_objects(rng_state())
+        if distributed.is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.makedirs(unfinished)
+            torch.save({**progress, "optimizer": rest, "rng": rngs}, os.path.join(unfinished, PROGRESS))
+        distributed.barrier()
+        alone = distributed.world_size() == 1
+        saved = dcp.async_save(tensors, checkpoint_id=unfinished, process_group=self.group, no_dist=alone)
+        assert isinstance(saved, Future)
+        self.writing = self.executor.submit(self._finish, saved, unfinished, path)
+
+    def wait(self) -> None:
+        """Wait until the state that is being written is complete, on all ranks."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+            distributed.barrier()
+
+    def close(self) -> None:
+        self.executor.shutdown(wait=True)
+
+    def _finish(self, saved: Future, unfinished: str, path: str) -> None:
+        saved.result()  # when all ranks have written
+        if not distributed.is_main():
+            return
+        manifest.write(unfinished)
+        files.replace_directory(unfinished, path)
+        for old in complete(self.run_dir)[self.keep :]:
+            shutil.rmtree(old)
+
+
+def load(path: str, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load weights and optimizer in place and set the random generators; return the progress that was written.
+
+    The number of ranks may differ from when the state was written.
+    """
+    progress = torch.load(os.path.join(path, PROGRESS), weights_only=True)
+    tensors, _ = _split(policy, optimizer)
+    dcp.load(tensors, checkpoint_id=path, no_dist=distributed.world_size() == 1)
+    own = {"state": tensors["optimizer"], "param_groups": progress.pop("optimizer")}
+    set_optimizer_state_dict(policy, optimizer, own)
+    rngs = progress.pop("rng")
+    if distributed.rank() < len(rngs):
+        set_rng_state(rngs[distributed.rank()])
+    return progress
+
+
+def _split(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the tensors of policy and optimizer, not copied, and the optimizer's settings.
+
+    A tied weight is there once. An optimizer that has not stepped yet gets its state.
+    """
+    weights = {id(tensor): (name, tensor.detach()) for name, tensor in policy.state_dict(keep_vars=True).items()}
+    state: Any = get_optimizer_state_dict(policy, optimizer)
+    return {"policy": dict(weights.values()), "optimizer": state["state"]}, state["param_groups"]
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the states of this process's random generators, as plain values and tensors."""
+    kind, keys, *rest = cast(tuple, np.random.get_state(legacy=True))
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    numpy = (kind, torch.from_numpy(keys.copy()), *rest)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
