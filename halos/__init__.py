@@ -45,6 +45,7 @@ console.py          halos-train, halos-eval, halos-compare
 project_dir.py      where config/ and assets/ are
 errors.py           UserError
 files.py            writing files whole
+manifest.py         sizes and checksums of a directory's files
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 """

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from halos import chat, distributed, run_dir
+from halos import chat, distributed, manifest, run_dir
 from halos.errors import UserError
+from halos.files import replace_directory
 
 POLICY = "policy.pt"
 V_HEAD = "v_head.pt"
@@ -63,6 +64,7 @@ def _write(directories, states, lm, tokenizer, config, step, metrics, export_dty
     with open(os.path.join(unfinished, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(unfinished, "config.yaml"), resolve=True)
+    manifest.write(unfinished)
     for other in directories[1:]:
         # Checkpoint files are never written in place, so two directories can safely share them.
         shutil.copytree(unfinished, f"{other}.unfinished", copy_function=_link, dirs_exist_ok=True)
@@ -75,16 +77,6 @@ def _link(source: str, destination: str) -> None:
         os.link(source, destination)
     except OSError:  # file systems without hard links
         shutil.copy2(source, destination)
-
-
-def replace_directory(new: str, directory: str) -> None:
-    """Replace `directory` with `new`. Between the two renames the old directory is at `{directory}.old`."""
-    old = f"{directory}.old"
-    if os.path.exists(directory):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(directory, old)
-    os.rename(new, directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

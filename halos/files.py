@@ -1,11 +1,17 @@
 """Write files that users keep.
 
-A file is written completely or not at all. An existing file is renamed, not overwritten.
+A file or directory is written completely or not at all, also when the machine loses power: it is written beside its
+place, flushed to the disk, and renamed. An existing file is renamed, not overwritten.
 """
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What file systems answer that cannot flush a directory. They flush it by themselves.
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 @contextmanager
@@ -17,10 +23,44 @@ def finished(path: str) -> Iterator[str]:
     unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
     try:
         yield unfinished
+        sync(unfinished)
         os.replace(unfinished, path)
+        sync(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def sync(path: str) -> None:
+    """Flush a file or a directory to the disk. What a directory holds are names: files have to be flushed as well."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (os.path.isdir(path) and error.errno in CANNOT_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: str) -> None:
+    """Flush a directory with everything under it."""
+    for path, _, names in os.walk(directory):
+        for name in names:
+            sync(os.path.join(path, name))
+        sync(path)
+
+
+def replace_directory(new: str, directory: str) -> None:
+    """Replace `directory` with `new`. Between the two renames the old directory is at `{directory}.old`."""
+    sync_tree(new)
+    old = f"{directory}.old"
+    if os.path.exists(directory):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(directory, old)
+    os.rename(new, directory)
+    sync(os.path.dirname(directory) or ".")
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def set_aside(path: str) -> str | None:
