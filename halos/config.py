@@ -37,12 +37,12 @@ RULES: dict[str, Rule] = {
     for rule, keys in (
         (
             rules.whole(least=1),
-            "eval_every keep_checkpoints n_eval_examples n_samples model.batch_size model.gradient_accumulation_steps"
+            "eval_every n_eval_examples n_samples model.batch_size model.gradient_accumulation_steps"
             " model.eval_batch_size model.max_length model.max_prompt_length model.max_tokens_per_forward",
         ),
         (rules.whole(least=1).or_null(), "n_epochs n_examples nproc_per_node hsdp_replicas save_every"),
         (rules.number(above=0).or_null(), "save_every_minutes"),
-        (rules.whole(least=0), "seed warmup_steps"),
+        (rules.whole(least=0), "keep_checkpoints seed warmup_steps"),
         (rules.number(least=0), "lr temperature minimum_log_interval_secs"),
         (
             Rule("a number above 0", lambda x: x == math.inf or rules.number(above=0).allows(x)),
@@ -144,7 +144,7 @@ def add_new_keys(config: DictConfig) -> None:
         for key in defaults.keys() - node.keys() - {"defaults", "hydra", "dataset"}:
             with open_dict(node):
                 node[key] = defaults[key]
-            new.append(f"{'' if node is config else 'loss.'}{key}={shown(defaults[key])}")
+            new.append(f"{'' if node is config else 'loss.'}{key}={_shown(defaults[key])}")
     if new:
         print(f"the run is older than some keys, which get their defaults: {', '.join(sorted(new))}")
 
@@ -201,7 +201,7 @@ def _check_keys(given: dict[str, Any], known: dict[str, Any], complete: bool = T
         if key in known:
             _check_kind(key, value, known[key])
         elif not is_open(key) and not (isinstance(value, dict) and value):  # its own keys are checked later
-            raise UserError(unknown_key(key, shown(value), known))
+            raise UserError(unknown_key(key, _shown(value), known))
     for key in known:
         if complete and key not in given and key not in OPTIONAL and not is_open(key):
             raise UserError(f"{key} was removed from the config, and every run needs it; give it a value instead")
@@ -247,19 +247,19 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
         return
     kind, fits = KINDS[type(default)]
     if not fits(value):
-        raise UserError(f"{key}={shown(value)} is not {kind}; use for example {key}={shown(default)}")
+        raise UserError(f"{key}={_shown(value)} is not {kind}; use for example {key}={_shown(default)}")
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """Return a value as one types it on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
+        return f"[{','.join(map(_shown, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{name}:{shown(v)}' for name, v in value.items())}}}"
+        return f"{{{','.join(f'{name}:{_shown(v)}' for name, v in value.items())}}}"
     return str(value)
 
 
@@ -286,11 +286,11 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 
 def _check_rule(key: str, value: Any, rule: Rule) -> None:
     if not rule.allows(value):
-        raise UserError(f"{key}={shown(value)} must be {rule.expected}")
+        raise UserError(f"{key}={_shown(value)} must be {rule.expected}")
 
 
 def _check_value(key: str, value: Any) -> None:
-    shown, known = shown(value), CHOICES.get(key)
+    shown, known = _shown(value), CHOICES.get(key)
     if key in RULES:
         _check_rule(key, value, RULES[key])
     if known and shown == "float16" and shown not in known:
@@ -331,7 +331,7 @@ def _check_run_directory(values: dict[str, Any]) -> None:
     """Check that the run directory is inside cache_dir and outside its caches, and that cache_dir is writable."""
     name, cache_dir = values.get("exp_name"), values["cache_dir"]
     if not rules.is_text(name):
-        raise UserError(f"exp_name={shown(name)} is not a directory name; use letters, such as exp_name=run_1")
+        raise UserError(f"exp_name={_shown(name)} is not a directory name; use letters, such as exp_name=run_1")
     problem = None
     if os.path.isabs(name) or ".." in name.split(os.sep):
         problem = "leaves cache_dir"
@@ -392,7 +392,7 @@ def _check_template(values: dict[str, Any]) -> None:
     template = values.get("chat_template", "auto")
     if template not in ("auto", "none") and not (rules.is_text(template) and os.path.isfile(template)):
         raise UserError(
-            f"chat_template={shown(template)}: there is no such file; give auto, none, or the path of a Jinja file"
+            f"chat_template={_shown(template)}: there is no such file; give auto, none, or the path of a Jinja file"
         )
 
 
@@ -425,7 +425,7 @@ def _check_base_model(values: dict[str, Any]) -> None:
     if name is None or values.get("model.architecture") is None:
         return
     kept = {key: values.get(key) for key in ("model.tokenizer_name_or_path", "lr", "model.max_length")}
-    settings = " ".join(f"{key}={shown(value)}" for key, value in kept.items())
+    settings = " ".join(f"{key}={_shown(value)}" for key, value in kept.items())
     short = os.path.basename(name.rstrip("/")).lower() or "NAME"
     raise UserError(
         f"model.name_or_path={name} is given with a model that has an architecture of its own, whose settings would "
@@ -452,7 +452,7 @@ def _check_architecture(fields: Any, max_length: int) -> None:
     for name, value in fields.items():
         if name not in known:
             nearest = did_you_mean(name, known, list_all=False)
-            raise UserError(f"model.architecture.{name}={shown(value)} is not a field of {cls.__name__}; {nearest}")
+            raise UserError(f"model.architecture.{name}={_shown(value)} is not a field of {cls.__name__}; {nearest}")
     positions = fields.get("max_position_embeddings", max_length)
     if rules.is_number(positions) and positions < max_length:
         raise UserError(
@@ -468,12 +468,12 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     name, kwargs = values["optimizer"], values.get("optimizer_kwargs") or {}
     cls = component(torch.optim, name, torch.optim.Optimizer, "optimizer")
     if "lr" in kwargs:
-        raise UserError(f"optimizer_kwargs.lr={shown(kwargs['lr'])} is the key lr; use lr={shown(kwargs['lr'])}")
+        raise UserError(f"optimizer_kwargs.lr={_shown(kwargs['lr'])} is the key lr; use lr={_shown(kwargs['lr'])}")
     known = set(inspect.signature(cls).parameters) - {"params", "lr"}
     for key, value in kwargs.items():
         if key not in known:
             nearest = did_you_mean(key, known)
-            raise UserError(f"optimizer_kwargs.{key}={shown(value)} is not an argument of {name}; {nearest}")
+            raise UserError(f"optimizer_kwargs.{key}={_shown(value)} is not an argument of {name}; {nearest}")
     if not kwargs and name in ("AdamW", "RMSprop"):
         return  # known to work; building the first optimizer of a process takes torch 2 s
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -481,7 +481,7 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     try:  # `capturable` works for GPU parameters only
         cls([parameter], lr=values["lr"], **{k: v for k, v in kwargs.items() if k != "capturable"}).step()
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
-        setting = f"optimizer={name}" + (f" optimizer_kwargs={shown(kwargs)}" if kwargs else "")
+        setting = f"optimizer={name}" + (f" optimizer_kwargs={_shown(kwargs)}" if kwargs else "")
         raise UserError(f"{setting} cannot train: {first_line(error)}; use for example optimizer=AdamW") from None
 
 

@@ -52,7 +52,7 @@ def newest(run_dir: str) -> str | None:
 class StateWriter:
     """Writes states in the background: training waits for the copy to main memory alone. All ranks call its methods.
 
-    keep: number of states that stay; older ones are removed once a newer one is complete
+    keep: number of states that stay; older ones are removed once a newer one is complete. 0: none are written
     """
 
     def __init__(self, run_dir: str, keep: int):
@@ -65,6 +65,8 @@ class StateWriter:
 
     def write(self, policy: PolicyModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
         """Start to write the state `step-{progress["updates"]}`. Raises what the write before has raised."""
+        if not self.keep:
+            return
         self.wait()
         path = os.path.join(directory_of(self.run_dir), f"step-{progress['updates']}")
         unfinished = f"{path}.unfinished"
@@ -127,17 +129,16 @@ def _split(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> tuple[dict[
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the states of this process's random generators, as plain values and tensors."""
+    """Return the states of this process's random generators, as numbers: tensors cannot be gathered as objects."""
     kind, keys, *rest = cast(tuple, np.random.get_state(legacy=True))
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    numpy = (kind, torch.from_numpy(keys.copy()), *rest)
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    numpy = (kind, keys.tolist(), *rest)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state().tolist(), "cuda": cuda}
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))
-    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

@@ -211,16 +211,22 @@ class BasicTrainer:
         """Evaluate and save what is due, and stop if a signal asked for it. Returns whether training goes on."""
         signal, is_time = distributed.largest(self.stop_request.signal, self.minutes_are_over())
         if signal:
-            self.save_state()
-            self.states.wait()
-            saved = f"stopped after {self.state.updates} updates, which are saved; resume=true goes on from there"
-            raise stopping.stopped_by(signal, saved)
+            self.stop(signal)
         if self.eval_is_due():
             self.log_evaluation()
             self.save()
         if is_time or self.state_is_due():
             self.save_state()
         return not distributed.any_rank(self.should_stop())
+
+    def stop(self, signal: int) -> NoReturn:
+        """Save the state, and end the run as a signal asks for it."""
+        self.save_state()
+        self.states.wait()
+        kept = "are saved; resume=true goes on from there"
+        if not self.config.keep_checkpoints:
+            kept = "are not saved, since keep_checkpoints=0"
+        raise stopping.stopped_by(signal, f"stopped after {self.state.updates} updates, which {kept}")
 
     def guarded_step(self, microbatches: list[list[TokenizedExample]]) -> None:
         """A training step, or the end of the run, or none if the loss or the gradient is not finite."""

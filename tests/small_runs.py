@@ -31,6 +31,7 @@ SMALL = (
     "lr=0.01",
     "warmup_steps=0",
     "do_first_eval=false",
+    "keep_checkpoints=0",
     "exp_name=run",
     "minimum_log_interval_secs=1000",
     "model.batch_size=8",

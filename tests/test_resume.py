@@ -1,15 +1,13 @@
 """Resuming: a run that goes on from a saved state is the run that would have been, bit by bit."""
 
 import os
-import random
 
-import numpy as np
 import pytest
 import torch
 
 from halos import checkpoint, metrics, states
-from halos.stopping import StopRequest
 from small_runs import batches_for, loader_for, losses, make_trainer
+
 
 @pytest.fixture(autouse=True)
 def no_pictures_and_exports(monkeypatch):
@@ -21,7 +19,7 @@ def trainer_of(folder, loss, *words, **loader):
     """A trainer over two epochs of 36 examples: 5 updates each, the last of 4 examples. It evaluates and saves a state
     after every second full batch."""
     loader = loader_for(loss, 36, **{"batch_size": 8, "n_epochs": 2} | loader)
-    words = ("eval_every=16", "lr_scheduler=cosine", "optimizer=AdamW", "lr=0.001", *words)
+    words = ("eval_every=16", "lr_scheduler=cosine", "optimizer=AdamW", "lr=0.001", "keep_checkpoints=2", *words)
     return make_trainer(folder, loss, *words, train_loader=loader, eval_batches=batches_for(loss, 1, seed=1))
 
 
