@@ -1,6 +1,7 @@
 """The process group: ranks, devices, sharded tensors, and collectives.
 
-No other file calls collectives of torch.distributed. A run is a group of processes, one per GPU, or any number on a
+No other file calls collectives of torch.distributed; `halos/states.py` has torch write and read shards. A run is a
+group of processes, one per GPU, or any number on a
 CPU. `launch` starts them on this machine. Under torchrun or SLURM, on one node or several, each process is already
 started and joins the group that its environment describes. Every collective here returns the same result on all ranks.
 """

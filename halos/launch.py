@@ -278,7 +278,7 @@ def _ends(processes: list[BaseProcess], failures: dict[int, ProcessFailure], fol
     return ends
 
 
-def _report(ends: list[_End], n: int, asked: int) -> NoReturn:
+def _report(ends: list[_End], n: int, asked: int = 0) -> NoReturn:
     """Report why the first process failed, and end the same way.
 
     A user's mistake is reported in one line, a bug with its traceback.

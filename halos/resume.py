@@ -40,7 +40,11 @@ def check_same(config: DictConfig) -> None:
 def differences(before: DictConfig, now: DictConfig) -> list[str]:
     """Return the keys that decide what is learned and have another value now, as `lr=1e-6 (was 5e-7)`."""
     old, new = (_deciding(OmegaConf.to_container(config, resolve=True)) for config in (before, now))
-    return [f"{key}={json.dumps(new.get(key))} (was {json.dumps(old[key])})" for key in sorted(old) if new.get(key) != old[key]]
+    return [
+        f"{key}={json.dumps(new.get(key))} (was {json.dumps(old[key])})"
+        for key in sorted(old)
+        if new.get(key) != old[key]
+    ]
 
 
 def _deciding(config: Any) -> dict[str, Any]:

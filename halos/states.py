@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
@@ -22,6 +23,8 @@ from halos import distributed, files, manifest
 from halos.models import PolicyModel
 
 PROGRESS = "progress.pt"
+# torch says this at every save of a single process, which needs no group.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def directory_of(run_dir: str) -> str:

@@ -126,8 +126,8 @@ def wait(folder: str) -> None:
 
 
 def wait_stubbornly(folder: str) -> None:
-    """Ignore SIGINT and SIGTERM, so that only SIGKILL ends this process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignore all requests to stop, so that only SIGKILL ends this process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     leave(folder, "waits")
     time.sleep(FOREVER)

@@ -280,12 +280,12 @@ def test_samples_do_not_depend_on_the_number_of_processes(request, one, folder):
 def test_a_loss_that_is_not_finite_ends_all_processes(tmp_path):
     """A loss that is not finite ends all processes with one error.
 
-    LATEST has the weights from before, and not_finite.json the 8 examples.
+    not_finite/ has the weights from before, and the 8 examples.
     """
     with pytest.raises(UserError, match="the loss is not finite after 1 updates"):
         launch(workers.diverge, str(tmp_path), nproc_per_node=2)
-    assert torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["step_idx"] == 1
-    assert len(json.loads((tmp_path / "run/not_finite.json").read_text())) == 8
+    assert torch.load(tmp_path / "run/not_finite/policy.pt", weights_only=True)["step_idx"] == 1
+    assert len(json.loads((tmp_path / "run/not_finite/examples.json").read_text())) == 8
 
 
 def python(*words) -> str:

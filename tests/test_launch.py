@@ -24,7 +24,7 @@ import launch_workers
 from halos import distributed, sharding
 from halos import launch as launch_module
 from halos.commands import report_user_errors
-from halos.errors import UserError
+from halos.errors import Stopped, UserError
 from halos.launch import launch
 from helpers import PROJECT
 
@@ -348,6 +348,10 @@ def test_a_mistakes_traceback_is_kept_for_who_asks():
     assert str(mistake.value) == "no such file" and mistake.value.__notes__ == ["in process 1 of 2:\ntold by 1"]
     with pytest.raises(KeyboardInterrupt):
         launch_module._report([words(0, 1, 130, kind="interrupt")], 2)
+    for asked, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)):
+        with pytest.raises(Stopped, match="stopped after 7 updates") as stopped:
+            launch_module._report([words(0, 1, 75, kind="stopped", message="stopped after 7 updates")], 2, asked)
+        assert stopped.value.code == code
 
 
 #### SIGNALS
@@ -433,13 +437,12 @@ def test_termination_of_the_launcher(command, tmp_path, number):
 
 @pytest.mark.slow
 def test_signals_while_processes_import(command, tmp_path):
-    """While processes import, SIGUSR1 kills none of them, and Ctrl-C prints one line and no traceback."""
+    """While processes import, SIGUSR1 ends the run as it ends a single process, and Ctrl-C prints one line."""
     one = command(2, "wait", tmp_path, LAUNCH_WORKERS_IMPORT_UNTIL=str(tmp_path / "one"))
     pids = one.pids("imports")
-    os.killpg(one.process.pid, signal.SIGUSR1)
+    os.kill(one.process.pid, signal.SIGUSR1)
     (tmp_path / "one").touch()
-    assert one.pids() == pids
-    one.process.kill()
+    one.ends(pids, -signal.SIGUSR1, "")
     forget(tmp_path)
     one = command(2, "wait", tmp_path, LAUNCH_WORKERS_IMPORT_UNTIL=str(tmp_path / "two"))
     pids = one.pids("imports")
@@ -450,19 +453,14 @@ def test_signals_while_processes_import(command, tmp_path):
 
 @pytest.mark.slow
 def test_stubborn_processes(command, tmp_path):
-    """Processes that ignore SIGINT and SIGTERM are killed in the end, after one Ctrl-C or two.
-
-    The agent gives them 10 seconds. The pause lets the second Ctrl-C arrive while it waits.
-    """
+    """Processes that ignore all signals are killed after a second Ctrl-C. The agent gives them 10 seconds."""
     assert launch_module._settings(2, str(tmp_path)).shutdown_timeout == 10
-    for times in (1, 2):
-        one = command(2, "wait_stubbornly", tmp_path)
-        pids = one.pids()
-        for _ in range(times):
-            os.killpg(one.process.pid, signal.SIGINT)
-            time.sleep(2)
-        one.ends(pids, 130, "interrupted\n")
-        forget(tmp_path)
+    one = command(2, "wait_stubbornly", tmp_path)
+    pids = one.pids()
+    for _ in range(2):
+        os.killpg(one.process.pid, signal.SIGINT)
+        time.sleep(2)
+    one.ends(pids, 130, "interrupted\n")
 
 
 @pytest.mark.slow

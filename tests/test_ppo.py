@@ -498,7 +498,7 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(UserError, match="the loss is not finite after 0 updates"):
         trainer.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(trainer).items())
-    assert len(json.loads((tmp_path / "run/not_finite.json").read_text())) == 8
+    assert len(json.loads((tmp_path / "run/not_finite/examples.json").read_text())) == 8
 
 
 def test_evaluation_reports_what_other_losses_do(tmp_path):

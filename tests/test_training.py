@@ -450,9 +450,9 @@ class Overflowing(trainers.SFTTrainer):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, where, precision, monkeypatch):
-    """If the second update is not finite, the weights and LATEST are those after the first one, bit by bit.
+    """If the second update is not finite, the weights are those after the first one, bit by bit.
 
-    The examples of the second update are in not_finite.json.
+    They are in not_finite/, with the examples of the second update. LATEST is what it was: there is none yet.
     """
     batches = batches_for("sft", 3)
     trainer = make_trainer(tmp_path, "sft", f"model.fsdp_policy_mp={precision}", batches=batches)
@@ -472,17 +472,24 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, where, precision
 
         monkeypatch.setattr(trainer, "forward_backward", spoiled)
     monkeypatch.setattr(trainer, "eval_is_due", lambda: False)
-    with pytest.raises(UserError, match=f"the {where} is not finite after 1 updates.*in LATEST.*not_finite.json"):
+    with pytest.raises(
+        UserError, match=f"the {where} is not finite after 1 updates.*the 8 examples are in .*not_finite"
+    ):
         trainer.train()
     assert len(after_each) == 1
     now = state_of(trainer)
-    saved = checkpoint.load_state(os.path.join(trainer.run_dir, "LATEST", "policy.pt"))
+    saved = checkpoint.load_state(os.path.join(trainer.run_dir, "not_finite", "policy.pt"))
+    assert not os.path.exists(os.path.join(trainer.run_dir, "LATEST"))
     for name, tensor in after_each[0].items():
         assert torch.equal(now[name], tensor) and torch.equal(saved[name], tensor)
-    with open(os.path.join(trainer.run_dir, "not_finite.json")) as file:
+    with open(os.path.join(trainer.run_dir, "not_finite", "examples.json")) as file:
         written = json.load(file)
     assert written == [
-        {"prompt": tokenizer().decode(one.prompt), "responses": [tokenizer().decode(one.responses[0])]}
+        {
+            "prompt": tokenizer().decode(one.prompt),
+            "responses": [tokenizer().decode(one.responses[0])],
+            "ids": [*one.ids],
+        }
         for one in batches[1]
     ]
 
@@ -492,9 +499,9 @@ def test_not_finite_names_all_examples_of_the_update(tmp_path, monkeypatch):
     batches = batches_for("sft", 2, 4)
     trainer = make_trainer(tmp_path, "sft", "model.gradient_accumulation_steps=2", batches=batches)
     next(trainer.policy.parameters()).grad = torch.full_like(next(trainer.policy.parameters()), float("inf"))
-    with pytest.raises(UserError, match="the 8 examples of this update"):
-        trainer.train_step(batches)
-    with open(os.path.join(trainer.run_dir, "not_finite.json")) as file:
+    with pytest.raises(UserError, match="the gradient is not finite after 0 updates.*the 8 examples"):
+        trainer.guarded_step(batches)
+    with open(os.path.join(trainer.run_dir, "not_finite", "examples.json")) as file:
         assert len(json.load(file)) == 8
 
 
