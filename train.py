@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from halos.commands import hydra_main
 from halos.config import validate
+from halos.files import finished
 
 
 @hydra_main("config", "config")
@@ -19,14 +20,13 @@ def main(config: DictConfig) -> None:
     import trainers
 
     validate(config, trainers, dataloaders)
-    from halos import distributed, loading, run_dir
-    from halos.launch import launch
+    from halos import loading, run_dir
+    from halos.launch import joined, launch
 
-    if distributed.is_main():
-        run_dir.refuse_existing(config)
-    loading.check_positions(config)
-    loading.check_load_from(config)
-    launch(run, config, nproc_per_node=config.nproc_per_node)
+    with joined(), run_dir.locked(config) as lock:
+        loading.check_positions(config)
+        loading.check_load_from(config)
+        launch(run, config, nproc_per_node=config.nproc_per_node, held=lock)
 
 
 def run(config: DictConfig) -> None:
@@ -46,7 +46,7 @@ def run(config: DictConfig) -> None:
     counts = {split: dataloaders.describe(loader, split) for split, loader in loaders.items()}
     directory = run_dir.create(config)
     if distributed.is_main():
-        with open(os.path.join(directory, "data.json"), "w") as file:
+        with finished(os.path.join(directory, "data.json")) as unfinished, open(unfinished, "w") as file:
             json.dump(counts, file, indent=1)
 
     #### MODELS

@@ -26,7 +26,7 @@ sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives
 launch.py           starting the processes of a run and reporting the first failure
 checkpoint.py       policy.pt and the Hugging Face export: save and load
-run_dir.py          the run directory: its path, its config.yaml, its model card
+run_dir.py          the run directory: its path, its lock, its config.yaml, its model card
 metrics.py          metrics.jsonl, curves.png, the progress bar, wandb
 sampling.py         responses from a model
 samplers.py         the models that eval.py samples from, and where they run
@@ -40,6 +40,7 @@ console.py          halos-train, halos-eval, halos-compare
 project_dir.py      where config/ and assets/ are
 errors.py           UserError
 files.py            writing files whole
+locks.py            one writer at a time
 manifest.py         sizes and checksums of a directory's files
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py

@@ -7,8 +7,10 @@ place, flushed to the disk, and renamed. An existing file is renamed, not overwr
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+UNFINISHED, OLD = ".unfinished", ".old"  # endings of what is to come, and of what was
 
 # What file systems answer that cannot flush a directory. They flush it by themselves.
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
@@ -20,7 +22,7 @@ def finished(path: str) -> Iterator[str]:
 
     If the block fails, the temporary file is removed.
     """
-    unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
+    unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}{UNFINISHED}")
     try:
         yield unfinished
         sync(unfinished)
@@ -52,15 +54,33 @@ def sync_tree(directory: str) -> None:
 
 
 def replace_directory(new: str, directory: str) -> None:
-    """Replace `directory` with `new`. Between the two renames the old directory is at `{directory}.old`."""
+    """Replace `directory` with `new`. Between the two renames the old directory is at `{directory}.old`.
+
+    new: `{directory}.unfinished`, so that `finish_replacement` finds it if this process is killed
+    """
     sync_tree(new)
-    old = f"{directory}.old"
+    old = directory + OLD
     if os.path.exists(directory):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(directory, old)
     os.rename(new, directory)
     sync(os.path.dirname(directory) or ".")
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacement(directory: str, is_complete: Callable[[str], bool]) -> None:
+    """Do what `replace_directory` would have done next when its process was killed, and remove what it left.
+
+    is_complete: whether a directory was written to its end
+    """
+    new, old = directory + UNFINISHED, directory + OLD
+    if not os.path.lexists(directory):
+        source = new if is_complete(new) else old
+        if os.path.isdir(source):
+            os.rename(source, directory)
+            sync(os.path.dirname(directory) or ".")
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def set_aside(path: str) -> str | None:

@@ -35,13 +35,25 @@ from tqdm import tqdm
 from halos import distributed
 from halos.errors import UserError
 from halos.files import finished
+from halos.locks import Lock
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the run
 PASSED_ON = signal.SIGUSR1  # forwarded to every process, which may have a handler for it
 PATIENCE = 10  # seconds that processes have to end before they are killed
 
 
-def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) -> None:
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the group for the duration of the block, if torchrun or SLURM has started this process.
+
+    Otherwise this does nothing, and `launch` starts the processes later.
+    """
+    _adopt_slurm_environment()
+    with distributed.group():
+        yield
+
+
+def launch(function: Callable, *args: Any, nproc_per_node: int | None = None, held: Lock | None = None) -> None:
     """Call `function(*args)` in every process of the run, and return when all are done.
 
     If torchrun or SLURM started this process, it calls the function itself. Otherwise the function is called in
@@ -49,18 +61,19 @@ def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) ->
     anew: the call happens here.
 
     function: importable by name, like everything in `args` (both are pickled)
+    held: a lock that the new processes keep as well, should this process end before them
     """
     _adopt_slurm_environment()
     if "RANK" in os.environ:
         _check_number(nproc_per_node)
-        with distributed.group():
+        with joined():
             function(*args)
         return
     n = _number_of_processes(nproc_per_node)
     if n == 1:
         function(*args)
     else:
-        _run_processes(function, args, n)
+        _run_processes(function, args, n, held)
 
 
 def _check_number(nproc_per_node: int | None) -> None:
@@ -147,13 +160,13 @@ class _End(NamedTuple):
     last_words: _LastWords | None
 
 
-def _run_processes(function: Callable, args: tuple, n: int) -> None:
+def _run_processes(function: Callable, args: tuple, n: int, held: Lock | None) -> None:
     """Run the processes under torch's elastic agent, without restarts, and report the first failure."""
     work = pickle.dumps((function, args))  # here, so that a pickling error appears before any process starts
     stop, ends = None, []
     with tempfile.TemporaryDirectory() as folder, _own_environment(n), _watched(n) as processes:
         try:
-            elastic_launch(_settings(n, folder), _work)(work, folder)
+            elastic_launch(_settings(n, folder), _work)(work, folder, held)
         except SignalException as signaled:
             stop = signaled.sigval
         except ChildFailedError as error:
@@ -308,8 +321,11 @@ def _say(text: str) -> None:
 #### IN A WORKER PROCESS
 
 
-def _work(work: bytes, folder: str) -> None:
-    """Run the function in a worker process, and write an error report if it fails."""
+def _work(work: bytes, folder: str, held: Lock | None) -> None:
+    """Run the function in a worker process, and write an error report if it fails.
+
+    held: a lock that this process has, as long as it lives, by having been started with it
+    """
     threading.Thread(target=_end_with_the_launcher, args=(folder,), daemon=True).start()
     faulthandler.enable()  # prints the Python stack on a crash in native code
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which would leak in `_give_up`

@@ -1,0 +1,180 @@
+"""One writer at a time: halos/locks.py, and what starts of runs do with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from halos import locks, run_dir
+from halos.errors import UserError
+from helpers import PROJECT, make_config
+
+HOLD = "import sys, time; from halos import locks; lock = locks.take(sys.argv[1]); print('has it', flush=True); {}"
+
+
+def other_process(path, then: str = "time.sleep(60)") -> subprocess.Popen:
+    """Start a process that takes the lock of a path. Returns when it has it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(then), str(path)], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "has it\n"
+    return process
+
+
+def end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+
+
+def test_a_lock_is_held_until_its_process_dies(tmp_path, impatient):
+    """The kernel releases it: a run that was killed with SIGKILL does not lock its directory for ever."""
+    process = other_process(tmp_path / "run")
+    with pytest.raises(locks.Held, match=f"process {process.pid} on .* since 20"):
+        locks.take(str(tmp_path / "run"))
+    assert locks.holder(str(tmp_path / "run")) and locks.holder(str(tmp_path / "else")) is None
+    end(process)
+    with locks.take(str(tmp_path / "run")):
+        assert f"process {os.getpid()} on" in str(locks.holder(str(tmp_path / "run")))
+    assert locks.holder(str(tmp_path / "run")) is None
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    process = other_process(tmp_path / "entry", "time.sleep(0.5)")
+    said = []
+    started = time.monotonic()
+    with locks.take(str(tmp_path / "entry"), said.append):
+        assert time.monotonic() - started > 0.2 and process.wait(5) == 0
+    assert said == [said[0]] and f"process {process.pid} on" in said[0]
+    end(process)
+
+
+def test_two_ways_to_write_a_directory_have_one_lock(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    assert locks.lock_file(str(tmp_path / "link" / "run")) == locks.lock_file(str(tmp_path / "data" / "." / "run"))
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capfd):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    locks.take(str(tmp_path / "run")).release()
+    assert "has no locks (Function not implemented); see to it" in capfd.readouterr().err
+
+
+#### RUNS
+
+
+def locked(*words, cache_dir):
+    return run_dir.locked(make_config(cache_dir, "loss=sft", *words))
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_live_run_is_not_touched(tmp_path, impatient, overwrite):
+    """A second start with overwrite=true renamed the directory of a live run. Both ended with exit code 0, and one
+    directory had the weights of the first run under the config of the second."""
+    process = other_process(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("mine")
+    words = r"run is being written by process \d+ on .*; choose another exp_name, or wait for its end"
+    with (
+        pytest.raises(UserError, match=words),
+        locked("exp_name=run", f"overwrite={overwrite}", cache_dir=tmp_path),
+    ):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".run.lock", "run"]
+    end(process)
+
+
+def test_a_refused_start_lets_the_lock_go(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match="already holds a run"), locked("exp_name=run", cache_dir=tmp_path):
+        pass
+    assert locks.holder(str(tmp_path / "run")) is None
+
+
+@pytest.mark.parametrize("name", ["other/LATEST", "other/x", "other/LATEST/deeper"])
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl"])
+def test_a_run_inside_another_is_refused(tmp_path, name, file):
+    """exp_name=other/LATEST was accepted, and the next save of the run `other` deleted it."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / file).write_text("")
+    message = f"exp_name={name} is inside the run .*/other; choose another exp_name"
+    with pytest.raises(UserError, match=message), locked(f"exp_name={name}", cache_dir=tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["other"] and os.listdir(tmp_path / "other") == [file]
+
+
+def test_a_run_inside_one_that_is_about_to_begin_is_refused(tmp_path):
+    process = other_process(tmp_path / "other")
+    with pytest.raises(UserError, match="is inside the run"), locked("exp_name=other/x", cache_dir=tmp_path):
+        pass
+    assert os.listdir(tmp_path) == [".other.lock"]
+    end(process)
+
+
+def test_a_directory_of_runs_is_never_renamed(tmp_path):
+    """overwrite=true with the name of a directory of runs renamed all of them, live ones as well."""
+    (tmp_path / "sweep" / "a").mkdir(parents=True)
+    words = ("exp_name=sweep", "overwrite=true")
+    with locked(*words, cache_dir=tmp_path):
+        pass
+    process = other_process(tmp_path / "sweep" / "a")
+    message = "sweep is a directory of other runs, such as .*sweep/a; choose"
+    with pytest.raises(UserError, match=message), locked(*words, cache_dir=tmp_path):
+        pass
+    end(process)
+    (tmp_path / "sweep" / "a" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=message), locked(*words, cache_dir=tmp_path):
+        pass
+    with locked("exp_name=sweep/b", cache_dir=tmp_path):
+        pass
+
+
+#### PROCESSES
+
+LAUNCHED = """
+import os, sys, time
+from halos import locks
+from halos.launch import launch
+import launch_workers
+if __name__ == "__main__":
+    lock = locks.take(sys.argv[1])
+    launch(launch_workers.wait, sys.argv[2], nproc_per_node=2, held=lock)
+"""
+
+
+def test_the_processes_of_a_run_keep_its_lock(tmp_path, impatient):
+    """Had the launcher alone the lock, a process that is slow to end could still write after the launcher was killed."""
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "launcher.py").write_text(LAUNCHED)
+    environment = os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT}/tests"}
+    words = [sys.executable, "launcher.py", str(tmp_path / "run"), str(tmp_path / "facts")]
+    launcher = subprocess.Popen(words, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 90
+    waiting = tmp_path / "facts" / "waits-0", tmp_path / "facts" / "waits-1"
+    while not all(path.exists() for path in waiting) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = [json.loads(path.read_text())["pid"] for path in waiting]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # it cannot notice that the launcher is gone
+    launcher.kill()
+    launcher.wait()
+    with pytest.raises(locks.Held, match=f"process {launcher.pid} on"):
+        locks.take(str(tmp_path / "run"))
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    while locks.holder(str(tmp_path / "run")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    locks.take(str(tmp_path / "run")).release()
