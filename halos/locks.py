@@ -1,8 +1,8 @@
 """Locks between processes, so that one writes at a time.
 
-The lock of a path is on the file `.NAME.lock` beside it, which stays there: so the path itself can be renamed while it
-is locked. The kernel holds the lock for as long as a process has the file open, and releases it however the process
-ends. The file says who has the lock, for messages only.
+The lock of a path is on the file `.NAME.lock` beside it, so the path itself can be renamed while it is locked. The
+kernel holds the lock for as long as a process has the file open, and releases it however the process ends. The file
+says who has the lock, for messages only.
 """
 
 import errno
@@ -12,7 +12,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -69,6 +70,9 @@ def take(path: str, on_wait: Callable[[str], None] | None = None) -> Lock:
                 raise Held(_holder(name))
             on_wait(_holder(name))
             fcntl.flock(lock.descriptor, fcntl.LOCK_EX)
+        if not is_file_of(lock.descriptor, name):  # `brief` has removed it meanwhile
+            lock.release()
+            return take(path, on_wait)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, json.dumps(who).encode(), 0)
@@ -76,6 +80,24 @@ def take(path: str, on_wait: Callable[[str], None] | None = None) -> Lock:
         lock.release()
         raise
     return lock
+
+
+@contextmanager
+def brief(path: str, on_wait: Callable[[str], None] = lambda who: None) -> Iterator[None]:
+    """Have the lock of `path` for the duration of the block, and remove its file. Others wait for their turn."""
+    with take(path, on_wait):
+        try:
+            yield
+        finally:
+            os.remove(lock_file(path))
+
+
+def is_file_of(descriptor: int, path: str) -> bool:
+    """Return whether an open file is the one that the path names now: it may have been removed or renamed."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def holder(path: str) -> str | None:

@@ -5,7 +5,7 @@ Everything that a run produces is there; only caches are elsewhere. Checkpoints 
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -121,6 +121,12 @@ def recover(path: str) -> None:
     for name in left:
         if name.startswith("."):
             os.remove(os.path.join(path, name))
+
+
+def recover_if_dead(path: str) -> None:
+    """Call `recover`, unless a run is writing there or the directory cannot be written. For those who only read."""
+    with suppress(locks.Held, OSError), locks.take(path):
+        recover(path)
 
 
 def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from omegaconf import OmegaConf
 
 from halos import locks, run_dir
 from halos.errors import UserError
-from helpers import PROJECT, make_config
+from helpers import PROJECT
 
 HOLD = "import sys, time; from halos import locks; lock = locks.take(sys.argv[1]); print('has it', flush=True); {}"
 
@@ -72,11 +74,31 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capfd):
     assert "has no locks (Function not implemented); see to it" in capfd.readouterr().err
 
 
+def test_a_brief_lock_leaves_no_file_and_is_had_by_one_at_a_time(tmp_path):
+    """Whoever waited for a lock whose file is removed meanwhile takes the new file, as everyone after it does."""
+    path, order = str(tmp_path / "eval.json"), []
+
+    def one(name: str) -> None:
+        with locks.brief(path):
+            order.append(name)
+            time.sleep(0.02)
+            order.append(name)
+
+    threads = [threading.Thread(target=one, args=(str(n),)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(order) == 16 and order[::2] == order[1::2]
+    assert os.listdir(tmp_path) == []
+
+
 #### RUNS
 
 
-def locked(*words, cache_dir):
-    return run_dir.locked(make_config(cache_dir, "loss=sft", *words))
+def locked(*words: str, cache_dir):
+    settings = {"overwrite": False, "cache_dir": str(cache_dir)}
+    return run_dir.locked(OmegaConf.merge(OmegaConf.create(settings), OmegaConf.from_dotlist(list(words))))
 
 
 @pytest.mark.parametrize("overwrite", ["true", "false"])
@@ -156,7 +178,7 @@ if __name__ == "__main__":
 
 
 def test_the_processes_of_a_run_keep_its_lock(tmp_path, impatient):
-    """Had the launcher alone the lock, a process that is slow to end could still write after the launcher was killed."""
+    """If only the launcher had the lock, a process that ends slowly could still write after the launcher was killed."""
     (tmp_path / "facts").mkdir()
     (tmp_path / "launcher.py").write_text(LAUNCHED)
     environment = os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT}/tests"}
