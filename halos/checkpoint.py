@@ -21,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from halos import chat, distributed, manifest, run_dir
 from halos.errors import UserError
-from halos.files import OLD, UNFINISHED, replace_directory
+from halos.files import OLD, UNFINISHED, replace_directory, writing
 
 LATEST = "LATEST"
 POLICY = "policy.pt"
@@ -62,12 +62,13 @@ def _write(directories, states, lm, tokenizer, config, step, metrics, export_dty
         shutil.rmtree(directory + UNFINISHED, ignore_errors=True)
     unfinished = directories[0] + UNFINISHED
     try:
-        _write_files(unfinished, states, lm, tokenizer, config, step, metrics, export_dtype)
-        for other in directories[1:]:
-            # Checkpoint files are never written in place, so two directories can safely share them.
-            shutil.copytree(unfinished, other + UNFINISHED, copy_function=_link)
-            replace_directory(other + UNFINISHED, other)
-        replace_directory(unfinished, directories[0])
+        with writing(directories[0]):
+            _write_files(unfinished, states, lm, tokenizer, config, step, metrics, export_dtype)
+            for other in directories[1:]:
+                # Checkpoint files are never written in place, so two directories can safely share them.
+                shutil.copytree(unfinished, other + UNFINISHED, copy_function=_link)
+                replace_directory(other + UNFINISHED, other)
+            replace_directory(unfinished, directories[0])
     except BaseException:
         for directory in directories:
             shutil.rmtree(directory + UNFINISHED, ignore_errors=True)
@@ -77,7 +78,9 @@ def _write(directories, states, lm, tokenizer, config, step, metrics, export_dty
 def _write_files(directory, states, lm, tokenizer, config, step, metrics, export_dtype) -> None:
     os.makedirs(directory)
     for name, content in states.items():
-        torch.save({"step_idx": step, "state": content, "metrics": metrics}, os.path.join(directory, name))
+        # Opened here, because torch's own error does not say why a file cannot be written.
+        with open(os.path.join(directory, name), "wb") as file:
+            torch.save({"step_idx": step, "state": content, "metrics": metrics}, file)
     export(directory, lm, states[POLICY], tokenizer, export_dtype)
     with open(os.path.join(directory, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))

@@ -1,13 +1,39 @@
-"""UserError, for a user's mistake: one line with the value, the reason and the remedy."""
+"""UserError, for a user's mistake or a full disk: one line with the value, the reason and the remedy."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
     """A mistake in the user's command, config, or data. Entry points print only the message, and exit with code 2."""
 
     code = 2
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest size of a file
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, the one it was raised from or while handling, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def disk_full(error: BaseException) -> UserError | None:
+    """Return what to tell the user if the error comes from a full disk; else None."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            name = cause.filename or "a file"
+            return UserError(
+                f"{name} cannot be written: {os.strerror(cause.errno)}; what was written before is whole, "
+                "so make room there and run the command again"
+            )
+    return None
 
 
 def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:

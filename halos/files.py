@@ -6,9 +6,12 @@ place, flushed to the disk, and renamed. An existing file is renamed, not overwr
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from halos.errors import causes
 
 UNFINISHED, OLD = ".unfinished", ".old"  # endings of what is to come, and of what was
 
@@ -24,13 +27,31 @@ def finished(path: str) -> Iterator[str]:
     """
     unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}{UNFINISHED}")
     try:
-        yield unfinished
-        sync(unfinished)
-        os.replace(unfinished, path)
-        sync(os.path.dirname(path) or ".")
+        with writing(path):
+            yield unfinished
+            sync(unfinished)
+            os.replace(unfinished, path)
+            sync(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Name the path in an error of the operating system that names none, such as that of a write to a full disk.
+
+    The error of safetensors, which has the number of such an error in its text only, becomes an OSError.
+    """
+    try:
+        yield
+    except Exception as error:
+        for cause in causes(error):
+            if isinstance(cause, OSError) and cause.errno and cause.filename is None:
+                cause.filename = path
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), path) from error
+        raise
 
 
 def sync(path: str) -> None:

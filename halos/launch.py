@@ -33,7 +33,7 @@ from torch.distributed.launcher import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 from halos import distributed
-from halos.errors import UserError
+from halos.errors import UserError, causes, disk_full
 from halos.files import finished
 from halos.locks import Lock
 
@@ -389,8 +389,11 @@ def _give_up(error: BaseException, folder: str) -> None:
 
 def _last_words(error: BaseException) -> _LastWords:
     kind, code, message = "bug", 1, str(error)
-    if isinstance(error, UserError):
-        kind, code = "mistake", 2
+    mistake = error if isinstance(error, UserError) else disk_full(error)
+    if mistake:
+        kind, code, message = "mistake", mistake.code, str(mistake)
+    elif isinstance(error, BrokenPipeError):
+        kind, code, message = "exit", 128 + signal.SIGPIPE, ""
     elif isinstance(error, KeyboardInterrupt):
         kind, code = "interrupt", 130
     elif isinstance(error, SystemExit):
@@ -401,9 +404,8 @@ def _last_words(error: BaseException) -> _LastWords:
     return _LastWords(time.time(), kind, code, message, text, _lost_others(error))
 
 
-def _lost_others(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, dist.DistError) or re.search("Connection (closed|reset) by peer", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _lost_others(error: BaseException) -> bool:
+    return any(
+        isinstance(cause, dist.DistError) or re.search("Connection (closed|reset) by peer", str(cause))
+        for cause in causes(error)
+    )

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
 from typing import Any
 
+from halos.files import writing
+
 PATIENCE = 1.0  # seconds to wait for a lock whose holder may be about to end
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -75,7 +77,8 @@ def take(path: str, on_wait: Callable[[str], None] | None = None) -> Lock:
             return take(path, on_wait)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(lock.descriptor, 0)
-        os.pwrite(lock.descriptor, json.dumps(who).encode(), 0)
+        with writing(name):
+            os.pwrite(lock.descriptor, json.dumps(who).encode(), 0)
     except BaseException:
         lock.release()
         raise

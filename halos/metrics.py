@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from halos import distributed
-from halos.files import finished
+from halos.files import finished, writing
 
 # The panels of curves.png: title -> its metrics. A metric that the loss does not report is left out.
 PANELS = {
@@ -48,7 +48,8 @@ class MetricsLog:
 
     def write(self, step: int, examples: int, mode: str, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, for an update or an evaluation. No line is skipped."""
-        self.file.write(json.dumps({"step": step, "examples": examples, "mode": mode, **metrics}) + "\n")
+        with writing(self.path):
+            self.file.write(json.dumps({"step": step, "examples": examples, "mode": mode, **metrics}) + "\n")
 
     def training_step(self, step: int, examples: int, metrics: dict[str, float], tokens_per_second: float) -> None:
         self.write(step, examples, "train", metrics)

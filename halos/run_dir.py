@@ -104,8 +104,12 @@ def create(config: DictConfig) -> str:
         recover(path)
     set_aside(path)
     os.makedirs(path)
-    with finished(os.path.join(path, CONFIG)) as unfinished:
-        OmegaConf.save(config, unfinished, resolve=True)
+    try:
+        with finished(os.path.join(path, CONFIG)) as unfinished:
+            OmegaConf.save(config, unfinished, resolve=True)
+    except BaseException:
+        os.rmdir(path)
+        raise
     return path
 
 
