@@ -179,7 +179,7 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
 
 def write_json(path: str, content) -> None:
     """Write to a temporary file and rename it. An existing file is kept as NAME.bak-N."""
-    with locks.brief(path), finished(path) as unfinished:  # others who write it at the same time come next
+    with locks.take(path, on_wait=lambda who: None), finished(path) as unfinished:  # others who write it come next
         with open(unfinished, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, ensure_ascii=False)
         make_room(path)

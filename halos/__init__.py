@@ -13,7 +13,8 @@ datafiles.py        rows of files: json, jsonl, csv, parquet, also compressed
 hub.py              datasets of the hub and local copies of them
 dataset_specs.py    the files of config/dataset: composed with Hydra, and checked
 chat.py             chat messages as text
-tokens.py           texts as token ids, stored memory-mapped on disk; truncation
+tokens.py           texts as token ids; truncation
+token_store.py      token ids on disk, memory-mapped
 demo.py             the embedded dataset
 positions.py        how many tokens a model can read; rotary frequencies fixed for a run
 models.py           the network: policy, value head, one forward pass
@@ -25,6 +26,7 @@ logps.py            log-probs of tokens from hidden states, in chunks
 sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives
 launch.py           starting the processes of a run and reporting the first failure
+scratch.py          the launcher's temporary folder and semaphores
 checkpoint.py       policy.pt and the Hugging Face export: save and load
 run_dir.py          the run directory: its path, its lock, its config.yaml, its model card
 metrics.py          metrics.jsonl, curves.png, the progress bar, wandb

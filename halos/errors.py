@@ -2,7 +2,6 @@
 
 import difflib
 import errno
-import os
 from collections.abc import Iterable, Iterator
 
 
@@ -26,14 +25,14 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def disk_full(error: BaseException) -> UserError | None:
     """Return what to tell the user if the error comes from a full disk; else None."""
-    for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno in FULL:
-            name = cause.filename or "a file"
-            return UserError(
-                f"{name} cannot be written: {os.strerror(cause.errno)}; what was written before is whole, "
-                "so make room there and run the command again"
-            )
-    return None
+    found = [cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in FULL]
+    if not found:
+        return None
+    first = next((cause for cause in found if cause.filename), found[0])
+    return UserError(
+        f"{first.filename or 'a file'} cannot be written: {first.strerror}; what was written before is whole, "
+        "so make room there and run the command again"
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:

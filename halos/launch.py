@@ -11,10 +11,8 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -32,13 +30,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-from halos import distributed
+from halos import distributed, scratch
 from halos.errors import UserError, causes, disk_full
 from halos.files import finished
 from halos.locks import Lock
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the run
 PASSED_ON = signal.SIGUSR1  # forwarded to every process, which may have a handler for it
+# Without GPUs. More than one is slower, but is how the code for many GPUs is tried out on a small machine.
+PROCESSES_PER_CORE = 4
 PATIENCE = 10  # seconds that processes have to end before they are killed
 
 
@@ -90,7 +90,17 @@ def _number_of_processes(nproc_per_node: int | None) -> int:
     if gpus and nproc_per_node and nproc_per_node > gpus:
         visible = "1 GPU is" if gpus == 1 else f"{gpus} GPUs are"
         raise UserError(f"nproc_per_node={nproc_per_node}, but {visible} visible; use nproc_per_node={gpus}")
+    most = PROCESSES_PER_CORE * _cpus()
+    if not gpus and nproc_per_node and nproc_per_node > most:
+        raise UserError(
+            f"nproc_per_node={nproc_per_node}, but no GPU is visible, and more than {most} processes are of no use to "
+            f"{_cpus()} CPU cores; use nproc_per_node={_cpus()}, or fewer"
+        )
     return nproc_per_node or gpus or 1
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 #### SLURM
@@ -164,7 +174,7 @@ def _run_processes(function: Callable, args: tuple, n: int, held: Lock | None) -
     """Run the processes under torch's elastic agent, without restarts, and report the first failure."""
     work = pickle.dumps((function, args))  # here, so that a pickling error appears before any process starts
     stop, ends = None, []
-    with tempfile.TemporaryDirectory() as folder, _own_environment(n), _watched(n) as processes:
+    with scratch.folder() as folder, _own_environment(n), _watched(n) as processes:
         try:
             elastic_launch(_settings(n, folder), _work)(work, folder, held)
         except SignalException as signaled:
@@ -205,9 +215,8 @@ def _settings(n: int, folder: str) -> LaunchConfig:
 def _own_environment(n: int) -> Iterator[None]:
     """Give each process its share of the CPUs, and restore the environment at the end of the block."""
     before = dict(os.environ)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Without this, every process would start one thread per core.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // n)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cpus() // n)))
     try:
         yield
     finally:
@@ -350,7 +359,8 @@ def _end_with_the_launcher(folder: str) -> None:
     launcher = multiprocessing.parent_process()
     assert launcher is not None
     launcher.join()
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        scratch.remove(folder)
     os._exit(1)
 
 

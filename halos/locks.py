@@ -12,8 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -30,13 +29,16 @@ class Held(Exception):  # noqa: N818  it says what is the case, and callers expl
 class Lock:
     """A lock that this process has, until `release` or its end. A process that is spawned with it has it as well."""
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int, name: str | None = None):
         self.descriptor = descriptor
+        self.name = name  # of its file, which is removed at the end; None: another process may have the lock as well
 
     def release(self) -> None:
+        if self.name and is_file_of(self.descriptor, self.name):
+            os.remove(self.name)
         if self.descriptor >= 0:
             os.close(self.descriptor)
-        self.descriptor = -1
+        self.descriptor, self.name = -1, None
 
     def __enter__(self) -> "Lock":
         return self
@@ -45,6 +47,7 @@ class Lock:
         self.release()
 
     def __reduce__(self):
+        self.name = None
         return _inherited, (DupFd(self.descriptor),)
 
 
@@ -72,27 +75,18 @@ def take(path: str, on_wait: Callable[[str], None] | None = None) -> Lock:
                 raise Held(_holder(name))
             on_wait(_holder(name))
             fcntl.flock(lock.descriptor, fcntl.LOCK_EX)
-        if not is_file_of(lock.descriptor, name):  # `brief` has removed it meanwhile
+        if not is_file_of(lock.descriptor, name):  # who had it has removed its file
             lock.release()
             return take(path, on_wait)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(lock.descriptor, 0)
         with writing(name):
             os.pwrite(lock.descriptor, json.dumps(who).encode(), 0)
+        lock.name = name
     except BaseException:
         lock.release()
         raise
     return lock
-
-
-@contextmanager
-def brief(path: str, on_wait: Callable[[str], None] = lambda who: None) -> Iterator[None]:
-    """Have the lock of `path` for the duration of the block, and remove its file. Others wait for their turn."""
-    with take(path, on_wait):
-        try:
-            yield
-        finally:
-            os.remove(lock_file(path))
 
 
 def is_file_of(descriptor: int, path: str) -> bool:
