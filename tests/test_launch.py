@@ -159,7 +159,7 @@ def test_one_process_per_gpu(monkeypatch):
     started = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(launch_module, "_run_processes", lambda function, args, n: started.append(n))
+    monkeypatch.setattr(launch_module, "_run_processes", lambda function, args, n, held: started.append(n))
     for n in (None, 2, 4):
         launch(print, nproc_per_node=n)
     assert started == [4, 2, 4]
@@ -410,9 +410,15 @@ def test_a_killed_launcher_leaves_nobody(command, tmp_path):
     one.ends(pids, -signal.SIGKILL, None)
 
 
+KNOWN_LAUNCHERS: set[str] = set()
+
+
 def left_on_this_machine(folder) -> set[str]:
-    names = os.listdir(folder / "temporary") + os.listdir(scratch.SEMAPHORES)
-    return {name for name in names if scratch.PREFIX in name}
+    """Return the files of launchers whose temporary folder is in this one, and those of their semaphores."""
+    names = os.listdir(folder / "temporary")
+    launchers = {name.removeprefix(".").removesuffix(".lock") for name in (*names, *KNOWN_LAUNCHERS)}
+    KNOWN_LAUNCHERS.update(launchers)
+    return {name for name in (*names, *os.listdir(scratch.SEMAPHORES)) if any(one in name for one in launchers)}
 
 
 @pytest.mark.skipif(not os.path.isdir(scratch.SEMAPHORES), reason="this system keeps semaphores elsewhere")
@@ -427,6 +433,7 @@ def test_the_next_start_removes_what_a_killed_group_left(command, tmp_path):
     killed.folder, living.folder = tmp_path / "killed", tmp_path / "living"
     pids = killed.pids() + living.pids()
     os.killpg(killed.process.pid, signal.SIGKILL)
+    killed.process.wait(60)
     wait_for(lambda: not any(map(runs, pids[:2])))
     both = left_on_this_machine(tmp_path)
     assert len([name for name in both if name.startswith(scratch.PREFIX)]) == 2

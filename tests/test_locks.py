@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,9 +12,9 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from halos import locks, run_dir
+from halos import locks, manifest, run_dir
 from halos.errors import UserError
-from helpers import PROJECT
+from helpers import ONE_BLOCK, PROJECT
 
 HOLD = "import sys, time; from halos import locks; lock = locks.take(sys.argv[1]); print('has it', flush=True); {}"
 
@@ -200,3 +201,61 @@ def test_the_processes_of_a_run_keep_its_lock(tmp_path, impatient):
     while locks.holder(str(tmp_path / "run")) and time.monotonic() < deadline:
         time.sleep(0.05)
     locks.take(str(tmp_path / "run")).release()
+
+
+RANK = """
+import sys
+from omegaconf import OmegaConf
+from halos import run_dir
+from halos.commands import report_user_errors
+from halos.launch import joined
+with report_user_errors(), joined():
+    with run_dir.locked(OmegaConf.create({"cache_dir": sys.argv[1], "exp_name": "run", "overwrite": True})):
+        print("has it")
+"""
+
+
+def test_all_ranks_learn_that_the_directory_is_taken(tmp_path):
+    """Under torchrun or SLURM rank 0 has the lock. If it is refused, all ranks end with one message between them."""
+    holder = other_process(tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path)],
+            cwd=PROJECT,
+            env=os.environ | address | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    (out_0, err_0), (out_1, err_1) = (rank.communicate(timeout=90) for rank in ranks)
+    end(holder)
+    assert [rank.returncode for rank in ranks] == [2, 2] and out_0 == out_1 == err_1 == ""
+    assert err_0.startswith(f"error: {tmp_path}/run is being written by process {holder.pid} on ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_second_start_leaves_a_live_run_alone_and_renames_a_dead_one(tmp_path, n):
+    words = [sys.executable, "train.py", "exp_name=run", f"cache_dir={tmp_path}", *ONE_BLOCK]
+    settings = {"cwd": PROJECT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([*words, f"nproc_per_node={n}", "n_epochs=1000"], process_group=0, **settings)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "LATEST").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = subprocess.run([*words, "overwrite=true", "nproc_per_node=2", "n_examples=8"], **settings)
+    assert second.returncode == 2 and f"is being written by process {first.pid} on " in second.stderr, second.stderr
+    assert first.poll() is None and not (tmp_path / "run.bak-1").exists()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    third = subprocess.run([*words, "overwrite=true", "n_examples=8"], **settings)
+    assert third.returncode == 0, third.stderr
+    for name, epochs in (("run.bak-1", 1000), ("run", 1)):
+        assert OmegaConf.load(tmp_path / name / "config.yaml").n_epochs == epochs
+        assert OmegaConf.load(tmp_path / name / "LATEST" / "config.yaml").n_epochs == epochs
+        manifest.check(str(tmp_path / name / "LATEST"))
