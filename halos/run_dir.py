@@ -4,6 +4,7 @@ Everything that a run produces is there; only caches are elsewhere. Checkpoints 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -17,6 +18,8 @@ from halos.locks import Lock
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+STATES = "states"  # a run's states to resume from
+WRITTEN_WHOLE = r"LATEST|step-\d+|not_finite"  # directories that are written beside their place
 
 
 def path_of(config: DictConfig) -> str:
@@ -49,6 +52,7 @@ def _take(config: DictConfig) -> Lock:
     try:
         _refuse_inside(config)
         refuse_existing(config)
+        recover(path)
     except BaseException:
         lock.release()
         raise
@@ -100,8 +104,6 @@ def create(config: DictConfig) -> str:
         return path
     if os.path.isdir(path) and not os.listdir(path):
         os.rmdir(path)
-    if os.path.isdir(path):
-        recover(path)
     set_aside(path)
     os.makedirs(path)
     try:
@@ -117,14 +119,14 @@ def recover(path: str) -> None:
     """Finish or undo what a writer that was killed left in a run directory. The caller must have its lock.
 
     A checkpoint that was to be replaced is in its place again afterwards: the new one if it was complete, else the old.
+    Files and directories with names of one's own are left alone.
     """
-    left = [name for name in os.listdir(path) if name.endswith((UNFINISHED, OLD))]
-    for name in {name.removesuffix(UNFINISHED).removesuffix(OLD) for name in left}:
-        if not name.startswith("."):  # a directory
-            finish_replacement(os.path.join(path, name), manifest.is_complete)
-    for name in left:
-        if name.startswith("."):
-            os.remove(os.path.join(path, name))
+    for folder in (path, os.path.join(path, STATES)):
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if found := re.fullmatch(rf"({WRITTEN_WHOLE})({re.escape(UNFINISHED)}|{re.escape(OLD)})", name):
+                finish_replacement(os.path.join(folder, found[1]), manifest.is_complete)
+            elif re.fullmatch(rf"\..+{re.escape(UNFINISHED)}", name):
+                os.remove(os.path.join(folder, name))
 
 
 def recover_if_dead(path: str) -> None:

@@ -177,11 +177,19 @@ def test_a_save_that_fails_leaves_the_last_one_and_no_rest(trainer, monkeypatch)
     assert os.stat(f"{run}/LATEST/policy.pt").st_ino == before
 
 
-def test_an_overwritten_run_is_finished_before_it_is_renamed(trainer, tmp_path):
-    latest = os.path.join(trainer.run_dir, "LATEST")
-    os.rename(latest, latest + ".old")
-    with open(os.path.join(trainer.run_dir, ".curves.png.unfinished"), "w") as file:
-        file.write("torn")
-    run_dir.create(make_config(tmp_path, "loss=sft", *SMALL, "overwrite=true"))
-    kept = sorted(os.listdir(f"{trainer.run_dir}.bak-1"))
-    assert kept == ["LATEST", "config.yaml", "curves.png", "metrics.jsonl", "step-1", "step-2"]
+def test_the_next_start_clears_what_a_dead_run_left(trainer, tmp_path):
+    """Whoever has the lock next finishes the run's replacements, and touches nothing that a user has made."""
+    run = trainer.run_dir
+    os.rename(f"{run}/LATEST", f"{run}/LATEST.old")
+    for name in ("states/step-4.unfinished", "step-3.unfinished", "notes.old", "mine.unfinished"):
+        os.makedirs(f"{run}/{name}")
+    for name in (".curves.png.unfinished", "paper.old"):
+        with open(f"{run}/{name}", "w") as file:
+            file.write("torn")
+    config = make_config(tmp_path, "loss=sft", *SMALL, "overwrite=true")
+    with run_dir.locked(config):
+        run_dir.create(config)
+    kept = sorted(set(os.listdir(f"{run}.bak-1")) - {"config.yaml", "curves.png", "metrics.jsonl"})
+    assert kept == ["LATEST", "mine.unfinished", "notes.old", "paper.old", "states", "step-1", "step-2"]
+    assert os.listdir(f"{run}.bak-1/states") == []
+    assert os.listdir(tmp_path / "run") == ["config.yaml"]
