@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -207,7 +207,7 @@ def _newest_first(run: str) -> list[str]:
 def check_whole(directory: str) -> None:
     """Raise UserError if the weights of a checkpoint are damaged. Without a manifest, the header of the file counts."""
     if manifest.is_complete(directory):
-        manifest.check(directory, lambda name: name in (POLICY, V_HEAD))
+        _check_weights(directory, lambda name: name == POLICY)
     else:
         load_state(os.path.join(directory, POLICY))
 
@@ -223,14 +223,21 @@ def check_source(path: str) -> None:
         run_dir.recover_if_dead(run)
     if not manifest.is_complete(directory):
         return
-    names = [POLICY, V_HEAD] if path.endswith(".pt") else [V_HEAD]
     try:
-        manifest.check(directory, lambda name: name in names or (len(names) == 1 and name.endswith(".safetensors")))
+        _check_weights(
+            directory, lambda name: name == POLICY if path.endswith(".pt") else name.endswith(".safetensors")
+        )
     except manifest.Damaged as damage:
         whole = ", ".join(other for other in _newest_first(run) if _is_whole(other))
         raise UserError(
             f"{damage}; {f'whole are {whole}' if whole else 'no other checkpoint beside it is whole'}"
         ) from None
+
+
+def _check_weights(directory: str, wanted: Callable[[str], bool]) -> None:
+    """Compare weights with their manifest. The critic is among them if it is there: who only samples may delete it."""
+    has_critic = os.path.isfile(os.path.join(directory, V_HEAD))
+    manifest.check(directory, lambda name: wanted(name) or (name == V_HEAD and has_critic))
 
 
 def _is_whole(directory: str) -> bool:
