@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import eval as eval_program
 import train as train_program
-from halos import checkpoint, demo, manifest, metrics, run_dir, sample_files, token_store
+from halos import checkpoint, demo, launch, manifest, metrics, run_dir, sample_files, token_store
 from halos.errors import UserError, disk_full
 from halos.files import finished, writing
 from helpers import ONE_BLOCK
@@ -156,3 +156,9 @@ def test_the_errors_of_a_full_disk(tmp_path):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert str(disk_full(raised.value)).startswith("LATEST cannot be written: No space left on device; ")
     assert disk_full(FileNotFoundError(2, "No such file")) is None and disk_full(ValueError("28")) is None
+
+
+def test_a_process_of_several_says_it_in_one_line():
+    words = launch._last_words(OSError(28, "No space left on device", "LATEST"))
+    assert (words.kind, words.code) == ("mistake", 2) and words.message.startswith("LATEST cannot be written: No space")
+    assert launch._last_words(BrokenPipeError(32, "Broken pipe"))[1:4] == ("exit", 141, "")

@@ -1,5 +1,6 @@
 """One writer at a time: halos/locks.py, and what starts of runs do with it."""
 
+import fcntl
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
+import eval as eval_program
 from halos import locks, manifest, run_dir
 from halos.errors import UserError
+from halos.sample_files import PartialFile
 from helpers import ONE_BLOCK, PROJECT
 
 HOLD = "import sys, time; from halos import locks; lock = locks.take(sys.argv[1]); print('has it', flush=True); {}"
@@ -163,6 +166,41 @@ def test_a_directory_of_runs_is_never_renamed(tmp_path):
         pass
     with locked("exp_name=sweep/b", cache_dir=tmp_path):
         pass
+
+
+#### RESULTS
+
+
+def test_two_evaluations_at_once_write_two_whole_files(tmp_path):
+    """Both wrote the same temporary file: one result could have the end of the other, or be lost."""
+    path = str(tmp_path / "eval.json")
+    contents = [{"results": [n] * 20_000} for n in range(4)]
+    threads = [threading.Thread(target=eval_program.write_json, args=(path, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(os.listdir(tmp_path)) == ["eval.json", *(f"eval.json.bak-{n}" for n in (1, 2, 3))]
+    written = [json.loads((tmp_path / name).read_text()) for name in os.listdir(tmp_path)]
+    assert sorted(written, key=str) == contents
+
+
+def test_samples_are_never_written_to_a_file_that_is_gone(tmp_path, monkeypatch):
+    """Between opening the partial file and locking it, another eval.py may finish and remove it. All samples that were
+    made then went into the removed file."""
+    path, flock, calls = str(tmp_path / "run.partial.jsonl"), fcntl.flock, []
+
+    def removed_before(file, flags):
+        calls.append(flags)
+        if len(calls) == 1:
+            os.remove(path)
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with PartialFile(path, ["a"]) as partial:
+        partial.recorder(["a"])({0: "text"})
+    with PartialFile(path, ["a"]) as partial:
+        assert partial.texts == {"a": "text"}
 
 
 #### PROCESSES
