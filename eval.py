@@ -13,6 +13,7 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
+from halos import locks
 from halos.commands import FlagParser, boolean, report_user_errors
 from halos.config import add_new_keys, overrides, validate
 from halos.errors import UserError
@@ -54,9 +55,10 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     """Return the run's config with the command's changes, and the path of the policy.pt to evaluate."""
     import dataloaders
     import trainers
-    from halos import samplers
-    from halos.checkpoint import POLICY
+    from halos import distributed, run_dir, samplers
 
+    if not os.path.isfile(args.config):  # or its directory was about to be replaced when its run was killed
+        run_dir.recover_if_dead(os.path.dirname(os.path.dirname(os.path.abspath(args.config))))
     if not os.path.isfile(args.config):
         raise UserError(f"-c {args.config} does not exist; give the config.yaml of a run, as in -c RUN/config.yaml")
     for name in ("n_samples", "batch_size", "n_per_prompt"):
@@ -77,12 +79,19 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     validate(config, trainers, dataloaders)
     if args.mode == "sample":
         samplers.check(config, args.sample_reference and args.format == "rows")
-    directory = os.path.dirname(os.path.abspath(args.config))
-    candidates = [os.path.join(directory, POLICY), os.path.join(directory, "LATEST", POLICY)]
-    policy_pt = next((path for path in candidates if os.path.isfile(path)), None)
-    if policy_pt is None:
-        raise UserError(f"{directory} holds no checkpoint (LATEST/{POLICY}); train the run first, or give another -c")
-    return config, policy_pt
+    return config, distributed.gather_objects(distributed.on_main(find_policy_pt, args.config))[0]
+
+
+def find_policy_pt(config_path: str) -> str:
+    """Return the checkpoint beside a config, or the newest whole one of a run. Raises UserError if it is damaged."""
+    from halos import checkpoint
+
+    directory = os.path.dirname(os.path.abspath(config_path))
+    beside = os.path.join(directory, checkpoint.POLICY)
+    if os.path.isfile(beside):
+        checkpoint.check_source(beside)
+        return beside
+    return os.path.join(checkpoint.newest_whole(directory), checkpoint.POLICY)
 
 
 def locate_cache(config: DictConfig, path: str) -> None:
@@ -170,8 +179,7 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
 
 def write_json(path: str, content) -> None:
     """Write to a temporary file and rename it. An existing file is kept as NAME.bak-N."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with finished(path) as unfinished:
+    with locks.take(path, on_wait=lambda who: None), finished(path) as unfinished:  # others who write it come next
         with open(unfinished, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, ensure_ascii=False)
         make_room(path)
@@ -180,15 +188,16 @@ def write_json(path: str, content) -> None:
 def main() -> None:
     with report_user_errors():
         args = arguments()
-        config, policy_pt = load_run(args)
         from halos import loading
-        from halos.launch import launch
+        from halos.launch import joined, launch
 
-        loading.check_positions(config)
-        loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
-        command = {"sample": sample, "eval": evaluate}[args.mode]
-        n = config.nproc_per_node if args.mode == "eval" or config.sampler == "hf" else 1
-        launch(command, args, config, policy_pt, nproc_per_node=n)
+        with joined():
+            config, policy_pt = load_run(args)
+            loading.check_positions(config)
+            loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
+            command = {"sample": sample, "eval": evaluate}[args.mode]
+            n = config.nproc_per_node if args.mode == "eval" or config.sampler == "hf" else 1
+            launch(command, args, config, policy_pt, nproc_per_node=n)
 
 
 if __name__ == "__main__":

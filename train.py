@@ -21,15 +21,13 @@ def main(config: DictConfig) -> None:
 
     validate(config, trainers, dataloaders)
     from halos import distributed, loading, resume, run_dir
-    from halos.launch import launch
+    from halos.launch import joined, launch
 
-    if distributed.is_main():
-        run_dir.refuse_existing(config)
-        if config.resume:
-            resume.check_same(config)
-    loading.check_positions(config)
-    loading.check_load_from(config)
-    launch(run, config, nproc_per_node=config.nproc_per_node)
+    with joined(), run_dir.locked(config) as lock:
+        distributed.on_main(resume.check_same, config)
+        loading.check_positions(config)
+        loading.check_load_from(config)
+        launch(run, config, nproc_per_node=config.nproc_per_node, held=lock)
 
 
 def run(config: DictConfig) -> None:

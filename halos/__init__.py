@@ -13,7 +13,8 @@ datafiles.py        rows of files: json, jsonl, csv, parquet, also compressed
 hub.py              datasets of the hub and local copies of them
 dataset_specs.py    the files of config/dataset: composed with Hydra, and checked
 chat.py             chat messages as text
-tokens.py           texts as token ids, stored memory-mapped on disk; truncation
+tokens.py           texts as token ids; truncation
+token_store.py      token ids on disk, memory-mapped
 demo.py             the embedded dataset
 positions.py        how many tokens a model can read; rotary frequencies fixed for a run
 models.py           the network: policy, value head, one forward pass
@@ -25,12 +26,13 @@ logps.py            log-probs of tokens from hidden states, in chunks
 sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives
 launch.py           starting the processes of a run and reporting the first failure
+scratch.py          the launcher's temporary folder and semaphores
 checkpoint.py       policy.pt and the Hugging Face export: save and load
 states.py           the states that a run resumes from: written in the background, read back
 resume.py           going on with a run: is it the same, and from which state
 stopping.py         signals that ask a run to stop
 mishaps.py          a value that is not finite, too little memory: what is said and kept of it
-run_dir.py          the run directory: its path, its config.yaml, its model card
+run_dir.py          the run directory: its path, its lock, its config.yaml, its model card
 metrics.py          metrics.jsonl, the progress bar, wandb
 curves.py           curves.png
 sampling.py         responses from a model
@@ -45,6 +47,7 @@ console.py          halos-train, halos-eval, halos-compare
 project_dir.py      where config/ and assets/ are
 errors.py           UserError
 files.py            writing files whole
+locks.py            one writer at a time
 manifest.py         sizes and checksums of a directory's files
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py

@@ -9,8 +9,10 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,8 +21,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from halos import chat, distributed, manifest, run_dir
 from halos.errors import UserError
-from halos.files import replace_directory
+from halos.files import OLD, UNFINISHED, replace_directory, writing
 
+LATEST = "LATEST"
 POLICY = "policy.pt"
 V_HEAD = "v_head.pt"
 
@@ -55,21 +58,34 @@ def save(
 
 
 def _write(directories, states, lm, tokenizer, config, step, metrics, export_dtype) -> None:
-    unfinished = f"{directories[0]}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
+    for directory in directories:
+        shutil.rmtree(directory + UNFINISHED, ignore_errors=True)
+    unfinished = directories[0] + UNFINISHED
+    try:
+        with writing(directories[0]):
+            _write_files(unfinished, states, lm, tokenizer, config, step, metrics, export_dtype)
+            for other in directories[1:]:
+                # Checkpoint files are never written in place, so two directories can safely share them.
+                shutil.copytree(unfinished, other + UNFINISHED, copy_function=_link)
+                replace_directory(other + UNFINISHED, other)
+            replace_directory(unfinished, directories[0])
+    except BaseException:
+        for directory in directories:
+            shutil.rmtree(directory + UNFINISHED, ignore_errors=True)
+        raise
+
+
+def _write_files(directory, states, lm, tokenizer, config, step, metrics, export_dtype) -> None:
+    os.makedirs(directory)
     for name, content in states.items():
-        torch.save({"step_idx": step, "state": content, "metrics": metrics}, os.path.join(unfinished, name))
-    export(unfinished, lm, states[POLICY], tokenizer, export_dtype)
-    with open(os.path.join(unfinished, "README.md"), "w") as file:
+        # Opened here, because torch's own error does not say why a file cannot be written.
+        with open(os.path.join(directory, name), "wb") as file:
+            torch.save({"step_idx": step, "state": content, "metrics": metrics}, file)
+    export(directory, lm, states[POLICY], tokenizer, export_dtype)
+    with open(os.path.join(directory, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))
-    OmegaConf.save(config, os.path.join(unfinished, "config.yaml"), resolve=True)
-    manifest.write(unfinished)
-    for other in directories[1:]:
-        # Checkpoint files are never written in place, so two directories can safely share them.
-        shutil.copytree(unfinished, f"{other}.unfinished", copy_function=_link, dirs_exist_ok=True)
-        replace_directory(f"{other}.unfinished", other)
-    replace_directory(unfinished, directories[0])
+    OmegaConf.save(config, os.path.join(directory, run_dir.CONFIG), resolve=True)
+    manifest.write(directory)
 
 
 def _link(source: str, destination: str) -> None:
@@ -153,6 +169,83 @@ def _set_dtype(path: str, dtype: torch.dtype) -> None:
     settings["dtype"] = str(dtype).removeprefix("torch.")
     with open(path, "w") as file:
         json.dump(settings, file, indent=2, sort_keys=True)
+
+
+#### FINDING
+
+
+def newest_whole(run: str) -> str:
+    """Return the newest whole checkpoint of a run directory: LATEST, what was LATEST before, or the last step-N.
+
+    Prints a warning for each newer one that is damaged. Raises UserError if there is no whole one.
+    """
+    if not os.path.isdir(os.path.join(run, LATEST)):
+        run_dir.recover_if_dead(run)
+    damages: list[str] = []
+    for directory in _newest_first(run):
+        try:
+            check_whole(directory)
+        except UserError as error:
+            damages.append(str(error))
+            continue
+        for damage in damages:
+            print(f"warning: {damage}; {directory} is used instead", file=sys.stderr, flush=True)
+        return directory
+    if damages:
+        raise UserError(f"{damages[0]}; the run has no whole checkpoint, so train it again")
+    raise UserError(f"{run} holds no checkpoint ({LATEST}/{POLICY}); train the run first, or give another -c")
+
+
+def _newest_first(run: str) -> list[str]:
+    """Return the directories of a run that hold a policy.pt."""
+    names = os.listdir(run) if os.path.isdir(run) else []
+    steps = sorted((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
+    directories = [os.path.join(run, name) for name in (LATEST, LATEST + OLD, *(f"step-{step}" for step in steps))]
+    return [directory for directory in directories if os.path.isfile(os.path.join(directory, POLICY))]
+
+
+def check_whole(directory: str) -> None:
+    """Raise UserError if the weights of a checkpoint are damaged. Without a manifest, the header of the file counts."""
+    if manifest.is_complete(directory):
+        _check_weights(directory, lambda name: name == POLICY)
+    else:
+        load_state(os.path.join(directory, POLICY))
+
+
+def check_source(path: str) -> None:
+    """Raise UserError if weights to start from, a policy.pt or a directory, are not what their manifest says.
+
+    The message names the whole checkpoints beside them. Weights without a manifest pass.
+    """
+    directory = os.path.dirname(path) if path.endswith(".pt") else os.path.normpath(path)
+    run = os.path.dirname(directory)
+    if os.path.isdir(run) and not os.path.exists(path):
+        run_dir.recover_if_dead(run)
+    if not manifest.is_complete(directory):
+        return
+    try:
+        _check_weights(
+            directory, lambda name: name == POLICY if path.endswith(".pt") else name.endswith(".safetensors")
+        )
+    except manifest.Damaged as damage:
+        whole = ", ".join(other for other in _newest_first(run) if _is_whole(other))
+        raise UserError(
+            f"{damage}; {f'whole are {whole}' if whole else 'no other checkpoint beside it is whole'}"
+        ) from None
+
+
+def _check_weights(directory: str, wanted: Callable[[str], bool]) -> None:
+    """Compare weights with their manifest. The critic is among them if it is there: who only samples may delete it."""
+    has_critic = os.path.isfile(os.path.join(directory, V_HEAD))
+    manifest.check(directory, lambda name: wanted(name) or (name == V_HEAD and has_critic))
+
+
+def _is_whole(directory: str) -> bool:
+    try:
+        check_whole(directory)
+    except UserError:
+        return False
+    return True
 
 
 #### LOADING

@@ -9,10 +9,11 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import hydra
 import yaml
@@ -23,33 +24,42 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from halos import dataset_specs
 from halos.config import OPTIONAL, command_words, first_line, flat, is_open, unknown_key
-from halos.errors import Stopped, UserError, did_you_mean
+from halos.errors import Stopped, UserError, did_you_mean, disk_full
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a user's mistake shows its traceback too
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Report a UserError or Stopped in one line and exit with its code; report Ctrl-C in one line and exit with 130.
+    """Report a UserError, a full disk or a Stopped run in one line and exit with its code; after Ctrl-C, exit with 130.
 
+    If nobody reads the output any more, as in `--help | head -1`, exit with 141 and say nothing, as other programs do.
     All other exceptions pass through, with their traceback.
     """
     full = os.environ.get(FULL_ERROR) == "1"
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         if full:
             raise
         _say("interrupted")
         sys.exit(130)
-    except UserError as error:
-        if full:
-            raise
-        _say(f"error: {error}")
-        sys.exit(error.code)
     except Stopped as stopped:
         _say(str(stopped))
         sys.exit(stopped.code)
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        mistake = error if isinstance(error, UserError) else disk_full(error)
+        if full or mistake is None:
+            raise
+        _say(f"error: {mistake}")
+        sys.exit(mistake.code)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -104,6 +114,8 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
                 os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
                 try:
                     main(functools.wraps(task)(lambda config: _run_job(task, config, failures)))()
+                except BrokenPipeError:
+                    raise
                 except Exception as error:  # an error of Hydra's: _run_job catches those of the task
                     raise UserError(_hydra_message(error)) from error
                 finally:

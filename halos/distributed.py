@@ -8,9 +8,10 @@ started and joins the group that its environment describes. Every collective her
 
 import datetime
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from halos.errors import UserError
 # How long a rank waits for the others in a collective before it ends the run. This is for a rank that hangs: if one
 # dies, its launcher ends the run at once. Downloading a model of 65B may take most of an hour.
 TIMEOUT = datetime.timedelta(minutes=60)
+
+
+T = TypeVar("T")
 
 
 #### THE GROUP
@@ -233,6 +237,25 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def on_main(function: Callable[..., T], *args: Any) -> T | None:
+    """Call the function on rank 0, and return its result there. If it raises a UserError, all ranks end.
+
+    Rank 0 raises it; the others exit with its code and no message, so that the user sees it once.
+    """
+    result, failure = None, None
+    if is_main():
+        try:
+            result = function(*args)
+        except UserError as error:
+            failure = error
+    code = gather_objects(failure.code if failure else None)[0]
+    if failure:
+        raise failure
+    if code:
+        sys.exit(code)
+    return result
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""UserError, for a user's mistake: one line with the value, the reason and the remedy. Stopped, for a run that ends."""
+"""UserError, for a user's mistake or a full disk: one line with the value, the reason and the remedy. And Stopped."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -16,6 +17,30 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest size of a file
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, the one it was raised from or while handling, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def disk_full(error: BaseException) -> UserError | None:
+    """Return what to tell the user if the error comes from a full disk; else None."""
+    found = [cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in FULL]
+    if not found:
+        return None
+    first = next((cause for cause in found if cause.filename), found[0])
+    return UserError(
+        f"{first.filename or 'a file'} cannot be written: {first.strerror}; what was written before is whole, "
+        "so make room there and run the command again"
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:

@@ -6,9 +6,14 @@ place, flushed to the disk, and renamed. An existing file is renamed, not overwr
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from halos.errors import causes
+
+UNFINISHED, OLD = ".unfinished", ".old"  # endings of what is to come, and of what was
 
 # What file systems answer that cannot flush a directory. They flush it by themselves.
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
@@ -20,15 +25,33 @@ def finished(path: str) -> Iterator[str]:
 
     If the block fails, the temporary file is removed.
     """
-    unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
+    unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}{UNFINISHED}")
     try:
-        yield unfinished
-        sync(unfinished)
-        os.replace(unfinished, path)
-        sync(os.path.dirname(path) or ".")
+        with writing(path):
+            yield unfinished
+            sync(unfinished)
+            os.replace(unfinished, path)
+            sync(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Name the path in an error of the operating system that names none, such as that of a write to a full disk.
+
+    The error of safetensors, which has the number of such an error in its text only, becomes an OSError.
+    """
+    try:
+        yield
+    except Exception as error:
+        for cause in causes(error):
+            if isinstance(cause, OSError) and cause.errno and cause.filename is None:
+                cause.filename = path
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), path) from error
+        raise
 
 
 def sync(path: str) -> None:
@@ -52,15 +75,33 @@ def sync_tree(directory: str) -> None:
 
 
 def replace_directory(new: str, directory: str) -> None:
-    """Replace `directory` with `new`. Between the two renames the old directory is at `{directory}.old`."""
+    """Replace `directory` with `new`. Between the two renames the old directory is at `{directory}.old`.
+
+    new: `{directory}.unfinished`, so that `finish_replacement` finds it if this process is killed
+    """
     sync_tree(new)
-    old = f"{directory}.old"
+    old = directory + OLD
     if os.path.exists(directory):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(directory, old)
     os.rename(new, directory)
     sync(os.path.dirname(directory) or ".")
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacement(directory: str, is_complete: Callable[[str], bool]) -> None:
+    """Do what `replace_directory` would have done next when its process was killed, and remove what it left.
+
+    is_complete: whether a directory was written to its end
+    """
+    new, old = directory + UNFINISHED, directory + OLD
+    if not os.path.lexists(directory):
+        source = new if is_complete(new) else old
+        if os.path.isdir(source):
+            os.rename(source, directory)
+            sync(os.path.dirname(directory) or ".")
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def set_aside(path: str) -> str | None:

@@ -11,10 +11,8 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -32,16 +30,30 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-from halos import distributed, stopping
-from halos.errors import Stopped, UserError
+from halos import distributed, scratch, stopping
+from halos.errors import Stopped, UserError, causes, disk_full
 from halos.files import finished
+from halos.locks import Lock
 
 AT_ONCE = (signal.SIGHUP, signal.SIGQUIT)  # end the run at once
 PASSED_ON = signal.SIGUSR1  # what every process gets for the first of stopping.REQUESTS; a second one ends the run
+# Without GPUs. More than one is slower, but is how the code for many GPUs is tried out on a small machine.
+PROCESSES_PER_CORE = 4
 PATIENCE = 10  # seconds that processes have to end before they are killed
 
 
-def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) -> None:
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the group for the duration of the block, if torchrun or SLURM has started this process.
+
+    Otherwise this does nothing, and `launch` starts the processes later.
+    """
+    _adopt_slurm_environment()
+    with distributed.group():
+        yield
+
+
+def launch(function: Callable, *args: Any, nproc_per_node: int | None = None, held: Lock | None = None) -> None:
     """Call `function(*args)` in every process of the run, and return when all are done.
 
     If torchrun or SLURM started this process, it calls the function itself. Otherwise the function is called in
@@ -49,18 +61,19 @@ def launch(function: Callable, *args: Any, nproc_per_node: int | None = None) ->
     anew: the call happens here.
 
     function: importable by name, like everything in `args` (both are pickled)
+    held: a lock that the new processes keep as well, should this process end before them
     """
     _adopt_slurm_environment()
     if "RANK" in os.environ:
         _check_number(nproc_per_node)
-        with distributed.group():
+        with joined():
             function(*args)
         return
     n = _number_of_processes(nproc_per_node)
     if n == 1:
         function(*args)
     else:
-        _run_processes(function, args, n)
+        _run_processes(function, args, n, held)
 
 
 def _check_number(nproc_per_node: int | None) -> None:
@@ -77,7 +90,17 @@ def _number_of_processes(nproc_per_node: int | None) -> int:
     if gpus and nproc_per_node and nproc_per_node > gpus:
         visible = "1 GPU is" if gpus == 1 else f"{gpus} GPUs are"
         raise UserError(f"nproc_per_node={nproc_per_node}, but {visible} visible; use nproc_per_node={gpus}")
+    most = PROCESSES_PER_CORE * _cpus()
+    if not gpus and nproc_per_node and nproc_per_node > most:
+        raise UserError(
+            f"nproc_per_node={nproc_per_node}, but no GPU is visible, and more than {most} processes are of no use to "
+            f"{_cpus()} CPU cores; use nproc_per_node={_cpus()}, or fewer"
+        )
     return nproc_per_node or gpus or 1
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 #### SLURM
@@ -147,13 +170,13 @@ class _End(NamedTuple):
     last_words: _LastWords | None
 
 
-def _run_processes(function: Callable, args: tuple, n: int) -> None:
+def _run_processes(function: Callable, args: tuple, n: int, held: Lock | None) -> None:
     """Run the processes under torch's elastic agent, without restarts, and report the first failure."""
     work = pickle.dumps((function, args))  # here, so that a pickling error appears before any process starts
     stop, ends = None, []
-    with tempfile.TemporaryDirectory() as folder, _own_environment(n), _watched(n) as watch:
+    with scratch.folder() as folder, _own_environment(n), _watched(n) as watch:
         try:
-            elastic_launch(_settings(n, folder), _work)(work, folder)
+            elastic_launch(_settings(n, folder), _work)(work, folder, held)
         except SignalException as signaled:
             stop = watch.asked or signaled.sigval
         except ChildFailedError as error:
@@ -196,9 +219,8 @@ def _settings(n: int, folder: str) -> LaunchConfig:
 def _own_environment(n: int) -> Iterator[None]:
     """Give each process its share of the CPUs, and restore the environment at the end of the block."""
     before = dict(os.environ)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Without this, every process would start one thread per core.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // n)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cpus() // n)))
     try:
         yield
     finally:
@@ -332,8 +354,11 @@ def _say(text: str) -> None:
 #### IN A WORKER PROCESS
 
 
-def _work(work: bytes, folder: str) -> None:
-    """Run the function in a worker process, and write an error report if it fails."""
+def _work(work: bytes, folder: str, held: Lock | None) -> None:
+    """Run the function in a worker process, and write an error report if it fails.
+
+    held: a lock that this process has, as long as it lives, by having been started with it
+    """
     threading.Thread(target=_end_with_the_launcher, args=(folder,), daemon=True).start()
     faulthandler.enable()  # prints the Python stack on a crash in native code
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which would leak in `_give_up`
@@ -358,7 +383,8 @@ def _end_with_the_launcher(folder: str) -> None:
     launcher = multiprocessing.parent_process()
     assert launcher is not None
     launcher.join()
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        scratch.remove(folder)
     os._exit(1)
 
 
@@ -394,10 +420,13 @@ def _give_up(error: BaseException, folder: str) -> None:
 
 def _last_words(error: BaseException) -> _LastWords:
     kind, code, message = "bug", 1, str(error)
-    if isinstance(error, UserError):
-        kind, code = "mistake", 2
+    mistake = error if isinstance(error, UserError) else disk_full(error)
+    if mistake:
+        kind, code, message = "mistake", mistake.code, str(mistake)
     elif isinstance(error, Stopped):
         kind, code = "stopped", error.code
+    elif isinstance(error, BrokenPipeError):
+        kind, code, message = "exit", 128 + signal.SIGPIPE, ""
     elif isinstance(error, KeyboardInterrupt):
         kind, code = "interrupt", 130
     elif isinstance(error, SystemExit):
@@ -408,9 +437,8 @@ def _last_words(error: BaseException) -> _LastWords:
     return _LastWords(time.time(), kind, code, message, text, _lost_others(error))
 
 
-def _lost_others(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, dist.DistError) or re.search("Connection (closed|reset) by peer", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _lost_others(error: BaseException) -> bool:
+    return any(
+        isinstance(cause, dist.DistError) or re.search("Connection (closed|reset) by peer", str(cause))
+        for cause in causes(error)
+    )

@@ -19,7 +19,8 @@ from halos.chat import Renderer
 from halos.errors import UserError
 from halos.examples import Example
 from halos.thinning import repeated
-from halos.tokens import Encoder, Role, TokenizedExample, tokenize, truncate
+from halos.token_store import tokenize
+from halos.tokens import Encoder, Role, TokenizedExample, truncate
 
 
 class Row(NamedTuple):

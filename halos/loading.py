@@ -324,9 +324,11 @@ def check_positions(config: DictConfig) -> None:
 def check_load_from(config: DictConfig) -> None:
     """Raise UserError if `model.load_from` is a checkpoint that is missing, damaged, or of another architecture.
 
-    This reads little more than headers, so the error appears long before a model could be loaded.
+    Rank 0 reads files that have a manifest whole, to compare their checksums; of others, little more than headers.
     """
     path, has_critic = _policy_pt(config), config.loss.get("use_value_head", False)
+    if config.model.load_from:
+        distributed.on_main(checkpoint.check_source, path or _local(config.model.load_from))
     if path or has_critic:
         meta = _meta_lm(load_config(config), config.trust_remote_code)
         if path:

@@ -9,7 +9,7 @@ purpose.
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,13 +53,13 @@ def is_complete(directory: str) -> bool:
     return os.path.isfile(os.path.join(directory, NAME))
 
 
-def check(directory: str, names: Collection[str] | None = None) -> None:
+def check(directory: str, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Raise Damaged if a file of the manifest is missing, truncated or changed, or if there is no manifest.
 
-    names: check these files only, as far as the manifest has them
+    wanted: whether to check a file, by its name under the directory
     """
     manifest = _read(directory)
-    files = {name: entry for name, entry in manifest["files"].items() if names is None or name in names}
+    files = {name: entry for name, entry in manifest["files"].items() if wanted(name)}
     paths = [os.path.join(directory, name) for name in files]
     for path, entry in zip(paths, files.values(), strict=True):
         if not os.path.isfile(path):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from halos import distributed
 from halos.curves import Series, draw_curves
-from halos.files import finished
+from halos.files import finished, writing
 
 
 class MetricsLog:
@@ -43,13 +43,15 @@ class MetricsLog:
     def write(self, step: int, examples: int, mode: str, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, for an update or an evaluation. No line is skipped."""
         row = {"step": step, "examples": examples, "mode": mode, **metrics}
-        self.file.write(json.dumps(row) + "\n")
+        with writing(self.file.name):
+            self.file.write(json.dumps(row) + "\n")
         self.series.add(row)
 
     def flush(self) -> int:
         """Make sure that the lines so far survive a power cut. Returns the size of metrics.jsonl, in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with writing(self.file.name):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         return os.path.getsize(self.file.name)
 
     def draw_curves(self, title: str) -> None:

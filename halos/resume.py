@@ -22,9 +22,9 @@ FREE = (
 
 
 def check_same(config: DictConfig) -> None:
-    """Raise UserError with the differences, if the run directory holds a run of another loss, model, data or seed."""
-    path = os.path.join(run_dir.path_of(config), "config.yaml")
-    if not os.path.isfile(path):
+    """Raise UserError with the differences, if resume=true finds a run of another loss, model, data or seed."""
+    path = os.path.join(run_dir.path_of(config), run_dir.CONFIG)
+    if not config.resume or not os.path.isfile(path):
         return
     before = OmegaConf.load(path)
     assert isinstance(before, DictConfig)

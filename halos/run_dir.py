@@ -1,27 +1,96 @@
-"""The run directory `{cache_dir}/{exp_name}/`: when it may be used, its config, and its model card.
+"""The run directory `{cache_dir}/{exp_name}/`: its lock, when it may be used, its config, and its model card.
 
 Everything that a run produces is there; only caches are elsewhere. Checkpoints are in `halos/checkpoint.py`.
 """
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from halos import distributed
+from halos import distributed, locks, manifest
 from halos.errors import UserError
-from halos.files import set_aside
+from halos.files import OLD, UNFINISHED, finish_replacement, finished, set_aside
+from halos.locks import Lock
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+STATES = "states"  # a run's states to resume from
+WRITTEN_WHOLE = r"LATEST|step-\d+|not_finite"  # directories that are written beside their place
 
 
 def path_of(config: DictConfig) -> str:
     return os.path.join(config.cache_dir, config.exp_name)
 
 
+@contextmanager
+def locked(config: DictConfig) -> Iterator[Lock | None]:
+    """Have the run directory to oneself, before anything is made or moved. Yields the lock, on rank 0.
+
+    All ranks must call this. They end if another process writes there, or if the directory may not be used.
+    """
+    lock = distributed.on_main(_take, config)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _take(config: DictConfig) -> Lock:
+    path = path_of(config)
+    _refuse_inside(config)  # before the lock, which makes the directory that it is in
+    try:
+        lock = locks.take(path)
+    except locks.Held as held:
+        raise UserError(f"{path} is being written by {held}; choose another exp_name, or wait for its end") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another cache_dir or exp_name") from error
+    try:
+        _refuse_inside(config)
+        refuse_existing(config)
+        recover(path)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _refuse_inside(config: DictConfig) -> None:
+    """Raise UserError if a directory above the run directory is another run."""
+    parts = os.path.normpath(config.exp_name).split(os.sep)
+    for n in range(1, len(parts)):
+        other = os.path.join(config.cache_dir, *parts[:n])
+        if _is_run(other) or locks.holder(other):
+            raise UserError(f"exp_name={config.exp_name} is inside the run {other}; choose another exp_name")
+
+
+def _is_run(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, METRICS))
+
+
+def _run_inside(path: str) -> str | None:
+    """Return a run that is somewhere under a directory that is not a run itself; None if there is none."""
+    for folder, _, names in os.walk(path) if not _is_run(path) else []:
+        if folder != path and _is_run(folder):
+            return folder
+        for name in names:
+            run = os.path.join(folder, name.removeprefix(".").removesuffix(".lock"))
+            if name.endswith(".lock") and locks.holder(run):
+                return run
+    return None
+
+
 def refuse_existing(config: DictConfig) -> None:
-    """Raise UserError if the run directory is not empty and overwrite is false."""
+    """Raise UserError if the run directory is not empty and overwrite is false, or if other runs are in it."""
     path = path_of(config)
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is a file, and the run would be a directory there; choose another exp_name")
+    if other := _run_inside(path):
+        raise UserError(f"{path} is a directory of other runs, such as {other}; choose another exp_name")
     if os.path.isdir(path) and os.listdir(path) and not (config.overwrite or config.resume):
         raise UserError(
             f"{path} already holds a run; resume=true goes on with it; or choose another exp_name, or overwrite=true "
@@ -38,8 +107,33 @@ def create(config: DictConfig) -> str:
         os.rmdir(path)
     set_aside(path)
     os.makedirs(path)
-    OmegaConf.save(config, os.path.join(path, "config.yaml"), resolve=True)
+    try:
+        with finished(os.path.join(path, CONFIG)) as unfinished:
+            OmegaConf.save(config, unfinished, resolve=True)
+    except BaseException:
+        os.rmdir(path)
+        raise
     return path
+
+
+def recover(path: str) -> None:
+    """Finish or undo what a writer that was killed left in a run directory. The caller must have its lock.
+
+    A checkpoint that was to be replaced is in its place again afterwards: the new one if it was complete, else the old.
+    Files and directories with names of one's own are left alone.
+    """
+    for folder in (path, os.path.join(path, STATES)):
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if found := re.fullmatch(rf"({WRITTEN_WHOLE})({re.escape(UNFINISHED)}|{re.escape(OLD)})", name):
+                finish_replacement(os.path.join(folder, found[1]), manifest.is_complete)
+            elif re.fullmatch(rf"\..+{re.escape(UNFINISHED)}", name):
+                os.remove(os.path.join(folder, name))
+
+
+def recover_if_dead(path: str) -> None:
+    """Call `recover`, unless a run is writing there or the directory cannot be written. For those who only read."""
+    with suppress(locks.Held, OSError), locks.take(path):
+        recover(path)
 
 
 def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ from halos import distributed
 from halos.chat import ASSISTANT, HUMAN, without_marks
 from halos.errors import UserError
 from halos.files import make_room
+from halos.locks import is_file_of
 
 #### THE PARTIAL FILE
 
@@ -66,6 +67,9 @@ class PartialFile:
         except BlockingIOError as error:
             file.close()
             raise UserError(f"{self.path} is in use by another eval.py; wait for it, or use --output FILE") from error
+        if not is_file_of(file.fileno(), self.path):  # the other eval.py has just finished, and removed or renamed it
+            file.close()
+            return self._open()
         return file
 
     def _read(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from halos import distributed, files, manifest
 from halos.models import PolicyModel
+from halos.run_dir import STATES
 
 PROGRESS = "progress.pt"
 # torch says this at every save of a single process, which needs no group.
@@ -28,7 +29,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def directory_of(run_dir: str) -> str:
-    return os.path.join(run_dir, "states")
+    return os.path.join(run_dir, STATES)
 
 
 def complete(run_dir: str) -> list[str]:

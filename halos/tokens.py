@@ -1,4 +1,4 @@
-"""Encode texts to token ids, store the ids memory-mapped on disk under a hash of the texts, and truncate them.
+"""Encode texts to token ids, and truncate them. halos/token_store.py keeps the ids on disk.
 
 A training sequence is `[BOS] + ids(prompt) + ids(response) + [EOS]`. Prompt and response are encoded separately. BOS is
 there only if the tokenizer itself starts texts with one.
@@ -12,24 +12,19 @@ decoding the concatenated ids returns the concatenated texts.
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
 from itertools import chain, takewhile
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 # Unicode noncharacters, which no text may contain: marks that `halos/chat.py` leaves for the encoder.
 LITERAL = "\ufdd0"  # inside a control token that a person has written: it is encoded as characters
 TEMPLATED = "\ufdd1"  # in front of what a chat template wrote: a prompt with its own BOS, or a response in segments
 ANCHORS = ("\n", ":", "a")  # encoded before a response, if the tokenizer would add its own space there
-BLOCK = 4096  # texts encoded per call: enough for every thread, few enough for a smooth progress bar
 
 
 class Role(StrEnum):
@@ -224,77 +219,6 @@ def special_tokens(tokenizer) -> re.Pattern | None:
     contents = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
     longest_first = sorted(contents, key=lambda content: (-len(content), content))
     return re.compile("|".join(map(re.escape, longest_first))) if contents else None
-
-
-class TokenStore:
-    """Token ids of many texts, memory-mapped. `store[i]` is the (n,) int32 array of text i; `lengths` is (n_texts,)."""
-
-    def __init__(self, directory: str):
-        self.directory = directory
-        self.offsets = np.load(os.path.join(directory, "offsets.npy"))
-        path = os.path.join(directory, "ids.bin")
-        empty = not self.offsets[-1]
-        self.ids = np.empty(0, np.int32) if empty else np.memmap(path, np.int32, mode="r")
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.ids[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-
-def tokenize(texts: Sequence[str], encoder: Encoder, kind: str, cache_dir: str, description: str = "") -> TokenStore:
-    """Return the ids of `texts`. They are read from `{cache_dir}/.tokens` if the same texts were encoded before.
-
-    kind: "prompts" or "responses", the method of `encoder` to use
-    """
-    root = os.path.join(cache_dir, ".tokens")
-    directory = os.path.join(root, _content_key(texts, encoder.fingerprint, kind))
-    if not os.path.isdir(directory):
-        os.makedirs(root, exist_ok=True)
-        _write(texts, getattr(encoder, kind), root, directory, description or kind)
-    return TokenStore(directory)
-
-
-def _content_key(texts: Iterable[str], *parts: str) -> str:
-    digest = hashlib.blake2b(" ".join(parts).encode(), digest_size=20)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little"))  # so that ["ab", "c"] and ["a", "bc"] differ
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _write(texts: Sequence[str], encode: Callable, root: str, directory: str, description: str) -> None:
-    """Write to a temporary directory and rename it, so that other processes never find a partial store.
-
-    If two processes write the same store, the second one discards its copy.
-    """
-    unfinished = os.path.join(root, f"unfinished-{uuid.uuid4().hex}")
-    os.mkdir(unfinished)
-    try:
-        _write_files(texts, encode, unfinished, description)
-        os.rename(unfinished, directory)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not (isinstance(error, OSError) and os.path.isdir(directory)):
-            raise
-
-
-def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, description: str) -> None:
-    lengths = np.empty(len(texts), np.int64)
-    with open(os.path.join(unfinished, "ids.bin"), "wb") as file:
-        with tqdm(total=len(texts), desc=f"tokenizing {description}", unit=" texts", delay=2, leave=False) as bar:
-            for start in range(0, len(texts), BLOCK):
-                encoded = encode(texts[start : start + BLOCK])
-                lengths[start : start + len(encoded)] = [len(ids) for ids in encoded]
-                np.fromiter(chain.from_iterable(encoded), np.int32).tofile(file)
-                bar.update(len(encoded))
-    np.save(os.path.join(unfinished, "offsets.npy"), np.concatenate(([0], lengths.cumsum())))
 
 
 def truncate(

@@ -207,7 +207,7 @@ def test_local_pairs_and_feedback(command, run, cache_dir, tmp_path):
 )
 def test_mistakes_are_one_line(command, cache_dir, words, parts):
     mistake(command("train.py", *words.split(), f"cache_dir={cache_dir / 'none'}"), *parts)
-    assert not (cache_dir / "none").exists() or os.listdir(cache_dir / "none") == [".tokens"]
+    assert not (cache_dir / "none").exists() or set(os.listdir(cache_dir / "none")) <= {".tokens"}
 
 
 def test_too_few_positions_are_found_before_anything_loads(command, cache_dir, tmp_path):

@@ -90,7 +90,7 @@ def test_every_flipped_bit_is_found(directory, position):
         file.write(bytes([byte ^ 1]))
     with pytest.raises(manifest.Damaged, match="sub/three is not what was written: its checksum differs"):
         manifest.check(directory)
-    manifest.check(directory, ["one", "empty"])  # a file that is not needed is not read
+    manifest.check(directory, lambda name: name != "sub/three")  # a file that is not needed is not read
 
 
 @pytest.mark.parametrize("name", ["one", "sub/three"])

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import launch_workers
-from halos import distributed, sharding
+from halos import distributed, scratch, sharding
 from halos import launch as launch_module
 from halos.commands import report_user_errors
 from halos.errors import Stopped, UserError
@@ -159,7 +159,7 @@ def test_one_process_per_gpu(monkeypatch):
     started = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(launch_module, "_run_processes", lambda function, args, n: started.append(n))
+    monkeypatch.setattr(launch_module, "_run_processes", lambda function, args, n, held: started.append(n))
     for n in (None, 2, 4):
         launch(print, nproc_per_node=n)
     assert started == [4, 2, 4]
@@ -414,6 +414,42 @@ def test_a_killed_launcher_leaves_nobody(command, tmp_path):
     one.ends(pids, -signal.SIGKILL, None)
 
 
+KNOWN_LAUNCHERS: set[str] = set()
+
+
+def left_on_this_machine(folder) -> set[str]:
+    """Return the files of launchers whose temporary folder is in this one, and those of their semaphores."""
+    names = os.listdir(folder / "temporary")
+    launchers = {name.removeprefix(".").removesuffix(".lock") for name in (*names, *KNOWN_LAUNCHERS)}
+    KNOWN_LAUNCHERS.update(launchers)
+    return {name for name in (*names, *os.listdir(scratch.SEMAPHORES)) if any(one in name for one in launchers)}
+
+
+@pytest.mark.skipif(not os.path.isdir(scratch.SEMAPHORES), reason="this system keeps semaphores elsewhere")
+def test_the_next_start_removes_what_a_killed_group_left(command, tmp_path):
+    """SIGKILL of launcher and processes together left a folder in /tmp and nine semaphores in /dev/shm, for ever.
+
+    The next start removes them, and leaves those of a living launcher alone.
+    """
+    for name in ("killed", "living"):
+        (tmp_path / name).mkdir()
+    killed, living = (command(2, "wait", tmp_path / name) for name in ("killed", "living"))
+    killed.folder, living.folder = tmp_path / "killed", tmp_path / "living"
+    pids = killed.pids() + living.pids()
+    os.killpg(killed.process.pid, signal.SIGKILL)
+    killed.process.wait(60)
+    wait_for(lambda: not any(map(runs, pids[:2])))
+    both = left_on_this_machine(tmp_path)
+    assert len([name for name in both if name.startswith(scratch.PREFIX)]) == 2
+    launch(launch_workers.come, str(tmp_path), nproc_per_node=2)
+    left = left_on_this_machine(tmp_path)
+    (alive,) = [name for name in left if name.startswith(scratch.PREFIX)]
+    assert left == {name for name in both if alive in name} and any(name.startswith("sem.") for name in left)
+    os.killpg(living.process.pid, signal.SIGTERM)
+    living.process.wait(60)
+    assert not left_on_this_machine(tmp_path)
+
+
 @pytest.mark.slow
 def test_an_interrupt_of_the_launcher_alone(command, tmp_path):
     """SIGINT to the launcher alone ends its processes; here in the second run of a sweep."""
@@ -522,6 +558,15 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="LOCAL_RANK=2, but this process sees 2 GPUs; start one process per GPU"):
         launch(print)
+
+
+def test_more_processes_than_cores_can_use(monkeypatch):
+    """nproc_per_node=999 started 999 processes, each of which takes half a gigabyte to import torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)))
+    with pytest.raises(UserError, match="nproc_per_node=13, but no GPU is visible, and more than 12 processes"):
+        launch(print, nproc_per_node=13)
+    assert launch_module._number_of_processes(12) == 12
 
 
 def test_a_number_that_the_launcher_contradicts(monkeypatch):

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import string
+import threading
 
 import numpy as np
 import pytest
@@ -24,9 +25,10 @@ from dataloaders import (
     SFTDataLoader,
     UnpairedPreferenceDataLoader,
 )
-from halos import tokens
+from halos import locks, token_store
 from halos.errors import UserError
-from halos.tokens import Encoder, Role, tokenize, truncate
+from halos.token_store import tokenize
+from halos.tokens import Encoder, Role, truncate
 from helpers import PROJECT, make_config
 
 BOS, EOS = 0, 1
@@ -641,7 +643,7 @@ def test_half_a_surrogate_pair_fails_and_leaves_nothing_half_made(tmp_path):
 
 def test_more_texts_than_a_block(tmp_path, monkeypatch):
     """10 texts are encoded in blocks of 4, 4 and 2."""
-    monkeypatch.setattr(tokens, "BLOCK", 4)
+    monkeypatch.setattr(token_store, "BLOCK", 4)
     texts = ["abcdefghijkl"[: i + 1] for i in range(10)]
     store = tokenize(texts, Encoder(character_tokenizer()), "prompts", str(tmp_path))
     assert stored(store) == [ids(text) for text in texts]
@@ -650,7 +652,7 @@ def test_more_texts_than_a_block(tmp_path, monkeypatch):
 def test_an_interrupted_write_is_not_read(tmp_path, monkeypatch):
     """Tokenization that was killed halfway starts again; a half-written store is not read."""
     texts = [string.ascii_lowercase[i] for i in range(10)]
-    monkeypatch.setattr(tokens, "BLOCK", 4)
+    monkeypatch.setattr(token_store, "BLOCK", 4)
     encoder = Encoder(character_tokenizer())
     prompts, calls = encoder.prompts, []
 
@@ -687,16 +689,70 @@ def test_concurrent_writers_are_safe(tmp_path):
     assert len(os.listdir(tmp_path / ".tokens")) == 1
 
 
-def test_the_writer_that_comes_second_drops_its_own(tmp_path):
-    """If another process finishes its store while this one encodes, that store is used, and this one is deleted."""
-    encoder = Encoder(character_tokenizer())
-    other = Encoder(character_tokenizer())
-    prompts = encoder.prompts
+def test_two_cold_starts_share_one_tokenization(tmp_path, capfd):
+    """Each of two starts tokenized everything, and the second deleted what it had made."""
+    texts, expected = ["ab", "c"], [ids("ab"), ids("c")]
+    began, may_end, results, calls = threading.Event(), threading.Event(), [], []
 
-    def overtaken(batch):
-        tokenize(["ab", "c"], other, "prompts", str(tmp_path))
-        return prompts(batch)
+    def start() -> None:
+        encoder = Encoder(character_tokenizer())
+        prompts = encoder.prompts
 
-    encoder.prompts = overtaken
-    assert stored(tokenize(["ab", "c"], encoder, "prompts", str(tmp_path))) == [ids("ab"), ids("c")]
+        def slow(batch):
+            calls.append(batch)
+            began.set()
+            assert may_end.wait(30)
+            return prompts(batch)
+
+        encoder.prompts = slow
+        results.append(stored(tokenize(texts, encoder, "prompts", str(tmp_path))))
+
+    starts = [threading.Thread(target=start) for _ in range(2)]
+    starts[0].start()
+    assert began.wait(30)
+    starts[1].start()
+    while "waiting for process" not in (said := capfd.readouterr().out):
+        assert starts[1].is_alive()
+    may_end.set()
+    for thread in starts:
+        thread.join(30)
+    assert f"waiting for process {os.getpid()} on" in said and "which is tokenizing the same prompts" in said
+    assert results == [expected, expected] and calls == [texts]
     assert len(os.listdir(tmp_path / ".tokens")) == 1
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "offsets.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_a_damaged_entry_is_made_again(tmp_path, capfd, file, damage):
+    """A flipped bit in the cache trained on other tokens, and a truncated file ended every start with a traceback."""
+    encoder, texts = Encoder(character_tokenizer()), ["ab", "c"]
+    store = tokenize(texts, encoder, "prompts", str(tmp_path))
+    path = os.path.join(store.directory, file)
+    with open(path, "rb") as opened:
+        data = opened.read()
+    os.remove(path)
+    if damage != "missing":
+        changed = data[:-1] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 128])
+        with open(path, "wb") as opened:
+            opened.write(changed)
+    capfd.readouterr()
+    assert stored(tokenize(texts, encoder, "prompts", str(tmp_path))) == [ids("ab"), ids("c")]
+    out = capfd.readouterr().out
+    assert out.count("\n") == 1 and file in out and out.endswith("; tokenizing again\n"), out
+    with open(path, "rb") as opened:
+        assert opened.read() == data
+    tokenize(texts, encoder, "prompts", str(tmp_path))
+    assert capfd.readouterr().out == ""
+
+
+def test_what_dead_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    encoder, root = Encoder(character_tokenizer()), tmp_path / ".tokens"
+    for name in ("dead.unfinished", "dead.old", "unfinished-0123", "alive.unfinished"):
+        (root / name).mkdir(parents=True)
+        (root / name / "ids.bin").write_text("half")
+    (root / ".dead.lock").write_text("")
+    with locks.take(str(root / "alive")):
+        tokenize(["ab"], encoder, "prompts", str(tmp_path))
+        assert {".alive.lock", "alive.unfinished"} < set(os.listdir(root)) and len(os.listdir(root)) == 3
+    tokenize(["ab"], encoder, "prompts", str(tmp_path))
+    assert len(os.listdir(root)) == 1

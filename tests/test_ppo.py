@@ -619,6 +619,7 @@ def test_checkpoints_without_their_critic(run, tmp_path):
     """
     folder, _ = run
     shutil.copytree(folder / "run" / "LATEST", tmp_path / "LATEST")
+    os.remove(tmp_path / "LATEST" / "manifest.json")  # which would find the damage first
     policy_pt, v_head_pt = str(tmp_path / "LATEST/policy.pt"), tmp_path / "LATEST/v_head.pt"
     config = make_config(tmp_path, "loss=ppo", *SMALL, f"model.load_from={policy_pt}")
     loading.check_load_from(config)

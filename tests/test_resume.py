@@ -117,7 +117,7 @@ def test_a_state_has_the_generators_and_what_a_trainer_keeps(tmp_path):
 
 
 def test_the_newest_whole_state_is_used(tmp_path, capfd):
-    """Of states after 2, 4, 7, 9 and 10 updates the last 3 stay. One with a flipped bit is named, and the one before is used.
+    """Of states after 2, 4, 7, 9 and 10 updates the last 3 stay. One with a flipped bit is named, and not used.
 
     One without a manifest is not complete, whatever else it has.
     """
@@ -133,8 +133,8 @@ def test_the_newest_whole_state_is_used(tmp_path, capfd):
     os.remove(os.path.join(directory, "step-9", "manifest.json"))
     assert states.newest(trainer.run_dir) == os.path.join(directory, "step-7")
     said = capfd.readouterr().out
-    assert re.fullmatch(
-        r"warning: .*step-10/__0_0.distcp is not what was written.*; the state before it is used\n", said
+    assert re.search(
+        r"warning: .*step-10/__0_0.distcp is not what was written.*; the state before it is used\n$", said
     )
 
 

@@ -1,0 +1,124 @@
+"""Token ids of texts on disk, memory-mapped, under a hash of the texts and of the tokenizer's rules.
+
+An entry has a manifest: its checksums are compared at every start (0.2 s per GB, a quarter of what hashing the texts
+takes), and a damaged entry is made again. Processes that start at once tokenize once: the others wait.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import chain
+
+import numpy as np
+from tqdm import tqdm
+
+from halos import distributed, locks, manifest
+from halos.files import OLD, UNFINISHED, replace_directory, writing
+from halos.tokens import Encoder
+
+BLOCK = 4096  # texts encoded per call: enough for every thread, few enough for a smooth progress bar
+
+
+class TokenStore:
+    """Token ids of many texts, memory-mapped. `store[i]` is the (n,) int32 array of text i; `lengths` is (n_texts,)."""
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.offsets = np.load(os.path.join(directory, "offsets.npy"))
+        path = os.path.join(directory, "ids.bin")
+        empty = not self.offsets[-1]
+        self.ids = np.empty(0, np.int32) if empty else np.memmap(path, np.int32, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def tokenize(texts: Sequence[str], encoder: Encoder, kind: str, cache_dir: str, description: str = "") -> TokenStore:
+    """Return the ids of `texts`. They are read from `{cache_dir}/.tokens` if the same texts were encoded before.
+
+    kind: "prompts" or "responses", the method of `encoder` to use
+    """
+    directory = os.path.join(cache_dir, ".tokens", _content_key(texts, encoder.fingerprint, kind))
+    # The other processes of a machine come after its first one, which has compared the checksums.
+    if distributed.local_rank() and os.path.isdir(directory):
+        return TokenStore(directory)
+    description = description or kind
+    damage = _damage(directory)
+    if damage:
+        waiting = f"waiting for {{}}, which is tokenizing the same {description}"
+        with locks.take(directory, lambda who: print(waiting.format(who), flush=True)):
+            if damage := _damage(directory):  # nobody else has made it meanwhile
+                if os.path.isdir(directory):
+                    print(f"{damage}; tokenizing again", flush=True)
+                _write(texts, getattr(encoder, kind), directory, description)
+    _remove_leftovers(os.path.dirname(directory))
+    return TokenStore(directory)
+
+
+def _content_key(texts: Iterable[str], *parts: str) -> str:
+    digest = hashlib.blake2b(" ".join(parts).encode(), digest_size=20)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))  # so that ["ab", "c"] and ["a", "bc"] differ
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _damage(directory: str) -> str | None:
+    """Return what is wrong with an entry; None if it is whole. Entries of earlier versions have no manifest."""
+    try:
+        manifest.check(directory)
+    except manifest.Damaged as damage:
+        return str(damage)
+    return None
+
+
+def _write(texts: Sequence[str], encode: Callable, directory: str, description: str) -> None:
+    """Write an entry beside its place and rename it. The caller has its lock."""
+    unfinished = directory + UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with writing(directory):
+            os.mkdir(unfinished)
+            _write_files(texts, encode, unfinished, description)
+            manifest.write(unfinished)
+            replace_directory(unfinished, directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, description: str) -> None:
+    lengths = np.empty(len(texts), np.int64)
+    with open(os.path.join(unfinished, "ids.bin"), "wb") as file:
+        with tqdm(total=len(texts), desc=f"tokenizing {description}", unit=" texts", delay=2, leave=False) as bar:
+            for start in range(0, len(texts), BLOCK):
+                encoded = encode(texts[start : start + BLOCK])
+                lengths[start : start + len(encoded)] = [len(ids) for ids in encoded]
+                file.write(np.fromiter(chain.from_iterable(encoded), np.int32).tobytes())
+                bar.update(len(encoded))
+    np.save(os.path.join(unfinished, "offsets.npy"), np.concatenate(([0], lengths.cumsum())))
+
+
+def _remove_leftovers(root: str) -> None:
+    """Remove what processes that were killed have left in the cache, but not what living ones are writing."""
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        if name.startswith("unfinished-"):  # of earlier versions
+            shutil.rmtree(path, ignore_errors=True)
+        elif name.endswith((UNFINISHED, OLD, ".lock")):
+            entry = os.path.join(root, name.removeprefix(".").removesuffix(".lock"))
+            entry = entry.removesuffix(UNFINISHED).removesuffix(OLD)
+            if not locks.holder(entry):
+                with suppress(locks.Held, FileNotFoundError), locks.take(entry):
+                    for left in (entry + UNFINISHED, entry + OLD):
+                        shutil.rmtree(left, ignore_errors=True)
