@@ -174,7 +174,7 @@ def _run_processes(function: Callable, args: tuple, n: int, held: Lock | None) -
     """Run the processes under torch's elastic agent, without restarts, and report the first failure."""
     work = pickle.dumps((function, args))  # here, so that a pickling error appears before any process starts
     stop, ends = None, []
-    with scratch.folder() as folder, _own_environment(n), _watched(n) as watch:
+    with scratch.folder() as folder, _own_environment(n), _watched(n, folder) as watch:
         try:
             elastic_launch(_settings(n, folder), _work)(work, folder, held)
         except SignalException as signaled:
@@ -231,8 +231,9 @@ def _own_environment(n: int) -> Iterator[None]:
 class _Watch:
     """The processes of a run, in rank order, and the signal by which this launcher was asked to stop them."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, folder: str):
         self.n = n
+        self.folder = folder
         self.processes: list[BaseProcess] = []
         self.asked = 0
         self.asked_at = 0.0
@@ -245,25 +246,29 @@ class _Watch:
                 self.processes[:] = sorted(found, key=lambda process: int(process.name.rpartition("-")[2]))
 
     def pass_on(self, number: int, frame: Any) -> None:
-        """Ask the processes to stop. They may finish their step and save; a second signal does not wait for that."""
-        if self.asked and time.monotonic() - self.asked_at > stopping.ECHO:
-            raise SignalException("stopped twice", signal.SIGTERM)  # with which torch's agent ends them
+        """Ask processes that train to stop: they finish their step and save. End others, and all at a second signal."""
+        is_second = self.asked and time.monotonic() - self.asked_at > stopping.ECHO
+        trains = stopping.is_announced(self.folder)
         if not self.asked:
             self.asked, self.asked_at = number, time.monotonic()
-            for process in self.processes:
-                if process.is_alive() and process.pid:
-                    os.kill(process.pid, PASSED_ON)
+        elif not is_second:
+            return
+        if is_second or not (trains or number == PASSED_ON):  # torch's agent ends them
+            raise SignalException("stopped", signal.SIGTERM if is_second else signal.Signals(number))
+        for process in self.processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, PASSED_ON)
 
 
 @contextmanager
-def _watched(n: int) -> Iterator[_Watch]:
+def _watched(n: int, folder: str) -> Iterator[_Watch]:
     """Watch the processes that are started in the block, and pass requests to stop on to them.
 
     Signals are blocked in a new process while it imports, because they would print a traceback or kill it; `_work`
     unblocks them. The launcher's main thread blocks them too; the thread that looks for new processes receives them.
     The agent changes signal handlers; all are restored at the end.
     """
-    watch, done = _Watch(n), threading.Event()
+    watch, done = _Watch(n, folder), threading.Event()
     before = {number: signal.getsignal(number) for number in (*AT_ONCE, *stopping.REQUESTS)}
     thread = threading.Thread(target=watch.look, args=(done,), daemon=True)
     thread.start()
@@ -363,6 +368,7 @@ def _work(work: bytes, folder: str, held: Lock | None) -> None:
     faulthandler.enable()  # prints the Python stack on a crash in native code
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which would leak in `_give_up`
     try:
+        stopping.launcher_folder = folder
         _let_signals_in()
         function, args = pickle.loads(work)
         with distributed.group():
@@ -389,15 +395,18 @@ def _end_with_the_launcher(folder: str) -> None:
 
 
 def _let_signals_in() -> None:
-    """Let the launcher alone decide what a signal means: the terminal sends Ctrl-C to all processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt_once)
     signal.signal(PASSED_ON, _interrupt_once)  # until the function installs a handler
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, PASSED_ON))
 
 
 def _interrupt_once(number: int, frame: Any) -> NoReturn:
-    """Raise KeyboardInterrupt, once: a second signal must not interrupt the cleanup."""
-    signal.signal(number, signal.SIG_IGN)
+    """Raise KeyboardInterrupt, once. Ctrl-C arrives twice, from the terminal and from the launcher.
+
+    The second signal must not interrupt the cleanup.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

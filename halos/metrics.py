@@ -27,11 +27,14 @@ class MetricsLog:
         are of steps that are made again.
     """
 
-    def __init__(self, run_dir: str, total_examples: int, interval: float, sink, examples: int = 0, n_bytes: int = 0):
+    def __init__(
+        self, run_dir: str, total_examples: int, interval: float, sink, examples: int = 0, n_bytes: int | None = None
+    ):
         self.run_dir = run_dir
         path = os.path.join(run_dir, "metrics.jsonl")
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  open for the whole run; flushed at every line
-        self.file.truncate(n_bytes)
+        if n_bytes is not None:
+            self.file.truncate(n_bytes)
         self.series = Series(rows_of(path))
         self.interval = interval
         self.sink = sink

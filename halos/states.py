@@ -10,7 +10,9 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from halos import distributed, files, manifest
+from halos.files import UNFINISHED
 from halos.models import PolicyModel
 from halos.run_dir import STATES
 
@@ -73,18 +76,18 @@ class StateWriter:
             return
         self.wait()
         path = os.path.join(directory_of(self.run_dir), f"step-{progress['updates']}")
-        unfinished = f"{path}.unfinished"
-        tensors, rest = _split(policy, optimizer)
-        rngs = distributed.gather_objects(rng_state())
-        if distributed.is_main():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            os.makedirs(unfinished)
-            torch.save({**progress, "optimizer": rest, "rng": rngs}, os.path.join(unfinished, PROGRESS))
-        distributed.barrier()
-        alone = distributed.world_size() == 1
-        saved = dcp.async_save(tensors, checkpoint_id=unfinished, process_group=self.group, no_dist=alone)
+        tensors, settings = _split(policy, optimizer)
+        rest = {**progress, "optimizer": settings, "rng": distributed.gather_objects(rng_state())}
+        with self._whole(path):
+            if distributed.is_main():
+                shutil.rmtree(path + UNFINISHED, ignore_errors=True)
+                os.makedirs(path + UNFINISHED)
+                torch.save(rest, os.path.join(path + UNFINISHED, PROGRESS))
+            distributed.barrier()
+            alone = distributed.world_size() == 1
+            saved = dcp.async_save(tensors, checkpoint_id=path + UNFINISHED, process_group=self.group, no_dist=alone)
         assert isinstance(saved, Future)
-        self.writing = self.executor.submit(self._finish, saved, unfinished, path)
+        self.writing = self.executor.submit(self._finish, saved, path)
 
     def wait(self) -> None:
         """Wait until the state that is being written is complete, on all ranks."""
@@ -96,14 +99,25 @@ class StateWriter:
     def close(self) -> None:
         self.executor.shutdown(wait=True)
 
-    def _finish(self, saved: Future, unfinished: str, path: str) -> None:
-        saved.result()  # when all ranks have written
-        if not distributed.is_main():
-            return
-        manifest.write(unfinished)
-        files.replace_directory(unfinished, path)
-        for old in complete(self.run_dir)[self.keep :]:
-            shutil.rmtree(old)
+    def _finish(self, saved: Future, path: str) -> None:
+        with self._whole(path):
+            saved.result()  # when all ranks have written
+            if distributed.is_main():
+                manifest.write(path + UNFINISHED)
+                files.replace_directory(path + UNFINISHED, path)
+                for old in complete(self.run_dir)[self.keep :]:
+                    shutil.rmtree(old)
+
+    @contextmanager
+    def _whole(self, path: str) -> Iterator[None]:
+        """Leave nothing of a state that could not be written, and say in the error which one it was."""
+        try:
+            with files.writing(path):
+                yield
+        except BaseException:
+            if distributed.is_main():
+                shutil.rmtree(path + UNFINISHED, ignore_errors=True)
+            raise
 
 
 def load(path: str, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Signals that ask a run to stop: it finishes its step, saves its state, and ends with an exit code of its own."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -23,9 +22,14 @@ def stopped_by(number: int, message: str) -> Stopped:
     return Stopped(message, REQUEUE if number == signal.SIGUSR1 else 128 + number)
 
 
-def requests() -> tuple[signal.Signals, ...]:
-    """Return the signals that ask this process to stop. A process of our launcher hears of all by SIGUSR1."""
-    return (signal.SIGUSR1,) if multiprocessing.parent_process() else REQUESTS
+# The folder of the launcher that started this process. Such a process hears of all requests by SIGUSR1, and ignores
+# Ctrl-C, which the terminal sends to every process.
+launcher_folder: str | None = None
+
+
+def is_announced(folder: str) -> bool:
+    """Return whether a process of the launcher with this folder is in a StopRequest."""
+    return os.path.exists(os.path.join(folder, "stops_when_asked"))
 
 
 class StopRequest:
@@ -41,14 +45,20 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in requests():
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self.handle)
+            for number, handler in self.handlers().items():
+                self.before[number] = signal.signal(number, handler)
+        if launcher_folder:
+            open(os.path.join(launcher_folder, "stops_when_asked"), "w").close()
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def handlers(self) -> dict[int, Any]:
+        if launcher_folder:
+            return {signal.SIGUSR1: self.handle, signal.SIGINT: signal.SIG_IGN}
+        return {number: self.handle for number in REQUESTS if signal.getsignal(number) != signal.SIG_IGN}
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

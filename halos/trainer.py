@@ -94,7 +94,7 @@ class BasicTrainer:
         self.eval_loader = eval_loader
         self.run_dir = run_dir
         self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
-        self.metrics_bytes = 0  # of metrics.jsonl, that a resumed run keeps
+        self.metrics_bytes: int | None = None  # of metrics.jsonl, that a resumed run keeps
         self.step_started = time.monotonic()
         if train_loader is not None:
             optimizer = self.make_optimizer()
@@ -221,7 +221,8 @@ class BasicTrainer:
 
     def stop(self, signal: int) -> NoReturn:
         """Save the state, and end the run as a signal asks for it."""
-        self.save_state()
+        if self.state.saved_at < self.state.examples:
+            self.save_state()
         self.states.wait()
         kept = "are saved; resume=true goes on from there"
         if not self.config.keep_checkpoints:

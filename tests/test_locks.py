@@ -101,7 +101,7 @@ def test_a_lock_leaves_no_file_and_is_had_by_one_at_a_time(tmp_path):
 
 
 def locked(*words: str, cache_dir):
-    settings = {"overwrite": False, "cache_dir": str(cache_dir)}
+    settings = {"overwrite": False, "resume": False, "cache_dir": str(cache_dir)}
     return run_dir.locked(OmegaConf.merge(OmegaConf.create(settings), OmegaConf.from_dotlist(list(words))))
 
 
@@ -248,7 +248,8 @@ from halos import run_dir
 from halos.commands import report_user_errors
 from halos.launch import joined
 with report_user_errors(), joined():
-    with run_dir.locked(OmegaConf.create({"cache_dir": sys.argv[1], "exp_name": "run", "overwrite": True})):
+    settings = {"cache_dir": sys.argv[1], "exp_name": "run", "overwrite": True, "resume": False}
+    with run_dir.locked(OmegaConf.create(settings)):
         print("has it")
 """
 

@@ -24,7 +24,7 @@ def trainer(tmp_path):
 
 
 def checkpoint_of(trainer) -> None:
-    trainer.log = trainer.open_log(8)
+    trainer.log = trainer.open_log()
     trainer.log.evaluation(trainer.state.updates, 0, {"loss/eval": 1.0})
     trainer.log.close()
     trainer.save()
