@@ -42,4 +42,5 @@ errors.py           UserError
 files.py            writing files whole
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py
+inspection/         everything of scripts/inspect_data.py
 """

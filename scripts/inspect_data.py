@@ -1,6 +1,6 @@
 """What will training read? Inspect the data before any GPU hour: python scripts/inspect_data.py loss=kto datasets=[hh]
 
-Takes the words of the training command, and five of its own:
+Takes the words of the training command, and four of its own:
 
     split=both       train, test, or both: only both finds prompts that training and test share
     examples=8       training rows whose tokens are shown
@@ -78,9 +78,9 @@ def inspect(config: DictConfig, splits: list[str], n_shown: int, wanted: str, pa
     loaders = {split: dataloaders.make_loader(config, tokenizer, split) for split in splits}
     weights = {name: spec_of(config, name).weight for name in config.datasets}
     report = make_report(loaders, weights, n_shown, wanted)
-    print(terminal.text(report, terminal.has_colors()))
     make_room(path)
     page.write(path, report, f"Data of {config.exp_name}", command)
+    print(terminal.text(report, terminal.has_colors()))
     print(f"\nthe page with all of this: {path}")
 
 

@@ -70,8 +70,8 @@ def _bias(split: Split) -> Iterator[str]:
     which, share = ("longer", bias.share) if bias.share > 0.5 else ("shorter", 1 - bias.share)
     means = f"mean {bias.mean_chosen:,.0f} tokens against {bias.mean_rejected:,.0f}"
     yield (
-        f"strong length bias: chosen is the {which} response in {100 * share:.1f} % of the pairs (ties apart; {means}): "
-        "a loss can learn length for quality; compare models by length-controlled win rates, or balance the data"
+        f"strong length bias: chosen is the {which} one in {100 * share:.1f} % of the pairs (ties apart; {means}): a "
+        "loss can learn length for quality; compare models by length-controlled win rates, or balance the data"
     )
 
 

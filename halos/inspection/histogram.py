@@ -8,14 +8,14 @@ import numpy as np
 from halos.inspection.facts import lengths
 from halos.inspection.numbers import Split
 
-WIDTH, HEIGHT = 420, 150  # of the bars, in units of the picture
-MARGIN = 26  # for the numbers under the bars, and for the label of a limit above them
+WIDTH, HEIGHT = 420, 90  # of the bars, in units of the picture
+MARGIN = 20  # for the numbers under the bars, and for the label of a limit above them
 BINS = 40
 NEAR = 2.5  # a limit is drawn if it is at most so many times the longest length of a histogram
 
 
 def histograms(split: Split) -> Iterator[str]:
-    """Yield a figure for each kind of length. Chosen and rejected share their scale, so that they can be compared."""
+    """Yield a figure for each kind of length. Those of chosen and rejected end at the same length."""
     limits = {
         "prompt": ("max_prompt_length", split.loader.max_prompt_length),
         "prompt + response": ("max_length", split.loader.max_length),
@@ -62,11 +62,11 @@ def _bar(index: int, share: float) -> str:
 
 def _tick(share: float, label: str) -> str:
     anchor = "start" if share == 0 else "end" if share == 1 else "middle"
-    return f'<text x="{WIDTH * share:.1f}" y="{MARGIN + HEIGHT + 18}" text-anchor="{anchor}">{label}</text>'
+    return f'<text x="{WIDTH * share:.1f}" y="{MARGIN + HEIGHT + 14}" text-anchor="{anchor}">{label}</text>'
 
 
 def _limit(name: str, value: int, x: float) -> str:
     anchor = "end" if x > WIDTH / 2 else "start"
-    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{MARGIN - 8}" y2="{MARGIN + HEIGHT}"/>'
-    label = f'<text class="limit" x="{x:.1f}" y="{MARGIN - 12}" text-anchor="{anchor}">{name} {value:,}</text>'
+    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{MARGIN - 6}" y2="{MARGIN + HEIGHT}"/>'
+    label = f'<text class="limit" x="{x:.1f}" y="{MARGIN - 9}" text-anchor="{anchor}">{name} {value:,}</text>'
     return line + label

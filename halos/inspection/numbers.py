@@ -89,6 +89,7 @@ class Split:
     untrained: int  # responses of which truncation leaves no token to train on
     bias: LengthBias | None  # None if nothing is rejected
     repetition: Repetition
+    written: set[int]  # examples in whose texts control tokens are written, by their index in the loader
     chat: dict[str, int]  # what the renderer had to do -> examples or replies
 
 
@@ -97,21 +98,23 @@ def inspect(loader: DataLoader, name: str, weights: dict[str, float] | None = No
     rows = loader.order(0)
     responses = read_responses(loader, rows)
     examples = distinct_examples(loader)
-    trained_on = {example_id for row in rows for example_id in row.responses}
+    used = {response for row in rows for response in row.responses}
+    written = {i for i, example in examples.items() if loader.renderer.has_control_tokens(example)}
     is_preference = bool(responses.of(Role.REJECTED).any())
     return Split(
         name=name,
         loader=loader,
         rows=rows,
         responses=responses,
-        datasets=list(_datasets(loader, responses, examples, weights or {})),
+        datasets=list(_datasets(loader, responses, written, weights or {})),
         tokens=count_tokens(responses, loader.batch_size),
         equal_after_truncation=_equal_after_truncation(loader, examples) if is_preference else 0,
         empty=sum(source["dropped"].get("empty response", 0) for source in loader.account)
-        + sum(is_empty(loader.examples[index].generations[generation]) for index, generation in trained_on),
+        + sum(is_empty(loader.examples[index].generations[generation]) for index, generation in used),
         untrained=int(((responses.trained == 0) & ~responses.of(Role.UNRELATED)).sum()),
         bias=length_bias(loader, examples) if is_preference else None,
         repetition=repetition(loader.account, list(examples.values())),
+        written=written,
         chat=dict(loader.renderer.counts),
     )
 
@@ -156,9 +159,9 @@ def count_tokens(responses: Responses, batch_size: int) -> Tokens:
 
 
 def _datasets(
-    loader: DataLoader, responses: Responses, examples: dict[int, Example], weights: dict[str, float]
+    loader: DataLoader, responses: Responses, written: set[int], weights: dict[str, float]
 ) -> Iterator[DatasetNumbers]:
-    written = Counter(e.dataset_name for e in examples.values() if loader.renderer.has_control_tokens(e))
+    n_written = Counter(loader.examples[index].dataset_name for index in written)
     for source in loader.account:
         own, first = responses.dataset == source["name"], responses.is_first
         yield DatasetNumbers(
@@ -166,7 +169,7 @@ def _datasets(
             weight=weights.get(source["name"], 1),
             rows_read=source["rows"],
             **{key: source[key] for key in ("examples", "pairs", "feedback", "dropped", "notes")},
-            control=written[source["name"]],
+            control=n_written[source["name"]],
             rows=int((own & first).sum()),
             responses=int(own.sum()),
             truncated_prompts=int((own & first & (responses.prompt_kept < responses.prompt)).sum()),

@@ -140,12 +140,12 @@ def common_prompts(train: Iterable[Example], test: Iterable[Example]) -> CommonP
 
 def near_key(text: Text, tools: list[dict] | None = None) -> bytes:
     """Return a hash of a text or of messages that ignores case and white space."""
-    plain = text if isinstance(text, str) else "\0".join(_plain(message) for message in text)
-    words = " ".join(f"{plain}\0{tools or ''}".casefold().split())
+    parts = [text] if isinstance(text, str) else [part for message in text for part in _parts(message)]
+    words = "\0".join(" ".join(part.casefold().split()) for part in [*parts, str(tools or "")])
     return blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _plain(message: dict) -> str:
-    """Return a message as text. Keys other than these two are compared as they are written."""
+def _parts(message: dict) -> tuple[str, str, str]:
+    """Return the role of a message, its content, and everything else that it has."""
     others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
-    return f"{message.get('role')}\0{message.get('content') or ''}\0{others or ''}"
+    return str(message.get("role")), str(message.get("content") or ""), str(others or "")

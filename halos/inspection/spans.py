@@ -83,13 +83,11 @@ def _worth_a_look(split: Split) -> Iterator[tuple[int, str]]:
     }.items():
         if mask.any():
             yield int(responses.row[mask][0]), why
-    contradicting = set(split.repetition.contradicting)
-    renderer = split.loader.renderer
-    for why, matches in {
-        "contradicted": lambda example: example.id in contradicting,
-        "control tokens as text": renderer.has_control_tokens,
+    contradicting, examples = set(split.repetition.contradicting), split.loader.examples
+    for why, found in {
+        "contradicted": (i for i, row in enumerate(split.rows) if examples[row.example].id in contradicting),
+        "control tokens as text": (i for i, row in enumerate(split.rows) if row.example in split.written),
     }.items():
-        found = (i for i, row in enumerate(split.rows) if matches(split.loader.examples[row.example]))
         if (first := next(found, None)) is not None:
             yield first, why
     for dataset in split.datasets:
