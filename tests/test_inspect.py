@@ -309,7 +309,7 @@ def test_control_tokens_as_text_are_characters(tmp_path):
 def test_a_long_cut_run_is_shown_at_its_ends(tmp_path):
     """500 tokens of prompt, of which 100 are left: 120 are shown at both ends of the 400 that are cut."""
     row = first_row(tmp_path, dataset("d", ("p" * 500, "a", "b")), max_length=110, max_prompt_length=100)
-    assert spelled(row.prompt) == f"~{'p' * 120} ... 160 tokens ... {'p' * 120}~{'p' * 100}"
+    assert spelled(row.prompt) == f"~{'p' * 120} ... 160 more tokens are cut ... {'p' * 120}~{'p' * 100}"
     assert [s.stands_for for s in row.prompt if s.id == -1] == [160]
     assert sizes(row.prompt) == "500 tokens, 400 cut"
 

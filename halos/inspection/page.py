@@ -123,8 +123,8 @@ def _tokens(name: str, spans: list[Span]) -> str:
 
 def span(one: Span) -> str:
     """Make a token's element. A line break is shown as an arrow, and a part of a character as a dot."""
+    if one.stands_for > 1:
+        return tag("span", one.text, "gap")
     tip = f"{one.id}: {one.text!r}" if one.text else f"{one.id}: part of the character that follows"
     shown = one.text.replace("\n", "↵\n") or "·"
-    if one.stands_for > 1:
-        tip = "not shown"
     return f'<span class="{one.kind}" title="{html.escape(tip)}">{html.escape(shown)}</span>'

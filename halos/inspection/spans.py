@@ -162,7 +162,7 @@ class Speller:
             result += map(Span, shown, texts, kinds)
             if gap_end > gap_start:
                 n = gap_end - gap_start
-                result.append(Span(-1, f" ... {n:,} tokens ... ", Kind.CUT, n))
+                result.append(Span(-1, f" ... {n:,} more tokens are cut ... ", Kind.CUT, n))
             start = gap_end
         return result
 
