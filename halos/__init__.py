@@ -51,4 +51,5 @@ locks.py            one writer at a time
 manifest.py         sizes and checksums of a directory's files
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py
+inspection/         everything of scripts/inspect_data.py
 """

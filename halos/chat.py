@@ -72,6 +72,11 @@ class Renderer:
         before = self.conversation(prompt, example, calls_for_reply=True)
         return [self._response(example, prompt, before, generation) for generation in marked]
 
+    def has_control_tokens(self, example: Example) -> bool:
+        """Return whether control tokens are written in the messages or the responses, and encoded as characters."""
+        texts = example.generations if isinstance(example.prompt, str) else [*example.prompt, *example.generations]
+        return self.literal(texts) != texts
+
     def text(self, example: Example, index: int) -> str:
         """Return a response for people: as it was given, or the text of its last turn."""
         generation = example.generations[index]

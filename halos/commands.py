@@ -91,6 +91,23 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
     return number
 
 
+def take_words(own: dict[str, str]) -> dict[str, str]:
+    """Take a script's own key=value words out of sys.argv, before Hydra reads the others. Return their texts.
+
+    own: key -> text if the word is not given
+    """
+    given = [word.partition("=") for word in sys.argv[1:] if word.partition("=")[0] in own]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word.partition("=")[0] not in own]
+    return own | {key: text for key, _, text in given}
+
+
+def whole_number(key: str, text: str, example: str, least: int = 1) -> int:
+    """Return the number that the text of one of a script's own words is. example: a good value, for the remedy"""
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{key}={text} is not a whole number of at least {least}; use for example {key}={example}")
+    return int(text)
+
+
 def _say(message: str) -> None:
     sys.stdout.flush()
     print(" ".join(message.split()), file=sys.stderr, flush=True)

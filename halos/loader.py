@@ -107,6 +107,12 @@ class DataLoader:
         self.response_ids = tokenize(responses, self.encoder, "responses", cache_dir, f"{description} responses")
 
     def _no_rows(self) -> str:
+        if self.dropped_rows:
+            return (
+                f"all {self.dropped_rows} rows have equal responses after truncation to model.max_length="
+                f"{self.max_length}: there is nothing to prefer; raise model.max_length, or lower "
+                f"model.max_prompt_length={self.max_prompt_length}"
+            )
         have = Counter(
             kind
             for example in self.examples
@@ -121,11 +127,11 @@ class DataLoader:
         for thinned in self.thinned:
             thinned.take(self.examples, self.seed, epoch)
         rows = self.flatten(random.Random(f"{self.seed}-{epoch}"))
-        kept = [row for row in rows if not self._is_one_response(row)]
+        kept = [row for row in rows if not self.is_one_response(row)]
         self.dropped_rows = len(rows) - len(kept)
         return kept
 
-    def _is_one_response(self, row: Row) -> bool:
+    def is_one_response(self, row: Row) -> bool:
         """Return whether truncation leaves the same of all of a row's trained responses: there is nothing to prefer."""
         trained = [i for i, role in enumerate(row.roles) if role is not Role.UNRELATED]
         lengths = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
@@ -165,15 +171,7 @@ class DataLoader:
 
     def tokenized(self, row: Row) -> TokenizedExample:
         """The tokens of a row, cut to length, with what its examples know of it."""
-        prompt, responses = truncate(
-            self.prompt_ids[row.example],
-            tuple(self.response_ids[self.first_response[index] + generation] for index, generation in row.responses),
-            row.roles,
-            self.max_length,
-            self.max_prompt_length,
-            self.examples[row.example].truncation_mode,
-            len(self.encoder.bos),
-        )
+        prompt, responses = self._cut(row, *self.whole(row))
         known = [(self.examples[index], generation) for index, generation in row.responses]
         has_scores = any(example.scores for example, _ in known)
         has_context = any(len(response) and response.min() < 0 for response in responses)  # stored as ~id
@@ -185,6 +183,27 @@ class DataLoader:
             ids=tuple(f"{example.id}/{generation}" for example, generation in known),
             dataset=self.examples[row.example].dataset_name,
             trained=tuple(response >= 0 for response in responses) if has_context else (),
+        )
+
+    def whole(self, row: Row) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """The ids of a row's prompt and responses before truncation. Context in a response is stored as ~id."""
+        responses = (self.response_ids[self.first_response[index] + i] for index, i in row.responses)
+        return self.prompt_ids[row.example], tuple(responses)
+
+    def positions_kept(self, row: Row) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """The positions in `whole(row)` of the tokens that truncation leaves."""
+        prompt, responses = self.whole(row)
+        return self._cut(row, np.arange(len(prompt)), tuple(np.arange(len(response)) for response in responses))
+
+    def _cut(self, row: Row, prompt: np.ndarray, responses: tuple[np.ndarray, ...]):
+        return truncate(
+            prompt,
+            responses,
+            row.roles,
+            self.max_length,
+            self.max_prompt_length,
+            self.examples[row.example].truncation_mode,
+            len(self.encoder.bos),
         )
 
     def state_dict(self) -> dict[str, int]:

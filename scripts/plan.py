@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from halos.commands import hydra_main, report_user_errors  # noqa: E402
+from halos.commands import hydra_main, report_user_errors, take_words, whole_number  # noqa: E402
 from halos.errors import UserError  # noqa: E402
 from halos.project_dir import PROJECT  # noqa: E402
 
@@ -40,13 +40,12 @@ def main() -> None:
 
         print(table(os.path.join(PROJECT, "config")))
     else:
-        print_plan(words)
+        print_plan()
 
 
-def print_plan(words: list[str]) -> None:
+def print_plan() -> None:
     with report_user_errors():
-        own = own_values(words)
-    sys.argv[1:] = [word for word in words if key_of(word) not in OWN]
+        own = own_values(take_words(OWN))
 
     @hydra_main(os.path.join(PROJECT, "config"), "config")
     def run(config: DictConfig) -> None:
@@ -64,25 +63,14 @@ def print_plan(words: list[str]) -> None:
 #### WORDS
 
 
-def own_values(words: list[str]) -> dict[str, Any]:
+def own_values(texts: dict[str, str]) -> dict[str, Any]:
     """Values of the four words above; `nodes` is None if it is not given."""
-    texts = OWN | {key_of(word): word.partition("=")[2] for word in words if key_of(word) in OWN}
     return {
-        "gpus": whole_number("gpus", texts["gpus"]),
-        "forwards": whole_number("forwards", texts["forwards"]),
-        "nodes": whole_number("nodes", texts["nodes"]) if texts["nodes"] else None,
+        "gpus": whole_number("gpus", texts["gpus"], OWN["gpus"]),
+        "forwards": whole_number("forwards", texts["forwards"], OWN["forwards"]),
+        "nodes": whole_number("nodes", texts["nodes"], "1") if texts["nodes"] else None,
         "gpu_memory": amount("gpu_memory", texts["gpu_memory"]),
     }
-
-
-def key_of(word: str) -> str:
-    return word.partition("=")[0]
-
-
-def whole_number(key: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{key}={text} is not a whole number of at least 1; use for example {key}={OWN[key] or 1}")
-    return int(text)
 
 
 def amount(key: str, text: str) -> float:
