@@ -40,6 +40,7 @@ console.py          halos-train, halos-eval, halos-compare
 project_dir.py      where config/ and assets/ are
 errors.py           UserError
 files.py            writing files whole
+secrets.py          keys and passwords: learned when they come in, replaced in what goes out
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 """

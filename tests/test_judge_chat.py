@@ -13,11 +13,11 @@ from halos.judge.chat import (
     ChatJudge,
     classified,
     published_price,
-    read_completion,
     refused_parameter,
     replacement,
     retry_after,
 )
+from halos.judge.completions import read_completion
 from halos.judge.judges import Reply, Stop, Unanswerable, Unavailable
 from halos.judge.prompts import PromptTemplate
 from halos.judge.samples import Pair
