@@ -21,7 +21,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from halos import dataset_specs
+from halos import dataset_specs, secrets
 from halos.config import OPTIONAL, command_words, first_line, flat, is_open, unknown_key
 from halos.errors import UserError, did_you_mean
 
@@ -32,11 +32,12 @@ FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a use
 def report_user_errors() -> Iterator[None]:
     """Report a UserError in one line and exit with its code; report Ctrl-C in one line and exit with 130.
 
-    All other exceptions pass through, with their traceback.
+    All other exceptions pass through, with their traceback. No message has a key or a password in it.
     """
     full = os.environ.get(FULL_ERROR) == "1"
     try:
-        yield
+        with secrets.kept(*sys.argv[1:]):
+            yield
     except KeyboardInterrupt:
         if full:
             raise

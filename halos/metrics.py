@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from halos import distributed
+from halos import distributed, secrets
 from halos.files import finished
 
 # The panels of curves.png: title -> its metrics. A metric that the loss does not report is left out.
@@ -210,7 +210,7 @@ def open_wandb(settings, run_dir: str, name: str, config: dict):
         entity=settings.entity,
         project=settings.project,
         name=name,
-        config=config,
+        config=secrets.without_urls_secrets(config),
         dir=run_dir,
         mode=mode,
         reinit="finish_previous",

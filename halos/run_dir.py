@@ -8,7 +8,7 @@ import os
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from halos import distributed
+from halos import distributed, secrets
 from halos.errors import UserError
 from halos.files import set_aside
 
@@ -37,7 +37,8 @@ def create(config: DictConfig) -> str:
         os.rmdir(path)
     set_aside(path)
     os.makedirs(path)
-    OmegaConf.save(config, os.path.join(path, "config.yaml"), resolve=True)
+    settings = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
+    OmegaConf.save(OmegaConf.create(settings), os.path.join(path, "config.yaml"))
     return path
 
 

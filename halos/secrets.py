@@ -111,6 +111,8 @@ def cleanse(error: BaseException) -> None:
             continue
         seen.add(id(one))
         one.args = tuple(redacted(list(one.args)))
+        if isinstance(one, OSError):
+            one.strerror, one.filename = redacted(one.strerror), redacted(one.filename)
         if notes := getattr(one, "__notes__", None):
             notes[:] = redacted(notes)
         todo += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]

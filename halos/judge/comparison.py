@@ -76,6 +76,7 @@ def _call(settings: Settings) -> str:
 def make_judges(settings: Settings) -> list[Judge]:
     """One judge per name in `settings.judge`. Raises UserError if one lacks anything, before any call."""
     template = load_template(settings.template)
+    check_address(settings.base_url or OPENAI_URL)
     prices: list[tuple[float, float] | None] = [*settings.price] or [None]
     prices = prices * len(settings.judge) if len(prices) == 1 else prices
     return [_make_judge(name, price, template, settings) for name, price in zip(settings.judge, prices, strict=True)]

@@ -92,9 +92,7 @@ class FunctionJudge(Judge):
         try:
             value = self.function(*texts)
             return await value if inspect.isawaitable(value) else value
-        except (
-            BaseException
-        ) as error:  # the user's own code may raise anything, also SystemExit; it is counted and shown
+        except BaseException as error:  # the user's own code may raise anything, also SystemExit; it is counted
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # a second Ctrl-C

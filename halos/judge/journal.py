@@ -117,7 +117,7 @@ class Journal:
         position = used = 0
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n") and (line.startswith(b'{"') or not line.strip(b"\0")):
+                if not line.endswith(b"\n") and _is_torn(line):
                     if not self.read_only:  # else another process may be writing it
                         self.torn = len(line)
                         self.file.truncate(position)
@@ -137,7 +137,7 @@ class Journal:
         if not line.strip():
             return False
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8-sig"))
             problem = problem_with(record)
         except (ValueError, RecursionError):
             problem = "not JSON"
@@ -250,6 +250,11 @@ class Journal:
                 os.fsync(self.file.fileno())
             self.file.close()
             self.file = None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Return whether a last line without an end is the beginning of one of ours, or what a disk has in its place."""
+    return line[:2] == b'{"'[: len(line)] or not line.strip(b"\0")
 
 
 def _sync_directory(path: str) -> None:

@@ -4,6 +4,7 @@ Edit TEMPLATE to ask another question, or give --template. The journal's keys co
 every change of it asks for all verdicts anew.
 """
 
+import json
 import os
 from typing import Any
 
@@ -146,6 +147,7 @@ def messages_of(template: PromptTemplate, place: str, *texts: str) -> list[dict]
     """
     try:
         messages = template.messages(*texts)
+        json.dumps(messages)
     except (Exception, SystemExit) as error:  # a template and a user's class may raise anything
         remedy = "it may use prompt, first, second, fence, instruction"
         raise UserError(f"{place}: {said(error)}; {remedy}") from error

@@ -5,6 +5,7 @@ later versions are allowed.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ def _is_usage(value: Any) -> bool:
 
 # kind -> field -> (what it must be, in words and as a check); a field with a question mark may be null or absent
 Check = tuple[str, Callable[[Any], bool]]
+KEY: Check = ("a key", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{32}", value)))
 TEXT: Check = ("a text", _is_text)
 BOOL: Check = ("true or false", _is_bool)
 FIELDS: dict[str, dict[str, Check]] = {
@@ -66,7 +68,7 @@ def problem_with(record: Any) -> str | None:
     if len(kinds) != 1:
         return f"not one of {', '.join(KINDS)}"
     (kind,) = kinds
-    for field, (wanted, fits) in {kind: TEXT, **FIELDS[kind]}.items():
+    for field, (wanted, fits) in {kind: KEY, **FIELDS[kind]}.items():
         name = field.removesuffix("?")
         if name != field and record.get(name) is None:
             continue
