@@ -6,14 +6,20 @@ Before, 8 of 9 ways in which a server repeats a key ended with the key in the jo
 import base64
 import json
 import subprocess
+import time
 import traceback
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
+import completions_server
 from comparing import at, command, compare, environment, journal, kept, results, write_samples
-from halos import secrets
+from halos import run_dir, secrets, serving
+from halos.errors import UserError
 from halos.judge import run
 from halos.judge.servers import check_address, find_key
+from helpers import PROJECT
 from judge_server import Settings, serve
 
 KEY = "sk-proj-Ab3dEf6hIj9lMn2pQr5tUv8xYz1BcD4fGh7jKm0nPq"
@@ -213,6 +219,35 @@ def test_a_saved_configuration(fresh):
     assert saved == {**config, "sampler_url": "http://user:[redacted]@h:1/v1?token=[redacted]"}
 
 
+#### THE OTHER COMMANDS
+
+
+@pytest.mark.parametrize(("errors", "said"), [([], "Bearer [redacted]"), ([400], "the test says no Bearer [redacted]")])
+def test_samples_of_a_server_that_repeats_the_key(fresh, monkeypatch, errors, said):
+    """Before, the key was in the sample and in its partial file, or in the message of the error."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with completions_server.serve(errors, echo=True) as other:
+        url = f"{other.url}?sig=s3cr3tsignature"
+        try:
+            text = dict(serving.from_server(url, [serving.Request(0, [1], 4, 7)], 1, 1.0, 1.0))[0]
+        except UserError as error:
+            text = str(error)
+    assert said in text and "/v1/completions?sig=[redacted]" in text and KEY not in text and "s3cr3t" not in text
+
+
+def test_a_run_is_saved_without_the_password_of_its_server(fresh, tmp_path):
+    """All else of config.yaml is as it was."""
+    with hydra.initialize_config_dir(f"{PROJECT}/config", version_base="1.3"):
+        words = [f"cache_dir={tmp_path}", "exp_name=run", "loss=dpo", "datasets=[demo]", "model=tiny"]
+        config = hydra.compose("config", [*words, "sampler_url='http://me:pw@host:1/v1?token=abc&n=1'"])
+    path = run_dir.create(config)
+    saved = OmegaConf.to_container(OmegaConf.load(f"{path}/config.yaml"))
+    assert saved.pop("sampler_url") == "http://me:[redacted]@host:1/v1?token=[redacted]&n=1"
+    expected = OmegaConf.to_container(config, resolve=True)
+    del expected["sampler_url"]
+    assert saved == expected and list(saved) == list(expected)
+
+
 #### ADDRESSES AND KEYS
 
 
@@ -253,8 +288,6 @@ def test_what_is_no_key(monkeypatch):
 
 def test_what_a_secret_costs():
     """A reply of 8192 tokens takes less than 10 ms."""
-    import time
-
     secrets.learn(KEY, PASSWORD)
     text = json.dumps({"text": "The response is better, and sk is a prefix. " * 800})
     began = time.perf_counter()

@@ -231,12 +231,20 @@ class Journal:
         self.synced = False
 
     async def sync_regularly(self) -> None:
-        """Sync new lines to the disk every half second, until cancelled."""
+        """Sync new lines to the disk every half second, until cancelled. Raises UserError if the disk refuses."""
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_SYNCS)
-            if not self.synced and self.file is not None:
-                self.synced = True
-                await asyncio.to_thread(os.fsync, self.file.fileno())
+            if not self.synced:
+                await asyncio.to_thread(self.sync)
+
+    def sync(self) -> None:
+        if self.file is None or self.read_only:
+            return
+        self.synced = True
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path} is not safe on the disk ({error.strerror}); run again") from error
 
     def __enter__(self) -> "Journal":
         return self
@@ -246,10 +254,11 @@ class Journal:
 
     def close(self) -> None:
         if self.file is not None:
-            if not self.read_only:
-                os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
+            try:
+                self.sync()
+            finally:
+                self.file.close()
+                self.file = None
 
 
 def _is_torn(line: bytes) -> bool:

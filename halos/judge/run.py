@@ -66,7 +66,7 @@ class Run:
         """Settle all units. The first unit of each judge goes alone, since its call finds out what the server takes."""
         self.loop = asyncio.get_running_loop()
         first = list({unit.judge: unit for unit in reversed(self.todo)}.values())
-        sync = asyncio.create_task(self.journal.sync_regularly())
+        sync = asyncio.create_task(self.keep_synced())
         try:
             for unit in first:
                 await self.judges[unit.judge].open()
@@ -78,6 +78,12 @@ class Run:
             for judge in self.judges:
                 await judge.close()
         self.gate.check()
+
+    async def keep_synced(self) -> None:
+        try:
+            await self.journal.sync_regularly()
+        except UserError as reason:
+            self.gate.stop(reason)
 
     async def work_through(self, todo: list[Unit], n_workers: int) -> None:
         units = iter(todo)
