@@ -75,7 +75,7 @@ class FunctionJudge(Judge):
         except Exception:
             winner = -1
         if winner not in (0, 1, 2):
-            raise Stop(2, f"--judge {self.name} returned {_shown(value)}; it must return 1, 2, or 0 for a tie")
+            raise Stop(2, f"--judge {self.name} returned {shown(value)}; it must return 1, 2, or 0 for a tie")
         return winner
 
     async def _score(self, *texts: str) -> float:
@@ -83,7 +83,7 @@ class FunctionJudge(Judge):
         try:
             score = float(value)
         except Exception as error:
-            raise Stop(2, f"--judge {self.name} returned {_shown(value)}; a score is a number") from error
+            raise Stop(2, f"--judge {self.name} returned {shown(value)}; a score is a number") from error
         if math.isnan(score):
             raise Unanswerable("the score is NaN", final=False)
         return score
@@ -112,16 +112,17 @@ def _two_numbers(text: str) -> tuple[float, float]:
 
 
 def said(error: BaseException) -> str:
-    """The kind of an exception and its message, without secrets. A user's exception may fail to say anything."""
+    """The kind of an exception and its message, in one line without secrets. A user's exception may fail to speak."""
     try:
-        return secrets.redact(f"{type(error).__name__}: {error}")
+        return secrets.redact(" ".join(f"{type(error).__name__}: {error}".split()))
     except Exception:
         return type(error).__name__
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """The beginning of a value, in one line without secrets, whatever the value is."""
     try:
-        return f"{secrets.redact(repr(value)):.40}"
+        return " ".join(secrets.redact(repr(value)).split())[:40]
     except Exception:
         return f"an object of {type(value).__name__}"
 

@@ -13,7 +13,7 @@ from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment, SecurityErr
 
 from halos.datafiles import is_message
 from halos.errors import UserError
-from halos.judge.functions import is_python, python_object, said
+from halos.judge.functions import is_python, python_object, said, shown
 from halos.judge.samples import digest
 
 TEMPLATE = """\
@@ -133,8 +133,8 @@ def load_template(name: str | None) -> PromptTemplate:
         raise UserError(f"--template {name}: {said(error)}; correct it") from error
     messages = messages_of(template, f"--template {name}", prompt, first, second, "an instruction")
     text = "\n".join(message["content"] for message in messages)
-    shown = {"prompt": prompt in text, "first": first in text, "second": second in text}
-    missing = [variable for variable, is_shown in shown.items() if not is_shown]
+    is_there = {"prompt": prompt in text, "first": first in text, "second": second in text}
+    missing = [variable for variable, is_shown in is_there.items() if not is_shown]
     if missing:
         raise UserError(f"--template {name} does not show {{{{ {missing[0]} }}}} to the judge; add it")
     return template
@@ -153,7 +153,7 @@ def messages_of(template: PromptTemplate, place: str, *texts: str) -> list[dict]
         raise UserError(f"{place}: {said(error)}; {remedy}") from error
     if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
         remedy = 'give a list of {"role": a text, "content": a text}'
-        raise UserError(f"{place}: it returned {messages!r:.60}, which are no messages; {remedy}")
+        raise UserError(f"{place}: it returned {shown(messages)}, which are no messages; {remedy}")
     return messages
 
 
