@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 
+from halos import secrets
 from halos.commands import FlagParser, boolean, report_user_errors
 from halos.judge import Settings, compare
 from halos.judge.settings import CHOICES
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compare as the flags say. argv: the words after the program's name; by default those of this process."""
     words = sys.argv[1:] if argv is None else argv
     program = ["halos-compare"] if os.path.basename(sys.argv[0]) == "halos-compare" else ["python", "compare.py"]
-    with report_user_errors():
+    with report_user_errors(), secrets.kept(*words):
         flags = vars(parser().parse_args(words))
         lists = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
         compare(Settings(**{**flags, **lists}), command=shlex.join([*program, *words]))

@@ -13,7 +13,7 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
-from halos import locks
+from halos import locks, secrets
 from halos.commands import FlagParser, boolean, report_user_errors
 from halos.config import add_new_keys, overrides, validate
 from halos.errors import UserError
@@ -173,7 +173,8 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     for name, value in results.items():
         print(f"{name}: {value:.6g}")
     path = os.path.join(directory, "eval.json")
-    write_json(path, {"metadata": OmegaConf.to_container(config, resolve=True), "results": results})
+    metadata = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
+    write_json(path, {"metadata": metadata, "results": results})
     print(f"written to {path}")
 
 

@@ -49,6 +49,7 @@ errors.py           UserError
 files.py            writing files whole
 locks.py            one writer at a time
 manifest.py         sizes and checksums of a directory's files
+secrets.py          keys and passwords: learned when they come in, replaced in what goes out
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 inspection/         everything of scripts/inspect_data.py

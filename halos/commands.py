@@ -22,7 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from halos import dataset_specs
+from halos import dataset_specs, secrets
 from halos.config import OPTIONAL, command_words, first_line, flat, is_open, unknown_key
 from halos.errors import Stopped, UserError, did_you_mean, disk_full
 
@@ -34,12 +34,13 @@ def report_user_errors() -> Iterator[None]:
     """Report a UserError, a full disk or a Stopped run in one line and exit with its code; after Ctrl-C, exit with 130.
 
     If nobody reads the output any more, as in `--help | head -1`, exit with 141 and say nothing, as other programs do.
-    All other exceptions pass through, with their traceback.
+    All other exceptions pass through, with their traceback. No message has a key or a password in it.
     """
     full = os.environ.get(FULL_ERROR) == "1"
     try:
         try:
-            yield
+            with secrets.kept(*sys.argv[1:]):
+                yield
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:

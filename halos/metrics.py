@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from halos import distributed
+from halos import distributed, secrets
 from halos.curves import Series, draw_curves
 from halos.files import finished, writing
 
@@ -161,7 +161,7 @@ def open_wandb(settings, run_dir: str, name: str, config: dict):
         entity=settings.entity,
         project=settings.project,
         name=name,
-        config=config,
+        config=secrets.without_urls_secrets(config),
         dir=run_dir,
         mode=mode,
         reinit="finish_previous",

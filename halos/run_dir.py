@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from halos import distributed, locks, manifest
+from halos import distributed, locks, manifest, secrets
 from halos.errors import UserError
 from halos.files import OLD, UNFINISHED, finish_replacement, finished, set_aside
 from halos.locks import Lock
@@ -107,9 +107,10 @@ def create(config: DictConfig) -> str:
         os.rmdir(path)
     set_aside(path)
     os.makedirs(path)
+    settings = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
     try:
         with finished(os.path.join(path, CONFIG)) as unfinished:
-            OmegaConf.save(config, unfinished, resolve=True)
+            OmegaConf.save(OmegaConf.create(settings), unfinished)
     except BaseException:
         os.rmdir(path)
         raise

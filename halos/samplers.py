@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from halos import distributed, loading, sampling, serving
+from halos import distributed, loading, sampling, secrets, serving
 from halos.chat import Renderer
 from halos.errors import UserError
 from halos.sample_files import keys_of
@@ -23,6 +23,7 @@ from halos.tokens import Encoder
 def check(config: DictConfig, sample_reference: bool) -> None:
     """Raise UserError, before anything loads, if `sampler` cannot be used."""
     url = config.sampler_url
+    secrets.learn_urls(url or "")
     if config.sampler == "server" and not re.match(r"https?://[^/]", url or ""):
         shown = "null" if url is None else url
         raise UserError(

@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
+from halos import secrets
 from halos.errors import UserError
 from halos.tokens import Encoder
 
@@ -31,14 +33,24 @@ def from_server(
     """Yield (number, response) as the server answers. It samples from the first model that it lists.
 
     n_at_once: number of requests in flight
+    A query of the address goes with every request. No response has a secret in it: a server may repeat a key.
     Raises UserError if the server refuses a request, or does not answer after MAX_RETRIES.
     """
     import openai
 
+    secrets.learn_environment()
+    secrets.learn_urls(url)
+
     unusable = (openai.OpenAIError, LookupError, TypeError, AttributeError)  # the last three: an answer of another form
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=url, api_key=key, max_retries=MAX_RETRIES, timeout=TIMEOUT)
-
+    address = urlsplit(url)
+    client = openai.OpenAI(
+        base_url=urlunsplit(address._replace(query="")),
+        default_query=dict(parse_qsl(address.query)),
+        api_key=key,
+        max_retries=MAX_RETRIES,
+        timeout=TIMEOUT,
+    )
     failures: list[Exception] = []
 
     def response_to(request: Request) -> str | None:
@@ -69,7 +81,7 @@ def from_server(
             for answered in as_completed(asked):
                 text = answered.result()
                 if text is not None:
-                    yield asked[answered], text
+                    yield asked[answered], secrets.redact(text)
         finally:
             pool.shutdown(cancel_futures=True)
     if failures:
@@ -77,10 +89,11 @@ def from_server(
 
 
 def _failure(url: str, error: Exception) -> UserError:
+    secrets.cleanse(error)
     reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"sampler_url={url}: {reason}; give the /v1 address of a server on the export of this run, and run the command "
-        "again to go on"
+        f"sampler_url={secrets.redact(url)}: {reason}; give the /v1 address of a server on the export of this run, and "
+        "run the command again to go on"
     )
 
 

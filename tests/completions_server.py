@@ -16,13 +16,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class CompletionsServer(ThreadingHTTPServer):
-    """errors: statuses of the first requests; requests: bodies of those that were answered, in order"""
+    """errors: statuses of the first requests; requests: bodies of those that were answered, in order
+
+    echo: every answer repeats the credentials of its request
+    """
 
     daemon_threads = True
 
-    def __init__(self, errors: list[int]):
+    def __init__(self, errors: list[int], echo: bool):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.errors, self.requests, self.lock = list(errors), [], threading.Lock()
+        self.errors, self.requests, self.lock, self.echo = list(errors), [], threading.Lock(), echo
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -42,9 +45,13 @@ class Handler(BaseHTTPRequestHandler):
             if status == 200:
                 self.server.requests.append(body)
         if status != 200:
-            return self.answer(status, {"error": {"message": "the test says no", "code": status}})
-        choice = {"index": 0, "text": text_of(body["prompt"], body["seed"]), "finish_reason": "stop", "logprobs": None}
+            return self.answer(status, {"error": {"message": f"the test says no{self.echoed()}", "code": status}})
+        text = text_of(body["prompt"], body["seed"]) + self.echoed()
+        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
         self.answer(200, {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]})
+
+    def echoed(self) -> str:
+        return f" {self.headers['Authorization']} {self.path}" if self.server.echo else ""
 
     def answer(self, status: int, content: dict) -> None:
         data = json.dumps(content).encode()
@@ -64,9 +71,9 @@ def text_of(prompt: list[int], seed: int) -> str:
 
 
 @contextmanager
-def serve(errors: list[int] | None = None) -> Iterator[CompletionsServer]:
+def serve(errors: list[int] | None = None, echo: bool = False) -> Iterator[CompletionsServer]:
     """Start a server, and stop it at the end."""
-    server = CompletionsServer(errors or [])
+    server = CompletionsServer(errors or [], echo)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

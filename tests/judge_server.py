@@ -12,6 +12,7 @@ To start it by hand: python tests/judge_server.py --port 8000 --verdict first --
 
 import argparse
 import asyncio
+import base64
 import dataclasses
 import hashlib
 import http.client
@@ -60,6 +61,9 @@ class Settings:
     retry_after: float | None = 0.1  # seconds, as the header of every 429 but insufficient_quota
     script: tuple[int | str, ...] = ()  # outcomes of the first requests: statuses, names in ERRORS, hang, ...
 
+    echo: bool = False  # all answers repeat the credentials of the request: in messages, texts and headers
+    message: dict | None = None  # instead of the message of every completion, with `finish` as its finish_reason
+    finish: str = "stop"
     error: str | None = None  # a name in ERRORS: the outcome of all requests
     error_after: int = 0  # but so many
     refuse: tuple[str, ...] = ()  # parameters that are refused, or of response_format only json_schema or json_object
@@ -89,6 +93,7 @@ class Stats:
     paid: Counter = field(default_factory=Counter)  # 200s per digest of the messages, malformed ones too
     arrivals: array = field(default_factory=lambda: array("d"))  # seconds on the monotonic clock
     headers: dict[str, str] = field(default_factory=dict)  # of the last request, names in lower case
+    path: str = ""  # of the last request, with its query
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     def completion_id(self) -> str:
@@ -107,6 +112,7 @@ class Stats:
             "ids": [f"chatcmpl-{self.run}-{n}" for n in range(self.answered[200])],
             "arrivals": self.arrivals.tolist(),
             "headers": self.headers,
+            "path": self.path,
         }
 
 
@@ -346,10 +352,21 @@ class JudgeServer:
         self.to_cut -= cut
         answer = completion(request, self.policy(request), self.settings, stats.completion_id(), cut)
         stats.paid[messages_digest(request["messages"])] += 1
+        if self.settings.message is not None:
+            answer["choices"][0].update(message=self.settings.message, finish_reason=self.settings.finish)
+        if self.settings.echo:
+            message = answer["choices"][0]["message"]
+            message["content"] = f"Your key is {self.credentials()}.\n{message['content']}"
         if outcome == "malformed":
             answer["choices"][0].update(message={"role": "assistant", "content": "I cannot decide."}, logprobs=None)
         data = json.dumps(answer).encode()
         return data[: len(data) // 2] if outcome == "broken" else data
+
+    def credentials(self) -> str:
+        """What the last request had as its credentials: headers, in base64 too, and the address."""
+        headers = [self.stats.headers.get(name, "") for name in ("authorization", "api-key")]
+        decoded = [base64.b64decode(header.removeprefix("Basic ")) for header in headers if header.startswith("Basic ")]
+        return " ".join([*headers, *(text.decode() for text in decoded), self.stats.path])
 
 
 #### HTTP
@@ -389,7 +406,8 @@ class Connection(asyncio.Protocol):
         body = bytes(self.buffer[start:end])
         del self.buffer[:end]
         method, path, *_ = first.split(" ")
-        if (method, path) == ("POST", "/v1/chat/completions"):
+        if method == "POST" and path.partition("?")[0].endswith("/chat/completions"):
+            self.server.stats.path = path
             self.judge(body, headers)
         elif (method, path) == ("GET", "/stats"):
             self.write(200, self.server.stats.report())
@@ -422,7 +440,10 @@ class Connection(asyncio.Protocol):
             else:
                 self.complete(request, outcome)
         elif outcome != "hang":
-            self.answer(*error_answer(outcome), retry_after=server.retry_after(outcome))
+            status, body = error_answer(outcome)
+            if server.settings.echo:
+                body["error"]["message"] = f"{server.credentials()} is wrong. {body['error']['message']}"
+            self.answer(status, body, retry_after=server.retry_after(outcome))
 
     def complete(self, request: dict, outcome: int | str) -> None:
         self.waiting = None
@@ -443,6 +464,8 @@ class Connection(asyncio.Protocol):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json"]
         lines.append(f"Content-Length: {len(data)}")
+        if self.server.settings.echo:
+            lines.append(f"X-Your-Key: {self.server.credentials()}")
         if retry_after is not None:
             lines.append(f"Retry-After: {retry_after:g}")
         self.transport.write("\r\n".join([*lines, "\r\n"]).encode() + data)

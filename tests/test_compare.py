@@ -361,6 +361,8 @@ def test_pace(samples, start, monkeypatch, words):
         ),
         ('[{"prompt": "a", "chosen": 3, "policy": "c"}]', "not a text"),
         ("[]", "no rows"),
+        ("[" * 100_000, "cannot be read (maximum recursion depth"),
+        ('[{"prompt": "a", "chosen": "b", "policy": %s}]' % ("9" * 5000), "cannot be read (Exceeds the limit"),
     ],
 )
 def test_bad_samples_are_one_line(tmp_path, content, said):
@@ -370,6 +372,29 @@ def test_bad_samples_are_one_line(tmp_path, content, said):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert said in done.stderr
     assert os.listdir(tmp_path) == ["samples.json"] * (content is not None)
+
+
+# Each was accepted before, waited for ever, or ended in a traceback.
+NONSENSE = [
+    *(
+        [f"--{flag}={value}"]
+        for flag in ("sleep_time", "rpm", "tpm", "timeout", "max_cost", "max_fail")
+        for value in ("nan", "inf", "-inf", "-1", "1e400", "1e300")
+    ),
+    *([f"--price={price}"] for price in ("nan,1", "1,inf", "-1,1", "1,1e400", "nan")),
+    *(
+        [f"--{flag}", text]
+        for flag in ("results_file", "plot", "judge", "human", "file2")
+        for text in ("", " ", "a\0b")
+    ),
+    *([f"--{flag}", "a\udce4b"] for flag in ("report", "cache", "candidate_key")),
+    ["--max_fail", "2"],
+    ["--sleep_time", "999999"],
+    ["--rpm", "0"],
+    ["--concurrency", "1000000000"],
+    ["--max_comp", "0"],
+    ["--judge", "__main__:f"],
+]
 
 
 @pytest.mark.parametrize(
@@ -385,6 +410,7 @@ def test_bad_samples_are_one_line(tmp_path, content, said):
         (["--template", "missing.txt"], "no such file"),
         (["--moed", "text"], "--moed"),
         (["--base_url", "localhost:8000"], "not an address"),
+        *([words, words[0].partition("=")[0]] for words in NONSENSE),
     ],
 )
 def test_bad_flags_are_one_line(samples, words, said):

@@ -13,11 +13,11 @@ from halos.judge.chat import (
     ChatJudge,
     classified,
     published_price,
-    read_completion,
     refused_parameter,
     replacement,
     retry_after,
 )
+from halos.judge.completions import read_completion
 from halos.judge.judges import Reply, Stop, Unanswerable, Unavailable
 from halos.judge.prompts import PromptTemplate
 from halos.judge.samples import Pair
@@ -144,3 +144,64 @@ def test_published_prices_are_of_openai_alone():
     assert published_price("gpt-4o-2024-08-06", OPENAI_URL) == published_price("gpt-4o", OPENAI_URL) == (2.5, 10.0)
     assert published_price("gpt-4o", "http://localhost:8000/v1") is None
     assert published_price("gpt-4", OPENAI_URL) is None
+
+
+#### WHAT A REPLY SAYS
+
+
+def answered(message, finish="stop", **more) -> str:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    return json.dumps({"choices": [{"message": message, "finish_reason": finish}], "usage": usage, **more})
+
+
+TEXT = {"type": "text", "text": "Verdict: "}
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "text", "note"),
+    [
+        ({"content": [TEXT, {"type": "text", "text": "2"}]}, "stop", "Verdict: 2", None),
+        ({"content": [{"type": "output_text", "text": "Verdict: 2"}]}, "stop", "Verdict: 2", None),
+        ({"content": ["Verdict: ", {"text": "2"}, None, 5]}, "stop", "Verdict: 2", None),
+        ({"content": [{"type": "reasoning", "text": "1?"}, TEXT]}, "stop", "Verdict: ", None),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "stop", "No.", "the judge refused"),
+        ({"content": None, "refusal": "No."}, "stop", "No.", "the judge refused"),
+        ({"content": None}, "content_filter", "", "an empty reply: the content filter stopped the reply"),
+        ({"content": None, "reasoning_content": "2?"}, "length", "", "only reasoning: the limit of tokens cut it off"),
+        ({"content": "", "reasoning": "2?"}, "stop", "", "only reasoning: finish_reason stop"),
+        ({"content": None, "tool_calls": [{}]}, "tool_calls", "", "a call of a tool: finish_reason tool_calls"),
+        ({}, None, "", "an empty reply: no reason is given"),
+    ],
+)
+def test_contents_of_all_kinds(message, finish, text, note):
+    """Before, a list of parts was shown as JSON and never read, and an empty reply did not say why it was empty."""
+    reply = read_completion(answered(message, finish), 0.1)
+    assert (reply.text, reply.note, reply.usage, reply.broken) == (text, note, (1, 2), False)
+    assert chat().verdict(reply) == (0.0 if text == "Verdict: 2" else None)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"usage": [1]},
+        {"usage": {"prompt_tokens": -5, "completion_tokens": 1}},
+        {"usage": {"prompt_tokens": True, "completion_tokens": 10**20}},
+        {"id": 5, "usage": "many"},
+    ],
+)
+def test_what_a_server_counts_wrongly_is_not_counted(more):
+    reply = read_completion(answered({"content": "Verdict: 1"}, **more), 0.1)
+    assert (reply.usage, reply.id, chat().verdict(reply)) == (None, None, 1.0)
+
+
+@pytest.mark.parametrize("logprob", ["NaN", "Infinity", "1000", '"x"', "null", "-Infinity"])
+def test_a_probability_that_is_none(logprob):
+    """Before, NaN went into the journal as a verdict, and 1000 was an OverflowError."""
+    top = f'{{"token": "1", "logprob": {logprob}}}'
+    choice = f'{{"message": {{"content": "-"}}, "logprobs": {{"content": [{{"top_logprobs": [{top}]}}]}}}}'
+    assert read_completion(f'{{"choices": [{choice}]}}', 0.1).p_first is None
+
+
+@pytest.mark.parametrize("body", ["", "[]", "5", '{"choices": []}', '{"choices": [[]]}', "[" * 100_000, "data: {}"])
+def test_what_is_no_completion_is_broken(body):
+    assert read_completion(body, 0.1).broken

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from comparing import working_in
+from comparing import compare, journal, kept, last_line, results, working_in, write_samples
 from halos.errors import UserError
 from halos.judge.functions import FunctionJudge, is_python, python_object
-from halos.judge.judges import Stop, Unanswerable
+from halos.judge.judges import Reply, Stop, Unanswerable
 from halos.judge.samples import Pair
 
 PAIR = Pair(1, "Why?", "Because.", "I do not know.")
@@ -79,9 +79,71 @@ def test_names_that_lead_nowhere(module, tmp_path):
         "mine:number": "not a function",
         "bad:f": "importing it failed (ZeroDivisionError",
     }
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    mistakes["leaves:f"] = "importing it failed (SystemExit: 0"
     for name, said in mistakes.items():
         with pytest.raises(UserError) as error:
             python_object(name, "--judge")
         assert said in str(error.value)
     with pytest.raises(UserError, match="--judge_kind score"):
         FunctionJudge("mine:length", scores=False)
+
+
+RAISED = {
+    "SystemExit(0)": "SystemExit: 0",
+    "SystemExit": "SystemExit",
+    "KeyboardInterrupt": "KeyboardInterrupt",
+    "asyncio.CancelledError": "CancelledError",
+    "GeneratorExit": "GeneratorExit",
+    "Odd('way')": "Odd: way",
+    "Mute()": "Mute",
+}
+
+
+@pytest.mark.parametrize("raised", RAISED)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_whatever_a_function_raises_is_a_failed_verdict(tmp_path, raised, kind):
+    """Before, a judge that called sys.exit(), or raised CancelledError, ended the command with exit code 0."""
+    write_samples(tmp_path, 12)
+    (tmp_path / "mine.py").write_text(
+        "import asyncio\n\nclass Odd(BaseException):\n    pass\n\n"
+        "class Mute(Exception):\n    def __str__(self):\n        return 1\n\n"
+        f"{kind} leaves(prompt, first, second):\n    if 'Human: 3 ' in prompt:\n        raise {raised}\n    return 1\n"
+    )
+    done = compare(tmp_path, "--judge", "mine:leaves")
+    assert done.returncode == 4 and "2 of 24 verdicts failed" in last_line(done), done.stderr
+    assert f"the last: {RAISED[raised]}" in last_line(done)
+    assert len(kept(journal(tmp_path), "verdict")) == 22
+    assert compare(tmp_path, "--judge", "mine:leaves", "--max_fail", "0.1").returncode == 0
+    assert results(tmp_path)[0]["failed_units"] == 2
+
+
+@pytest.mark.parametrize("score", ["float('nan')", "10 ** 400", "object()", "Loud()", "b'x'", "None"])
+def test_what_is_no_score_is_never_a_verdict(tmp_path, score):
+    write_samples(tmp_path, 4)
+    (tmp_path / "mine.py").write_text(
+        "class Loud:\n    def __repr__(self):\n        return 1 / 0\n\n"
+        f"def score(prompt, response):\n    return {score}\n"
+    )
+    done = compare(tmp_path, "--judge", "mine:score", "--judge_kind", "score")
+    assert done.returncode in (2, 4) and last_line(done).startswith("error: "), done.stderr
+    assert not kept(journal(tmp_path), "verdict") and not (tmp_path / "result.jsonl").exists()
+
+
+def test_a_function_that_cancels_its_own_task(tmp_path):
+    """Before, every verdict was missing, and the exit code was 0."""
+    write_samples(tmp_path, 4)
+    (tmp_path / "mine.py").write_text(
+        "import asyncio\n\nasync def judge(prompt, first, second):\n    asyncio.current_task().cancel()\n"
+        "    await asyncio.sleep(0)\n    return 1\n"
+    )
+    done = compare(tmp_path, "--judge", "mine:judge")
+    assert done.returncode == 4 and "cancelled the task" in last_line(done)
+
+
+@pytest.mark.parametrize("text", ["-1", "3", "", "1.0", "[1, 2]", "one", "[" * 2000])
+def test_a_reply_that_no_function_gave_is_no_verdict(module, text):
+    """Such a one may be in a damaged journal. Before, "-1" was read as the second slot's win."""
+    assert FunctionJudge("mine:first", scores=False).verdict(Reply(text)) is None
+    numbers = FunctionJudge("mine:length", scores=True).verdict(Reply(text))
+    assert numbers == (0.0 if text == "[1, 2]" else None)

@@ -169,7 +169,7 @@ def test_defaults_and_what_follows_from_them():
         ({"mode": "jason"}, "did you mean 'json'"),
         ({"judge_kind": "rank"}, "pairwise, score"),
         ({"order": "all"}, "both, one"),
-        ({"concurrency": 0}, "--concurrency 0 is not a positive number"),
+        ({"concurrency": 0}, "--concurrency 0 is not between 1 and 4096"),
         ({"concurrency": 2.5}, "--concurrency 2.5 is not a whole number"),
         ({"max_comp": -1}, "--max_comp"),
         ({"seed": None}, "--seed"),

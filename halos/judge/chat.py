@@ -2,7 +2,8 @@
 
 `ChatJudge.ask` is one call, without retries. If the server refuses a parameter, the parameter is replaced here
 (`refused_parameter`, `replacement`); `classified` says what an error means for the request and for the whole run.
-Waiting and retrying are in run.py. Change PRICES for new models, and MODES for another way of asking for a verdict.
+Waiting and retrying are in run.py; addresses and keys in servers.py; what a reply says in completions.py. Change PRICES
+for new models, and MODES for another way of asking for a verdict.
 """
 
 import asyncio
@@ -12,9 +13,12 @@ import re
 import time
 from email.utils import parsedate_to_datetime
 
+from halos import secrets
+from halos.judge.completions import read_completion
 from halos.judge.judges import Judge, Reply, Stop, Unanswerable, Unavailable
-from halos.judge.prompts import INSTRUCTIONS, REMINDER, PromptTemplate
+from halos.judge.prompts import INSTRUCTIONS, REMINDER, PromptTemplate, messages_of
 from halos.judge.samples import Pair, digest, slots
+from halos.judge.servers import OPENAI_URL, key_names, make_client
 from halos.judge.verdicts import parse_verdict
 
 # US dollars per million input and output tokens at OpenAI, as published in June 2026; --price overrides them.
@@ -28,8 +32,6 @@ PRICES = {
     "gpt-4o": (2.5, 10.0),
     "gpt-4o-mini": (0.15, 0.6),
 }
-OPENAI_URL = "https://api.openai.com/v1"
-
 
 POOL_SIZE = 8  # connections per client
 MAX_TOKENS = 8192  # of a reply, however often its limit is raised
@@ -83,7 +85,8 @@ class ChatJudge(Judge):
 
     def request(self, pair: Pair, order: int) -> list[dict]:
         """Make the chat messages."""
-        return self.template.messages(pair.prompt, *slots(pair, order), INSTRUCTIONS[self.mode])
+        texts = pair.prompt, *slots(pair, order), INSTRUCTIONS[self.mode]
+        return messages_of(self.template, f"--template, for row {pair.row}", *texts)
 
     def key(self, request: list[dict]) -> str:
         return digest(self.name, self.wishes, json.dumps(request)).hex()
@@ -142,7 +145,8 @@ class ChatJudge(Judge):
             raise Unavailable(f"no answer within {self.timeout:g} s", billed=True) from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise Unavailable(f"{type(cause).__name__} {cause}".strip(), billed=not _unconnected(cause)) from error
+            reason = secrets.redact(f"{type(cause).__name__} {cause}".strip())
+            raise Unavailable(reason, billed=not _unconnected(cause)) from error
         return read_completion(response.text, time.perf_counter() - started)
 
     async def open(self) -> None:
@@ -150,18 +154,16 @@ class ChatJudge(Judge):
         import httpx2
         import openai
 
-        ssl = httpx2.create_ssl_context()
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
-        self.clients = [
-            openai.AsyncOpenAI(
-                api_key=self.api_key,
-                base_url=self.base_url,
-                max_retries=0,
-                timeout=None,
-                http_client=openai.DefaultAsyncHttpxClient(verify=ssl, limits=limits),
-            )
-            for _ in range(math.ceil(self.connections / POOL_SIZE))
-        ]
+        try:
+            ssl = httpx2.create_ssl_context()
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
+            for _ in range(math.ceil(self.connections / POOL_SIZE)):
+                http_client = openai.DefaultAsyncHttpxClient(verify=ssl, limits=limits)
+                options = {"max_retries": 0, "timeout": None, "http_client": http_client}
+                self.clients.append(make_client(self.base_url, self.api_key, **options))
+        except (OSError, ValueError, httpx2.InvalidURL, openai.OpenAIError) as error:
+            remedy = "check --base_url, and the variables of proxies and certificates"
+            raise Stop(2, f"{self.name}: no client can be made ({secrets.redact(str(error))}); {remedy}") from error
 
     def _raise_limit(self, cut: Reply) -> None:
         """Allow twice the tokens of a reply that was cut off before its verdict, as those of reasoning models are."""
@@ -223,18 +225,20 @@ def classified(error, judge: ChatJudge) -> Exception:
     """Turn an HTTP error (openai.APIStatusError) into Stop, Unavailable or Unanswerable."""
     status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
     code = str(body.get("code") or body.get("type") or "")
-    reason = f"{status} {' '.join(str(body.get('message') or error.response.text or code).split())[:300]}"
+    words = secrets.redact(str(body.get("message") or error.response.text or code)).split()  # before it is cut off
+    reason = f"{status} {' '.join(words)[:300]}"
     if status == 402 or "insufficient_quota" in (code, str(body.get("type"))):
         return Stop(3, f"{judge.name}: {reason}; add credit and run the command again: nothing is paid twice")
     if status in REMEDIES:
-        return Stop(2, f"{judge.name} at {judge.base_url}: {reason}; {REMEDIES[status]}")
+        remedy = REMEDIES[status].format(key=" or ".join(key_names(judge.base_url)))
+        return Stop(2, f"{judge.name} at {secrets.redact(judge.base_url)}: {reason}; {remedy}")
     if status == 429 or status in (408, 409) or status >= 500:
         return Unavailable(reason, retry_after(error.response.headers), status == 429, billed=status in (408, 504))
     return Unanswerable(reason, final=status == 413 or bool(ABOUT_THE_TEXTS.search(error.response.text)))
 
 
 REMEDIES = {
-    401: "check OPENAI_API_KEY",
+    401: "check {key}",
     403: "this key may not use the model; check the key, or choose another --judge",
     404: "check --judge and --base_url",
 }
@@ -252,7 +256,7 @@ def retry_after(headers) -> float | None:
             pass
         try:
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             pass
     return None
 
@@ -262,43 +266,6 @@ def _unconnected(error: BaseException) -> bool:
     import httpx2
 
     return isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol)
-
-
-#### REPLIES
-
-
-def read_completion(body: str, latency: float) -> Reply:
-    """Read the JSON of a chat completion; a body that is anything else becomes a broken Reply. latency: seconds."""
-    try:
-        answer = json.loads(body)
-        choice = answer["choices"][0]
-        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return Reply(body, latency=latency, broken=True)
-    usage = answer.get("usage") or {}
-    counted = all(isinstance(usage.get(name), int) for name in ("prompt_tokens", "completion_tokens"))
-    return Reply(
-        text=text if isinstance(text, str) else json.dumps(text),
-        usage=(usage["prompt_tokens"], usage["completion_tokens"]) if counted else None,
-        latency=latency,
-        id=answer.get("id"),
-        finish=choice.get("finish_reason"),
-        p_first=_p_first(choice),
-    )
-
-
-def _p_first(choice: dict) -> float | None:
-    """Compute P("1") / (P("1") + P("2")) of the first token; None if neither is among the most likely tokens."""
-    try:
-        likely = choice["logprobs"]["content"][0]["top_logprobs"]
-        masses = {"1": 0.0, "2": 0.0}
-        for token in likely:
-            if token["token"].strip() in masses:
-                masses[token["token"].strip()] += math.exp(token["logprob"])
-    except (LookupError, TypeError):
-        return None
-    total = sum(masses.values())
-    return masses["1"] / total if total > 0 else None
 
 
 #### PRICES

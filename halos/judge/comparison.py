@@ -5,16 +5,17 @@ kind of judge.
 """
 
 import os
-import re
 
+from halos import secrets
 from halos.errors import UserError
-from halos.judge.chat import OPENAI_URL, ChatJudge, published_price
+from halos.judge.chat import ChatJudge, published_price
 from halos.judge.functions import FunctionJudge, is_python
 from halos.judge.journal import Journal
 from halos.judge.judges import Judge
 from halos.judge.prompts import PromptTemplate, load_template
 from halos.judge.run import judge_all
 from halos.judge.samples import Pair, lengths, read_pairs, read_verdicts, sample_pairs
+from halos.judge.servers import OPENAI_URL, check_address, find_key
 from halos.judge.settings import Settings
 from halos.judge.units import billing, plan, replies_of, scores_of, units_of
 
@@ -25,14 +26,19 @@ def compare(settings: Settings, command: str | None = None) -> dict:
     command: what the page shows as its origin; by default the call of this function
     Returns the summary of `statistics.summarize` with "calls" of `units.billing`; an empty one with dry_run.
     Raises UserError (its `code` is the exit code of compare.py) for bad input, and Stop for a run that has not ended.
-    Works in a notebook too, where an event loop is running already.
+    Works in a notebook too, where an event loop is running already. No secret is in what it writes, shows or raises.
     """
-    from halos.judge import feedback, statistics, table  # scipy takes a while to import
+    with secrets.kept(settings.base_url):
+        return _compare(settings, command or _call(settings))
+
+
+def _compare(settings: Settings, command: str) -> dict:
+    from halos.judge import feedback, outputs, statistics, table  # scipy takes a while to import
 
     pairs = _pairs_of(settings)
     anchor = read_verdicts(settings.length_anchor) if settings.length_anchor else None
     judges = make_judges(settings)
-    table.check_paths(settings)
+    outputs.check_paths(settings)
     units = units_of(pairs, judges, settings.order == "both", settings.seed)
     with Journal(settings.journal_directory, read_only=settings.dry_run or settings.stats_only) as journal:
         print(plan(judges, units, journal), flush=True)
@@ -44,7 +50,7 @@ def compare(settings: Settings, command: str | None = None) -> dict:
         summary = statistics.summarize(scores, *lengths(pairs), [pair.human for pair in pairs], anchor)
         summary["calls"] = billing(judges, units, journal)
         print(table.table(summary, settings.candidate_key, settings.baseline))
-        table.write_all(settings, pairs, scores, summary, replies_of(units, journal), command or _call(settings))
+        table.write_all(settings, pairs, scores, summary, replies_of(units, journal), command)
         if settings.export_feedback:
             feedback.export_feedback(settings.export_feedback, pairs, statistics.pair_scores(scores))
     return summary
@@ -70,6 +76,7 @@ def _call(settings: Settings) -> str:
 def make_judges(settings: Settings) -> list[Judge]:
     """One judge per name in `settings.judge`. Raises UserError if one lacks anything, before any call."""
     template = load_template(settings.template)
+    check_address(settings.base_url or OPENAI_URL)
     prices: list[tuple[float, float] | None] = [*settings.price] or [None]
     prices = prices * len(settings.judge) if len(prices) == 1 else prices
     return [_make_judge(name, price, template, settings) for name, price in zip(settings.judge, prices, strict=True)]
@@ -82,13 +89,11 @@ def _make_judge(name: str, price: tuple[float, float] | None, template: PromptTe
         raise UserError(
             f"--judge_kind score is for Python functions, and --judge {name} is a model; give pkg.module:function"
         )
-    base_url = (settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-    if not re.match(r"https?://[^/]", base_url):
-        raise UserError(f"--base_url {base_url} is not an address; give one such as http://localhost:8000/v1")
+    base_url = check_address(settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
     price = price or published_price(name, base_url)
     if settings.max_cost is not None and price is None:
         raise UserError(f"--max_cost {settings.max_cost:g}: no price of {name} is known; give --price IN,OUT")
-    api_key = os.environ.get("OPENAI_API_KEY", "")
+    api_key = find_key(base_url)
     if not api_key and base_url == OPENAI_URL and not (settings.dry_run or settings.stats_only):
         remedy = "set it, or give the --base_url of another server, or a Python function as --judge"
         raise UserError(f"--judge {name}: OPENAI_API_KEY is not set; {remedy}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from halos.files import finished, make_room
+from halos.judge.outputs import written
 from halos.judge.samples import Pair
 from halos.judge.statistics import outcomes
 
@@ -28,10 +28,8 @@ def export_feedback(path: str, pairs: list[Pair], scores: np.ndarray) -> None:
     if not rows:
         print(f"{path} is not written: no pair has a better response ({others})")
         return
-    with finished(path) as unfinished:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        make_room(path)
+    with written(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"{len(rows)} preference pairs written to {path}; left out: {others}")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from halos.files import finished
 from halos.judge import statistics
+from halos.judge.outputs import written
 
 BLUE, ORANGE, PURPLE, GREEN = "#2b66a8", "#c4691b", "#7a5aa6", "#3d8577"
 PALE, GREY, MUTED, INK = "#e6e8ec", "#c6cad0", "#6c737d", "#1b1f26"
@@ -51,8 +51,8 @@ def plot(path: str, title: str, summary: dict, scores: np.ndarray, length_differ
         _draw_lengths(axes[1], summary["length_controlled"], scores, length_differences)
         _draw_positions(axes[2], judges if several else rows)
         figure.suptitle(_shorten(title, 150), x=0.01, ha="left", fontsize=12.5)
-        with finished(path) as unfinished:
-            figure.savefig(unfinished, dpi=130, format="png")
+        with written(path) as unfinished, open(unfinished, "wb") as file:  # a path would have to be seekable
+            figure.savefig(file, dpi=130, format="png")
 
 
 def _draw_outcomes(axis, rows: list[tuple[str, dict]]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from halos import secrets
 from halos.errors import UserError
 from halos.judge.judges import Judge, Reply, Stop, Unanswerable
 from halos.judge.samples import Pair, digest, slots
@@ -36,10 +37,10 @@ class FunctionJudge(Judge):
         n_arguments = 2 if scores else 3
         try:
             inspect.signature(self.function).bind(*[""] * n_arguments)
-        except (TypeError, ValueError) as error:
+        except (Exception, SystemExit) as error:
             form = "f(prompt, response)" if scores else "f(prompt, first, second)"
             remedy = "leave out --judge_kind score" if scores else "one that scores responses takes --judge_kind score"
-            raise UserError(f"--judge {name} cannot be called as {form}: {error}; {remedy}") from error
+            raise UserError(f"--judge {name} cannot be called as {form}: {said(error)}; {remedy}") from error
         self.version = _version_of(self.function)
 
     def request(self, pair: Pair, order: int) -> tuple[str, str, str]:
@@ -50,10 +51,11 @@ class FunctionJudge(Judge):
         return digest(self.name, "score" if self.scores else "pairwise", self.version, *request).hex()
 
     def verdict(self, reply: Reply) -> float | None:
-        if self.scores:
-            first, second = json.loads(reply.text)
-            return 0.5 * (1 + (first > second) - (first < second))
-        return (0.5, 1.0, 0.0)[int(reply.text)]
+        if not self.scores:
+            return WINNERS.get(reply.text)
+        first, second = _two_numbers(reply.text)
+        is_unclear = math.isnan(first) or math.isnan(second)
+        return None if is_unclear else 0.5 * (1 + (first > second) - (first < second))
 
     async def ask(self, request: tuple[str, str, str], unread: Reply | None = None) -> Reply:
         """Call the function. The text of the reply is its winner, or both scores as a JSON list."""
@@ -70,18 +72,18 @@ class FunctionJudge(Judge):
         value = await self._call(*texts)
         try:
             winner = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
+        except Exception:
             winner = -1
         if winner not in (0, 1, 2):
-            raise Stop(2, f"--judge {self.name} returned {value!r:.40}; it must return 1, 2, or 0 for a tie")
+            raise Stop(2, f"--judge {self.name} returned {shown(value)}; it must return 1, 2, or 0 for a tie")
         return winner
 
     async def _score(self, *texts: str) -> float:
         value = await self._call(*texts)
         try:
             score = float(value)
-        except (TypeError, ValueError) as error:
-            raise Stop(2, f"--judge {self.name} returned {value!r:.40}; a score is a number") from error
+        except Exception as error:
+            raise Stop(2, f"--judge {self.name} returned {shown(value)}; a score is a number") from error
         if math.isnan(score):
             raise Unanswerable("the score is NaN", final=False)
         return score
@@ -90,8 +92,39 @@ class FunctionJudge(Judge):
         try:
             value = self.function(*texts)
             return await value if inspect.isawaitable(value) else value
-        except Exception as error:  # the user's own code may raise anything; it is counted and shown
-            raise Unanswerable(f"{type(error).__name__}: {error}", final=False) from error
+        except BaseException as error:  # the user's own code may raise anything, also SystemExit; it is counted
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # a second Ctrl-C
+            raise Unanswerable(said(error), final=False) from error
+
+
+WINNERS = {"0": 0.5, "1": 1.0, "2": 0.0}  # the text of a reply -> the score of the first slot
+
+
+def _two_numbers(text: str) -> tuple[float, float]:
+    """Read the two scores of a reply; (NaN, 0) if it holds something else, as one of a journal may."""
+    try:
+        first, second = map(float, json.loads(text))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return math.nan, 0.0
+    return first, second
+
+
+def said(error: BaseException) -> str:
+    """The kind of an exception and its message, in one line without secrets. A user's exception may fail to speak."""
+    try:
+        return secrets.redact(" ".join(f"{type(error).__name__}: {error}".split()))
+    except Exception:
+        return type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, in one line without secrets, whatever the value is."""
+    try:
+        return " ".join(secrets.redact(repr(value)).split())[:40]
+    except Exception:
+        return f"an object of {type(value).__name__}"
 
 
 def _version_of(function: Callable) -> str:
@@ -123,7 +156,10 @@ def is_python(name: str) -> bool:
 
 def _is_module(name: str) -> bool:
     _see_working_directory()
-    found = importlib.util.find_spec(name)
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # the name of what has no spec, as __main__
+        return False
     return found is not None and found.origin is not None
 
 
@@ -146,8 +182,10 @@ def python_object(name: str, flag: str) -> Any:
         raise UserError(f"{flag} {name}: there is no module {error.name!r}; check the name") from error
     except AttributeError as error:
         raise UserError(f"{flag} {name}: {module} has no {attribute!r}; check the name") from error
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise UserError(f"{flag} {name}: importing it failed ({type(error).__name__}: {error})") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's module raises while it is imported, also SystemExit
+        raise UserError(f"{flag} {name}: importing it failed ({said(error)})") from error
     if not callable(found):
         raise UserError(f"{flag} {name} is not a function; give pkg.module:function")
     return found

@@ -27,6 +27,7 @@ class Reply:
     latency: seconds
     p_first: in logprob mode P("1") / (P("1") + P("2")), else None
     broken: it is not a chat completion, as from a proxy, so that nobody has judged
+    note: why there is no answer in it (a refusal, only reasoning, ...), or None
     """
 
     text: str
@@ -36,6 +37,7 @@ class Reply:
     finish: str | None = None
     p_first: float | None = None
     broken: bool = False
+    note: str | None = None
 
 
 class Unavailable(Exception):

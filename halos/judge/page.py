@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from halos.files import finished
 from halos.judge import statistics
 from halos.judge.judges import JudgeScores
+from halos.judge.outputs import written
 from halos.judge.samples import Pair
 
 SKELETON = Path(__file__).with_name("page.html")
@@ -54,7 +54,7 @@ def write_html(
     # Values are escaped, so that no value contains the mark of another one.
     head = re.sub("|".join(blanks), lambda mark: blanks[mark.group()], head)
     # Lone surrogates in names become character references, which browsers show as U+FFFD.
-    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+    with written(path) as unfinished, open(unfinished, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
         file.write(head)
         file.write(f'<script type="application/json" id="index">{island(_index(pairs, judges))}</script>\n')
         for start in range(0, len(pairs), CHUNK):

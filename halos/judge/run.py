@@ -15,9 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from halos import secrets
 from halos.errors import UserError
 from halos.judge.gate import Gate
-from halos.judge.journal import Journal
+from halos.judge.journal import NO_VERDICT, Journal
 from halos.judge.judges import Judge, Reply, Stop, Unanswerable, Unavailable
 from halos.judge.samples import Pair
 from halos.judge.settings import Settings
@@ -35,7 +36,7 @@ from halos.judge.units import (
 
 MAX_TRIES = 8  # calls in a row without an answer, before this run gives a unit up
 MAX_RATE_LIMITS = 100  # the same for rate limits, which say that the server is well
-MAX_ASKS = 4  # replies without a verdict, before a unit has failed for good
+MAX_ASKS = 4  # replies without a verdict, before this run gives a unit up
 BACKOFF = 0.5, 30.0  # seconds: the first wait, and the longest
 MAX_PAUSE = 600.0  # seconds; a server that asks for a longer pause has a quota
 MIN_FAILURES = 10  # failed units, before a run is stopped in its middle for them
@@ -65,7 +66,7 @@ class Run:
         """Settle all units. The first unit of each judge goes alone, since its call finds out what the server takes."""
         self.loop = asyncio.get_running_loop()
         first = list({unit.judge: unit for unit in reversed(self.todo)}.values())
-        sync = asyncio.create_task(self.journal.sync_regularly())
+        sync = asyncio.create_task(self.keep_synced())
         try:
             for unit in first:
                 await self.judges[unit.judge].open()
@@ -78,11 +79,17 @@ class Run:
                 await judge.close()
         self.gate.check()
 
+    async def keep_synced(self) -> None:
+        try:
+            await self.journal.sync_regularly()
+        except UserError as reason:
+            self.gate.stop(reason)
+
     async def work_through(self, todo: list[Unit], n_workers: int) -> None:
         units = iter(todo)
         self.workers = [asyncio.create_task(self.work(units)) for _ in range(n_workers)]
         for ended in await asyncio.gather(*self.workers, return_exceptions=True):
-            if isinstance(ended, Exception):
+            if isinstance(ended, BaseException) and not isinstance(ended, asyncio.CancelledError):
                 raise ended
 
     async def work(self, todo: Iterator[Unit]) -> None:
@@ -93,7 +100,10 @@ class Run:
                 await self.settle(unit)
         except UserError as reason:  # Stop, or a journal that cannot be written
             self.gate.stop(reason)
-        except Exception:
+        except asyncio.CancelledError:  # by a second Ctrl-C, which has given its reason; otherwise by the judge itself
+            self.gate.stop(Stop(4, "a judge cancelled the task in which it was called; correct the function"))
+            raise
+        except BaseException:
             self.gate.stop(Stop(1, "a bug"))  # `work_through` raises the bug itself
             raise
 
@@ -104,23 +114,28 @@ class Run:
         judge, journal = self.judges[unit.judge], self.journal
         request = judge.request(self.pairs[unit.pair], unit.order)
         reply = journal.reply(unit.key)
-        errors = rate_limits = 0
+        errors = rate_limits = asked = 0
         while True:
             verdict = None if reply is None else judge.verdict(reply)
             if verdict is not None:
                 journal.verdict(unit.key, verdict)
                 return self.settled(unit, verdict)
-            if journal.entry(unit.key).answers >= MAX_ASKS:
-                return self.fail(unit, f"no verdict in {MAX_ASKS} replies", final=True)
+            if reply is not None and asked >= MAX_ASKS:
+                last = reply.note or f"{secrets.redact(reply.text)[:60]!r}"
+                journal.failed(unit.key, reason := f"{NO_VERDICT}{MAX_ASKS} replies, the last: {last}", final=False)
+                return self.fail(unit, reason)
             try:
                 reply = await self.ask(unit, judge, request, reply)
+                asked += 1
             except Unanswerable as error:
-                return self.fail(unit, str(error), error.final)
+                if error.final:
+                    journal.failed(unit.key, str(error), final=True)
+                return self.fail(unit, str(error))
             except Unavailable as error:
                 rate_limits += error.rate_limited
                 errors += not error.rate_limited
                 if errors == MAX_TRIES or rate_limits == MAX_RATE_LIMITS:
-                    return self.fail(unit, str(error), final=False)
+                    return self.fail(unit, str(error))
                 self.bar.set_postfix_str(f"trying again: {str(error)[:60]}")
                 await self.gate.pause(self.wait_after(error, errors + rate_limits))
 
@@ -136,12 +151,13 @@ class Run:
             try:
                 reply = await judge.ask(request, unread)
             except (Unavailable, Unanswerable, Stop) as error:
+                secrets.cleanse(error)
                 self.note_error(unit, error, sent_at, cost)
                 raise
             self.journal.got(unit.key, reply, attempt)
             self.gate.spent += dollars(judge, *reply.usage) if reply.usage else expected_cost(unit, judge)
             if reply.broken:
-                raise Unavailable(f"the answer is not a chat completion: {reply.text[:80]!r}")
+                raise Unavailable(f"the answer is not a chat completion: {secrets.redact(reply.text)[:80]!r}")
             self.gate.answered()
             return reply
 
@@ -175,31 +191,30 @@ class Run:
 
     #### FAILURES
 
-    def fail(self, unit: Unit, reason: str, final: bool) -> None:
-        """Give a unit up. final: for good, which the journal keeps; otherwise another run asks again.
-
-        Raises Stop if too many units have failed.
-        """
-        if final:
-            self.journal.failed(unit.key, reason)
+    def fail(self, unit: Unit, reason: str) -> None:
+        """Give a unit up in this run. Raises Stop if too many units have failed."""
         self.failures[unit.key] = reason
         self.show()
         if len(self.failures) > max(MIN_FAILURES, self.settings.max_fail * len(self.units)):
             raise self.too_many_failures(self.failures)
 
     def check_failures(self) -> None:
-        """At the end, raise Stop if too many units have failed, those that failed for good in earlier runs included."""
-        earlier = {unit.key: self.journal.entry(unit.key).failed for unit in self.units}
-        failures = {key: reason for key, reason in earlier.items() if reason} | self.failures
+        """At the end, raise Stop if too many units have no verdict, those that failed for good earlier included."""
+        entries = {unit.key: self.journal.entry(unit.key) for unit in self.units}
+        failures = {key: entry.failed or "not asked" for key, entry in entries.items() if entry.score is None}
+        failures |= self.failures
         if len(failures) > self.settings.max_fail * len(self.units):
             raise self.too_many_failures(failures)
 
     def too_many_failures(self, failures: dict[str, str]) -> Stop:
         *_, last = failures.values()
+        n = sum(not self.journal.entry(key).final for key in failures)
+        again = f"run the command again to ask for {n} of them again"
+        remedy = again if n else "no run can repair these: leave their rows out"
         return Stop(
             4,
             f"{len(failures)} of {len(self.units)} verdicts failed, more than --max_fail {self.settings.max_fail:g}; "
-            f"the last: {last}; run the command again to ask for what is missing, or allow more",
+            f"the last: {last}; {remedy}, or allow more",
         )
 
     def show(self) -> None:

@@ -159,7 +159,7 @@ def _rows(file: str, prompt_key: str, keys: list[str], human_key: str | None = N
     if not file.endswith(SUFFIXES):
         raise UserError(f"{file}: not a sample file; give one that ends in {', '.join(SUFFIXES)}")
     rows, seen = [], dict[tuple[str, int | None], int]()
-    for number, (where, content) in enumerate(read_rows(file, forms=", ".join([prompt_key, *keys])), 1):
+    for number, (where, content) in enumerate(_contents(file, ", ".join([prompt_key, *keys])), 1):
         place = f"{where} (row {number})"
         row = _row(place, number, content, prompt_key, keys, human_key)
         first = seen.setdefault((row.shown, row.sample), number)
@@ -168,6 +168,16 @@ def _rows(file: str, prompt_key: str, keys: list[str], human_key: str | None = N
             raise UserError(f"{place}: the same {same} as row {first}; keep one of the two")
         rows.append(row)
     return rows
+
+
+def _contents(file: str, forms: str) -> Iterator[tuple[str, dict]]:
+    """Yield `read_rows`, with one line also for JSON that Python itself refuses to decode."""
+    try:
+        yield from read_rows(file, forms=forms)
+    except UserError:
+        raise
+    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+        raise UserError(f"{file}: cannot be read ({str(error)[:80]}); correct the row") from error
 
 
 def _row(place: str, number: int, content: dict, prompt_key: str, keys: list[str], human_key: str | None) -> Row:
@@ -261,7 +271,7 @@ def _verdict_rows(file: str) -> list[list[float]]:
                 texts = [row[column] for column in VERDICT_COLUMNS]
                 if texts[-1]:
                     rows.append(_verdict_numbers(f"{file}, line {reader.line_num}", texts))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--length_anchor {file}: {error}; give a csv that --verdicts wrote") from error
     return rows
 

@@ -1,20 +1,19 @@
 """The results of a comparison: a table in the terminal, a line in the results file, a picture and a page.
 
-`table` is what people read first; `line` is what programs read. The numbers come from statistics.py.
+`table` is what people read first; `line` is what programs read. The numbers come from statistics.py, and outputs.py
+writes the files.
 """
 
 import csv
 import json
 import math
-import os
 from collections.abc import Callable
 from datetime import datetime
 
 import numpy as np
 
-from halos.errors import UserError
-from halos.files import finished, make_room
-from halos.judge import figure, statistics
+from halos import secrets
+from halos.judge import figure, outputs, statistics
 from halos.judge.judges import JudgeScores
 from halos.judge.page import estimate, write_html
 from halos.judge.samples import VERDICT_COLUMNS, Pair, lengths
@@ -94,21 +93,6 @@ def _calls(calls: dict) -> str:
 #### FILES
 
 
-def check_paths(settings: Settings) -> None:
-    """Raise UserError, before anything is paid for, if a file that the settings name cannot be written."""
-    for flag in ("results_file", "verdicts", "plot", "report", "export_feedback"):
-        path = getattr(settings, flag)
-        if path is None:
-            continue
-        directory = os.path.dirname(path) or "."
-        try:
-            os.makedirs(directory, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{flag} {path}: {error.strerror}; give a path that can be written") from error
-        if os.path.isdir(path) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
-            raise UserError(f"--{flag} {path} is not a file that can be written; give another path")
-
-
 def line(settings: Settings, pairs: list[Pair], summary: dict) -> dict:
     """Make a line of the results file: the keys of the original script, then those of `summary`.
 
@@ -128,7 +112,7 @@ def line(settings: Settings, pairs: list[Pair], summary: dict) -> dict:
         "candidate": side(settings.candidate_key, settings.file, summary["wins"], ours),
         "baseline": side(settings.baseline, settings.file2 or settings.file, summary["losses"], theirs),
         **summary,
-        "settings": {name: getattr(settings, name) for name in kept},
+        "settings": secrets.redacted({name: getattr(settings, name) for name in kept}),
     }
 
 
@@ -149,18 +133,14 @@ def write_all(
     title = f"{settings.file}: {settings.candidate_key} against {settings.baseline}"
     ours, theirs = lengths(pairs)
     if settings.verdicts:
-        make_room(settings.verdicts)
         _write_verdicts(settings.verdicts, pairs, statistics.pair_scores(scores))
     if settings.plot:
-        make_room(settings.plot)
         figure.plot(settings.plot, title, summary, statistics.pair_scores(scores), ours - theirs)
     if settings.report:
-        make_room(settings.report)
-        write_html(settings.report, title, summary, pairs, scores, reply, command)
+        write_html(settings.report, title, summary, pairs, scores, reply, secrets.redact(command))
     complete = summary["failed_units"] <= settings.max_fail * sum(int(one.asked.sum()) for one in scores)
     if complete:
-        with open(settings.results_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line(settings, pairs, summary)) + "\n")
+        outputs.append(settings.results_file, json.dumps(line(settings, pairs, summary)) + "\n")
     else:
         print(f"{summary['failed_units']} verdicts are missing: no line is added to {settings.results_file}")
     others = (settings.verdicts, settings.plot, settings.report)
@@ -170,7 +150,7 @@ def write_all(
 
 def _write_verdicts(path: str, pairs: list[Pair], scores: np.ndarray) -> None:
     """Write a csv with a line per pair, which `samples.read_verdicts` reads. No preference: a verdict is missing."""
-    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
+    with outputs.written(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("row", *VERDICT_COLUMNS))
         for pair, score in zip(pairs, scores.tolist(), strict=True):

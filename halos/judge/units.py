@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from halos import secrets
 from halos.judge.journal import Journal
 from halos.judge.judges import Judge, JudgeScores
 from halos.judge.samples import Pair, orders
 
 BYTES_PER_TOKEN = 4  # of English text; for estimates
+MOST_DAMAGED = 20  # damaged lines of the journal that are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def replies_of(units: list[Unit], journal: Journal) -> Callable[[int, int, int],
         if key is None:
             return None
         said, entry = journal.reply(key), journal.entry(key)
-        return "\n\n".join(text for text in (entry.failed or entry.error, said and said.text) if text) or None
+        texts = (entry.failed or entry.error, said and said.text)
+        return secrets.redact("\n\n".join(text for text in texts if text)) or None  # journals may be older than secrets
 
     return reply
 
@@ -94,7 +97,9 @@ def plan(judges: list[Judge], units: list[Unit], journal: Journal) -> str:
     if journal.torn:
         lines.append(f"{journal.path}: the torn last line ({journal.torn} bytes, as a crash leaves it) was cut off")
     if journal.damaged:
-        lines.append(f"{journal.path}: damaged lines were skipped: {', '.join(map(str, journal.damaged))}")
+        shown = [f"line {number} ({problem})" for number, problem in [*journal.damaged.items()][:MOST_DAMAGED]]
+        more = f", and {len(journal.damaged) - MOST_DAMAGED} more" * (len(journal.damaged) > MOST_DAMAGED)
+        lines.append(f"{journal.path}: damaged lines are not used: {', '.join(shown)}{more}")
     return "\n".join(lines + possibly_billed(units, journal))
 
 
