@@ -22,7 +22,7 @@ from halos.dataset_specs import base_spec, spec_of
 from halos.examples import Dataset, Example, Text, merge
 from halos.hub import hub_rows
 from halos.loader import DataLoader, Row
-from halos.turns import messages_of, messages_of_turns, split_reply, text_of
+from halos.turns import messages_of, messages_of_turns, same_but_blanks, split_reply, text_of
 from utils import rank0_print
 
 #### DATASETS: each `get_{name}(split, source)` reads 'train' or 'test' into a Dataset
@@ -79,8 +79,10 @@ def _read_hh(name: str, split: str, source: str, subset: str | None = None) -> D
         dataset.rows += 1
         text, chosen = split_reply(row["chosen"] or "")
         other_text, rejected = split_reply(row["rejected"] or "")
-        if text is None or text != other_text:
+        if text is None or other_text is None or not same_but_blanks(text, other_text):
             dataset.dropped["no common prompt"] += 1
+        elif chosen.strip() and same_but_blanks(chosen.strip(), rejected.strip()):
+            dataset.dropped["identical responses"] += 1
         else:
             prompt = messages_of_turns(text)
             dataset.add_pair(prompt, _reply(prompt, chosen), _reply(prompt, rejected))

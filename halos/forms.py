@@ -23,7 +23,7 @@ from halos.rows import (
     tools_in,
     with_system,
 )
-from halos.turns import messages_of_turns, split_reply
+from halos.turns import messages_of_turns, same_but_blanks, split_reply
 
 PAIRINGS = ("all", "best-worst", "adjacent")
 
@@ -91,7 +91,7 @@ def _common_messages(row: Row) -> tuple[Text, list[Text]]:
 def _common_turns(row: Row, chosen: str, rejected: str) -> tuple[Text, list[Text]]:
     """Divide two texts of Human / Assistant turns at their last reply."""
     (prompt, good), (other, bad) = split_reply(chosen), split_reply(rejected)
-    if prompt is None or prompt != other:
+    if prompt is None or other is None or not same_but_blanks(prompt, other):
         raise row.error("'chosen' and 'rejected' have no common turns before the last reply; correct the row")
     as_messages = messages_of_turns(prompt)
     space = " " if isinstance(as_messages, str) else ""

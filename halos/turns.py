@@ -8,6 +8,7 @@ import re
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 NAMES = {"user": HUMAN, "assistant": ASSISTANT}
+BLANKS = re.compile(r"[ \t]+")
 TURN = re.compile(r"\n\n(Human|Assistant): ")
 
 
@@ -44,11 +45,13 @@ def text_of(turns: list[tuple[str, str]]) -> str:
 
 
 def split_reply(conversation: str) -> tuple[str | None, str]:
-    """Split a conversation into (prompt, reply) after its last `\\n\\nAssistant:`. The prompt is None without a reply.
-
-    Repeated blanks inside a line become one, because the conversations of a pair may differ in those alone.
-    """
-    before, marker, reply = re.sub(r"(?<=\S)[ \t]{2,}", " ", conversation).rpartition(ASSISTANT)
+    """Split a conversation after its last `\\n\\nAssistant:` into (prompt, reply). The prompt is None without a reply."""
+    before, marker, reply = conversation.rpartition(ASSISTANT)
     if not marker or HUMAN in reply:
         return None, reply
     return before + marker, reply
+
+
+def same_but_blanks(text: str, other: str) -> bool:
+    """Return whether two texts differ in repeated blanks at most, as prompts and replies of HH pairs sometimes do."""
+    return BLANKS.sub(" ", text) == BLANKS.sub(" ", other)

@@ -60,11 +60,11 @@ def write_hh(folder: Path) -> Path:
     """Write Anthropic/hh-rlhf: a folder per subset with {train,test}.jsonl.gz, and the red team's, without pairs."""
     question = f"{HH_TURNS}\n\nHuman: Name a tree.\n\nAssistant:"
     helpful = [
-        {"chosen": f"{question}  An oak.", "rejected": f"{question} A  whale. "},
+        {"chosen": f"{question}  An oak.", "rejected": f"{question} A whale. "},
         {"chosen": f"{question} A birch:\n\n  white", "rejected": f"{question} A whale."},
         {"chosen": f"{question} An oak.", "rejected": f"{question} A whale."},  # duplicate pair
         {"chosen": f"{question} An oak.", "rejected": f"{question}"},  # empty response
-        {"chosen": f"{question} An oak.", "rejected": f"{question} An  oak."},  # identical responses
+        {"chosen": f"{question} An oak.", "rejected": f"{question} An  oak."},  # identical but for blanks
         # The conversations diverge before the last turn.
         {"chosen": f"{question} An oak.", "rejected": f"{HH_TURNS}\n\nHuman: Name a bird.\n\nAssistant: An owl."},
         {"chosen": f"{question} Oak.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{question} Ash."},

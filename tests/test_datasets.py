@@ -143,7 +143,7 @@ def test_hh_helpful(hh):
     }
     assert list(dataset.examples.values()) == [
         Example(
-            prompt=user("Hi.", "Hello. How are you?", "Name a tree."),
+            prompt=user("Hi.", "Hello.  How are you?", "Name a tree."),
             generations=["An oak.", "A whale.", "A birch:\n\n  white"],
             pairs=[(0, 1), (2, 1)],
             sft_index=0,
@@ -167,12 +167,30 @@ def test_hh_subsets(hh):
         ("\n\nHuman: a\n\nAssistant: b", ("\n\nHuman: a\n\nAssistant:", " b")),
         ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", ("\n\nHuman: a\n\nAssistant: b\n\nAssistant:", " c")),
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c", (None, " b\n\nHuman: c")),
-        ("\n\nHuman: a \t b\n  c\n\nAssistant:   d", ("\n\nHuman: a b\n  c\n\nAssistant:", " d")),
+        ("\n\nHuman: a \t b\n  c\n\nAssistant:   d", ("\n\nHuman: a \t b\n  c\n\nAssistant:", "   d")),
         ("no turns", (None, "no turns")),
     ],
 )
 def test_split_reply(conversation, expected):
     assert split_reply(conversation) == expected
+
+
+def test_blanks_of_hh_stay_and_do_not_part_a_pair(tmp_path):
+    """The prompts of a pair that differ in repeated blanks are one, chosen's. Blanks inside a reply are as they were.
+
+    They became single ones: 32 of 50 conversations of the real file had other ids than their text.
+    """
+    hub_copies.write_lines(
+        tmp_path / "hh" / "harmless-base" / "test.jsonl",
+        [
+            {
+                "chosen": "\n\nHuman: a.  b\n\nAssistant: c.  d",
+                "rejected": "\n\nHuman: a. b\n\nAssistant: e.\t f",
+            }
+        ],
+    )
+    (example,) = get_hh_harmless("test", str(tmp_path / "hh")).examples.values()
+    assert example.prompt == [{"role": "user", "content": "a.  b"}] and example.generations == ["c.  d", "e.\t f"]
 
 
 @pytest.mark.parametrize(
