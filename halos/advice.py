@@ -1,5 +1,10 @@
 """Lines that are worth reading before the first update, for `BasicTrainer.advice` and its overrides."""
 
+import math
+from collections.abc import Iterable
+
+import torch
+
 
 def warmup(updates: int, warmup_steps: int, lr: float) -> list[str]:
     """Warn of a run that ends before its warm-up does."""
@@ -8,6 +13,26 @@ def warmup(updates: int, warmup_steps: int, lr: float) -> list[str]:
     return [
         f"warning: updates in this run: {updates}, fewer than warmup_steps={warmup_steps}: the learning rate ends at "
         f"{lr * updates / (warmup_steps + 1):.2g}, not at lr={lr:g}; use fewer warmup_steps, or more data"
+    ]
+
+
+def export_rounding(export_dtype: torch.dtype, weights: Iterable[torch.Tensor], lr: float, updates: int) -> list[str]:
+    """Warn of a run whose updates are smaller than what the dtype of the export can tell apart.
+
+    An optimizer that divides by the size of gradients, such as Adam or RMSprop, moves a weight by about lr per update.
+    """
+    squares, n = 0.0, 0
+    for weight in weights:
+        squares, n = squares + weight.double().square().sum().item(), n + weight.numel()
+    typical = math.sqrt(squares / max(1, n))
+    step = torch.finfo(export_dtype).eps * 2.0 ** math.floor(math.log2(typical)) if typical else 0.0
+    if lr * updates >= step / 2:
+        return []
+    dtype = str(export_dtype).removeprefix("torch.")
+    return [
+        f"warning: the export is in {dtype}, where weights of this size ({typical:.2g}) have steps of {step:.1g}; "
+        f"{updates} updates with lr={lr:g} move them by about {lr * updates:.1g}, so that most of what is learned is "
+        "rounded away in the export (not in policy.pt); model.export_dtype=float32 exports all of it"
     ]
 
 

@@ -324,7 +324,12 @@ class BasicTrainer:
 
     def advice(self) -> list[str]:
         """Return what is worth knowing before the first update, one line each. A loss may add lines of its own."""
-        return advice.warmup(self.total_updates(), self.config.warmup_steps, self.config.lr)
+        updates, lr = self.total_updates(), self.config.lr
+        lines = advice.warmup(updates, self.config.warmup_steps, lr)
+        if self.policy.export_dtype != self.policy.lm.dtype and self.config.optimizer != "SGD":
+            matrices = (distributed.local(p.detach()) for p in self.policy.lm.parameters() if p.ndim > 1)
+            lines += advice.export_rounding(self.policy.export_dtype, matrices, lr, updates)
+        return lines
 
     def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
         """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""

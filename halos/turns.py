@@ -45,7 +45,7 @@ def text_of(turns: list[tuple[str, str]]) -> str:
 
 
 def split_reply(conversation: str) -> tuple[str | None, str]:
-    """Split a conversation after its last `\\n\\nAssistant:` into (prompt, reply). The prompt is None without a reply."""
+    """Split a conversation after its last `\\n\\nAssistant:` into (prompt, reply). Without a reply, prompt is None."""
     before, marker, reply = conversation.rpartition(ASSISTANT)
     if not marker or HUMAN in reply:
         return None, reply
