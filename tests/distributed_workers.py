@@ -1,17 +1,18 @@
 """Functions that run in the processes of tests/test_distributed.py; each is called once in every process."""
 
 import os
+import shutil
 import time
 
 import torch
 from transformers import AutoConfig
 
 import trainers
-from halos import checkpoint, distributed, loading, metrics, sampling, sharding, weights
+from halos import checkpoint, distributed, loading, metrics, sampling, sharding, states, weights
 from halos.models import PolicyModel
 from halos.tokens import Encoder
 from helpers import judged, make_config, random_examples
-from small_runs import CPU, SMALL, batches_for, data_format, make_trainer, state_of, tokenizer
+from small_runs import CPU, SMALL, batches_for, data_format, loader_for, make_trainer, state_of, tokenizer
 
 
 def ragged_batches(loss: str) -> list:
@@ -118,6 +119,47 @@ def stop_early(folder: str) -> None:
     is_last = distributed.rank() == distributed.world_size() - 1
     trainer.should_stop = lambda: is_last and trainer.state.updates == 2
     trainer.train()
+
+
+RESUMED = ("keep_checkpoints=2", "optimizer=AdamW", "lr=0.001", "eval_every=1000")
+
+
+def _resumable(folder: str, name: str, loss: str, *words: str):
+    loader = loader_for(loss, 36, batch_size=8, n_epochs=2)
+    batches = batches_for(loss, 1, seed=1)
+    where = os.path.join(folder, loss, name)
+    return make_trainer(where, loss, *RESUMED, *words, train_loader=loader, eval_batches=batches)
+
+
+def resume_runs(folder: str, losses: tuple[str, ...]) -> None:
+    """Train with each loss at one go, and in two parts, the first of two steps. Save the weights of each."""
+    metrics.draw_curves = lambda *args: None
+    checkpoint.save = lambda *args, **kwargs: None
+    for loss in losses:
+        whole = _resumable(folder, "whole", loss)
+        save(state_of(whole), folder, loss, "start")
+        whole.train()
+        save(state_of(whole), folder, loss, "whole")
+        first = _resumable(folder, "first", loss)
+        first.should_stop = lambda trainer=first: trainer.state.examples >= 16
+        first.train()
+        go_on(folder, "several", loss)
+
+
+def go_on(folder: str, name: str, loss: str) -> None:
+    """Train from the state of the first part to the end, in a copy of its directory."""
+    if distributed.is_main():
+        shutil.copytree(os.path.join(folder, loss, "first"), os.path.join(folder, loss, name))
+    distributed.barrier()
+    trainer = _resumable(folder, name, loss, "resume=true")
+    trainer.load_state(states.complete(trainer.run_dir)[0])
+    trainer.train()
+    save(state_of(trainer), folder, loss, name)
+
+
+def save(state: dict, folder: str, loss: str, name: str) -> None:
+    if distributed.is_main():
+        torch.save(state, os.path.join(folder, f"{loss}-{name}.pt"))
 
 
 def everything(folder: str, cases: dict[str, str], directories: dict[str, str], cache_dir: str, sources: dict) -> None:

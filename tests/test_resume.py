@@ -15,10 +15,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import distributed_workers as workers
 from halos import checkpoint, files, manifest, metrics, mishaps, resume, states
 from halos.errors import Stopped, UserError
+from halos.launch import launch
 from helpers import PROJECT, make_config
-from small_runs import SMALL, batches_for, loader_for, losses, make_trainer
+from small_runs import SMALL, batches_for, loader_for, losses, make_trainer, moved
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
 
@@ -327,3 +329,43 @@ def test_out_of_memory_is_one_message(tmp_path, error):
         trainer.train()
     assert re.search(rf"out of memory in a step of {tokens:,} tokens, at a peak of \d+\.\d GiB; lower", str(told.value))
     assert "model.max_tokens_per_forward=16384" in str(told.value) and "model.batch_size=8" in str(told.value)
+
+
+#### SLURM
+
+
+@pytest.mark.parametrize("code, queued", [(0, ""), (75, "requeue 17\n"), (143, ""), (2, "")])
+@pytest.mark.parametrize("script", ["one_node", "multi_node"])
+def test_a_job_is_queued_again_if_the_run_asks_for_it(tmp_path, script, code, queued):
+    """srun stands for the run and its exit code, and gets resume=true. A cancelled or mistaken run is not repeated."""
+    log, words = tmp_path / "queued", tmp_path / "words"
+    for name, text in (("srun", f'echo "$@" > {words}; exit {code}'), ("scontrol", f'echo "$@" >> {log}')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = os.environ | path | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17", "PYTHON": "python"}
+    job = ["bash", os.path.join(PROJECT, "scripts/slurm", f"{script}.sbatch"), "loss=kto", "exp_name=mine"]
+    assert subprocess.run(job, env=environment).returncode == code
+    assert words.read_text() == "--kill-on-bad-exit=1 python train.py loss=kto exp_name=mine resume=true\n"
+    assert (log.read_text() if log.exists() else "") == queued
+
+
+#### SEVERAL PROCESSES
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_go_on_as_several_and_as_one(tmp_path, n):
+    """Processes save a state after 2 of 10 steps; as many, and one, go on to where as many come at one go.
+
+    As many are equal bit by bit, one is to 1e-5 of the way of the weights. PPO has a critic, too.
+    """
+    launch(workers.resume_runs, str(tmp_path), ("kto", "ppo"), nproc_per_node=n)
+    for loss in ("kto", "ppo"):
+        workers.go_on(str(tmp_path), "one", loss)
+        start, whole, several, one = (
+            torch.load(tmp_path / f"{loss}-{name}.pt", weights_only=True)
+            for name in ("start", "whole", "several", "one")
+        )
+        assert all(torch.equal(several[name], whole[name]) for name in whole)
+        way, other = moved(start, one), moved(start, whole)
+        assert other.norm() > 1e-3 and (way - other).norm() <= 1e-5 * other.norm()
