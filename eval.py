@@ -13,12 +13,11 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
+from halos import rules, saved_config
 from halos.commands import FlagParser, boolean, report_user_errors
-from halos.config import add_new_keys, overrides, validate
+from halos.config import validate
 from halos.errors import UserError
-from halos.files import finished, make_room
-
-ADDED = {"sampler": "hf", "sampler_url": None}  # keys that configs of earlier versions do not have
+from halos.files import finished, make_room, require_file
 
 
 def arguments() -> argparse.Namespace:
@@ -65,16 +64,11 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     if args.format == "alpaca_eval" and args.n_per_prompt > 1:
         reason = "AlpacaEval reads one output per instruction"
         raise UserError(f"--n_per_prompt {args.n_per_prompt} --format alpaca_eval: {reason}; leave one of them out")
-    config = OmegaConf.load(args.config)
-    if not isinstance(config, DictConfig) or "model" not in config or "loss" not in config:
-        raise UserError(f"-c {args.config} is not a run's config; give the config.yaml that train.py wrote")
-    for key, value in ADDED.items():
-        config[key] = config.get(key, value)
-    add_new_keys(config)
+    config = saved_config.read(args.config)
     locate_cache(config, args.config)
-    config = overrides(config, args.overrides)
-    config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
+    config = saved_config.overrides(config, args.overrides)
     validate(config, trainers, dataloaders)
+    config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
     if args.mode == "sample":
         samplers.check(config, args.sample_reference and args.format == "rows")
     directory = os.path.dirname(os.path.abspath(args.config))

@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from halos import dataset_specs
-from halos.config import OPTIONAL, command_words, first_line, flat, is_open, unknown_key
-from halos.errors import UserError, did_you_mean
+from halos.config_keys import OPTIONAL, command_words, flat, is_open, unknown_key
+from halos.errors import UserError, did_you_mean, first_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a user's mistake shows its traceback too
 
@@ -80,7 +80,8 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
 
 def _say(message: str) -> None:
     sys.stdout.flush()
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    line = " ".join(message.split())
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr, flush=True)
 
 
 def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:

@@ -23,3 +23,7 @@ def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:
         listing = f"one of: {', '.join(known)}"
         parts.append(f"({listing})" if nearest else f"choose {listing}")
     return " ".join(parts)
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

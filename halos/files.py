@@ -4,8 +4,11 @@ A file is written completely or not at all. An existing file is renamed, not ove
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from halos.errors import UserError
 
 
 @contextmanager
@@ -42,3 +45,28 @@ def make_room(path: str) -> None:
     previous = set_aside(path)
     if previous:
         print(f"the earlier {path} is now {previous}")
+
+
+def require_writable(directory: str, key: str) -> None:
+    """Raise UserError if no file can be made in a directory. Where it does not exist yet, its parent is tried.
+
+    key: where the directory was configured
+    """
+    place = os.path.abspath(directory)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    try:  # really, since os.access allows root everything
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except NotADirectoryError:
+        reason = "is not a directory"
+    except OSError as error:
+        reason = f"may not be written ({error.strerror})"
+    raise UserError(f"{key}={directory} cannot be used, since {place} {reason}; use another {key}=DIR")
+
+
+def require_file(path: str, key: str) -> None:
+    """Raise UserError if `path` cannot become a file: its directory, what is there now, and its name."""
+    require_writable(os.path.dirname(path) or ".", key)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{key}={path} is not a file, but a directory or a device; give the path of a file")

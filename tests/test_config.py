@@ -21,11 +21,12 @@ from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-import halos.config
+import halos.config_keys
 import trainers
 from halos import dataset_specs, rules
 from halos.commands import hydra_main, report_user_errors
-from halos.config import add_new_keys, component, overrides, validate
+from halos.config import component, validate
+from halos.saved_config import add_new_keys, overrides
 from halos.errors import UserError
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -118,7 +119,7 @@ def check(monkeypatch):
     def check(*words):
         groups = [word for word in words if re.match("(loss|model)=", word)]
         config = written(*groups).copy()
-        monkeypatch.setattr(halos.config, "_as_written", lambda: written(*groups))
+        monkeypatch.setattr(halos.config_keys, "as_written", lambda: written(*groups))
         for word in OverridesParser.create().parse_overrides([word for word in words if word not in groups]):
             OmegaConf.update(config, word.key_or_group, word.value(), merge=True, force_add=True)
         validate(config, TRAINERS, DATALOADERS)
