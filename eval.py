@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from halos import rules, saved_config
 from halos.commands import FlagParser, boolean, report_user_errors
-from halos.config import validate
+from halos.config import NAME_SPARE, validate
+from halos.config_keys import short
 from halos.errors import UserError
 from halos.files import finished, make_room, require_file
 
@@ -71,12 +72,22 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
     if args.mode == "sample":
         samplers.check(config, args.sample_reference and args.format == "rows")
+        check_output(args, config)
     directory = os.path.dirname(os.path.abspath(args.config))
     candidates = [os.path.join(directory, POLICY), os.path.join(directory, "LATEST", POLICY)]
     policy_pt = next((path for path in candidates if os.path.isfile(path)), None)
     if policy_pt is None:
         raise UserError(f"{directory} holds no checkpoint (LATEST/{POLICY}); train the run first, or give another -c")
     return config, policy_pt
+
+
+def check_output(args: argparse.Namespace, config: DictConfig) -> None:
+    """Raise UserError if the samples could not be written at the end."""
+    path = args.output or os.path.join(config.samples_dir, f"{config.exp_name}.json")
+    key = "--output" if args.output else "samples_dir"
+    if problem := rules.problem_of_path(path, spare=NAME_SPARE):
+        raise UserError(f"{key}={short(path)!r} {problem}; give another")
+    require_file(path, key)
 
 
 def locate_cache(config: DictConfig, path: str) -> None:
@@ -180,6 +191,8 @@ def main() -> None:
 
         loading.check_positions(config)
         loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
+        if args.mode == "sample" and args.sample_reference and args.format == "rows":
+            loading.check_reference(config, use_load_from=not args.hub_reference)
         command = {"sample": sample, "eval": evaluate}[args.mode]
         n = config.nproc_per_node if args.mode == "eval" or config.sampler == "hf" else 1
         launch(command, args, config, policy_pt, nproc_per_node=n)

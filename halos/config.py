@@ -158,7 +158,7 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
 
 
 def _check_sane(key: str, value: Any) -> None:
-    """Refuse what no key can hold: NaN, whole numbers of more than 64 bits, and text that cannot be written to a file."""
+    """Refuse what no key can hold: NaN, numbers of more than 64 bits, and text that cannot be written to a file."""
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, float) and one != one:
             raise UserError(f"{key}=nan is not a number; give one")
@@ -166,6 +166,7 @@ def _check_sane(key: str, value: Any) -> None:
             raise UserError(f"{key}={shown(one)} is too large; give a number below 2^63")
         if isinstance(one, str) and not rules.is_writable(one):
             raise UserError(f"{key}={shown(one)!r} has characters that are not text; leave them out")
+
 
 def _check_rule(key: str, value: Any, rule: Rule) -> None:
     if not rule.allows(value):
@@ -368,4 +369,3 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         setting = f"optimizer={name}" + (f" optimizer_kwargs={shown(kwargs)}" if kwargs else "")
         raise UserError(f"{setting} cannot train: {first_line(error)}; use for example optimizer=AdamW") from None
-

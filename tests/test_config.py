@@ -26,8 +26,8 @@ import trainers
 from halos import dataset_specs, rules
 from halos.commands import hydra_main, report_user_errors
 from halos.config import component, validate
-from halos.saved_config import add_new_keys, overrides
 from halos.errors import UserError
+from halos.saved_config import add_new_keys, overrides
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(PROJECT, "config")
