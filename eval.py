@@ -20,6 +20,8 @@ from halos.config_keys import short
 from halos.errors import UserError
 from halos.files import finished, make_room, require_file
 
+MOST = 10**6  # of what a flag counts
+
 
 def arguments() -> argparse.Namespace:
     parser = FlagParser(description=__doc__)
@@ -60,8 +62,8 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     if not os.path.isfile(args.config):
         raise UserError(f"-c {args.config} does not exist; give the config.yaml of a run, as in -c RUN/config.yaml")
     for name in ("n_samples", "batch_size", "n_per_prompt"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not a positive number")
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= MOST:
+            raise UserError(f"--{name} {getattr(args, name)} is not a number from 1 to {MOST}")
     if args.format == "alpaca_eval" and args.n_per_prompt > 1:
         reason = "AlpacaEval reads one output per instruction"
         raise UserError(f"--n_per_prompt {args.n_per_prompt} --format alpaca_eval: {reason}; leave one of them out")
@@ -83,8 +85,11 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
 
 def check_output(args: argparse.Namespace, config: DictConfig) -> None:
     """Raise UserError if the samples could not be written at the end."""
-    path = args.output or os.path.join(config.samples_dir, f"{config.exp_name}.json")
-    key = "--output" if args.output else "samples_dir"
+    is_given = args.output is not None
+    path = args.output if is_given else os.path.join(config.samples_dir, f"{config.exp_name}.json")
+    key = "--output" if is_given else "samples_dir"
+    if not os.path.basename(path):
+        raise UserError(f"--output={path} names no file; give the path of a file")
     if problem := rules.problem_of_path(path, spare=NAME_SPARE):
         raise UserError(f"{key}={short(path)!r} {problem}; give another")
     require_file(path, key)

@@ -7,6 +7,7 @@ a one-line UserError: `reading` makes it.
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -99,6 +100,18 @@ def building(config: DictConfig, use_load_from: bool = True) -> Iterator[None]:
         raise UserError(f"model.architecture describes no model ({_in_one_line(error)}); correct its fields") from error
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of torch and transformers while a file is only looked at. Loading has its own."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
 def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
@@ -174,7 +187,7 @@ def _template_in(path: str) -> str:
 def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedConfig:
     """Load the architecture, with all dropout set to 0."""
     name = source(config, use_load_from)
-    with building(config, use_load_from):
+    with building(config, use_load_from), quiet():
         if name is None:
             architecture: Any = OmegaConf.to_container(config.model.architecture)
             lm_config = AutoConfig.for_model(**architecture)
@@ -197,8 +210,20 @@ def _disable_dropout(lm_config: PreTrainedConfig) -> None:
 def meta_lm(config: DictConfig, use_load_from: bool = True) -> PreTrainedModel:
     """Build the causal LM on the meta device: its names and shapes, without weights."""
     lm_config = load_config(config, use_load_from)
-    with building(config, use_load_from), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(lm_config, trust_remote_code=config.trust_remote_code)
+    with building(config, use_load_from), quiet(), torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=config.trust_remote_code)
+        if source(config, use_load_from) is None:
+            _run_on_meta(lm)
+    return lm
+
+
+def _run_on_meta(lm: PreTrainedModel) -> None:
+    """Raise an error if sizes do not fit together, which building a model does not show."""
+    try:
+        lm(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):  # some models read values of tensors, which the meta device does not have
+            raise
 
 
 def generation_settings(config: DictConfig, own: GenerationConfig) -> GenerationConfig:

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -176,10 +177,14 @@ def load_state(path: str) -> dict[str, torch.Tensor]:
             "a directory in Hugging Face's layout, or a hub name"
         )
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state"]
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = content["state"] if isinstance(content, dict) else {}
         for name, tensor in state.items():
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
                 raise TypeError(f"{name} is not a dense tensor")
+        if not state:
+            raise ValueError("it has no 'state'")
         return state
     except Exception as error:  # the file can hold anything, so reading it can raise anything
         reason = first_line(error)[:120]

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import hydra
 import yaml
@@ -144,18 +145,26 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
 
 def _more_config_dirs() -> list[str]:
     """Return the folder of --config-dir, if the command has one."""
+    folder = _hydra_flags()[0].config_dir
+    return [os.path.abspath(folder)] if folder else []
+
+
+def _hydra_flags() -> tuple[argparse.Namespace, list[str]]:
+    """Return the flags of the command, and the words that Hydra does not take. Wrong flags raise UserError."""
+    # Private, because Hydra has no public list of its flags, and hydra.main parses and runs in one step.
     from hydra._internal.utils import get_args_parser
 
-    folder = get_args_parser().parse_known_args()[0].config_dir
-    return [os.path.abspath(folder)] if folder else []
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --hydra-help lists the flags")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_known_args()
 
 
 def _refuse_unknown_flags() -> None:
     """Raise UserError for flags that Hydra does not have, before argparse prints its usage."""
-    # Private, because Hydra has no public list of its flags, and hydra.main parses and runs in one step.
-    from hydra._internal.utils import get_args_parser
-
-    for word in get_args_parser().parse_known_args()[1]:
+    for word in _hydra_flags()[1]:
         if word.startswith("-"):
             raise UserError(f"{word} is not a flag; keys have no dashes (lr=1e-6), and --hydra-help lists the flags")
         raise UserError(f"{word} stands apart from the other key=value words; put flags such as -m before all of them")

@@ -218,6 +218,8 @@ def _check_run_directory(values: dict[str, Any]) -> None:
     problem = None
     if os.path.isabs(name) or ".." in name.split(os.sep):
         problem = "leaves cache_dir"
+    elif {"", "."} & set(name.split("/")):
+        problem = "has empty parts"
     elif name.startswith("."):
         problem = "starts with a dot, as the caches in cache_dir do"
     if problem:

@@ -93,13 +93,14 @@ def written_for(config: DictConfig) -> DictConfig:
 
     The keys of a loss, a model or a dataset that has no file here any more are those that the saved config has.
     """
-    loss, model = (_file_of(group, config[group].get("name")) for group in ("loss", "model"))
+    raw = flat(config)
+    loss, model = (_file_of(group, raw.get(f"{group}.name")) for group in ("loss", "model"))
     written = _composed(loss or "sft", model or "base_model").copy()
-    datasets = config.get("dataset") or {}
+    datasets = raw.get("dataset")
     with open_dict(written):
-        if not loss:
-            written.loss = config.loss
-        for name in datasets if isinstance(datasets, DictConfig) else ():
+        if not loss and isinstance(raw.get("loss"), dict):
+            written.loss = raw["loss"]
+        for name in datasets if isinstance(datasets, dict) else ():
             if name not in written.dataset:
                 written.dataset[name] = dataset_specs.base_spec()
     return written

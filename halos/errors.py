@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+MOST = 50  # names that a message lists
+
 
 class UserError(ValueError):
     """A mistake in the user's command, config, or data. Entry points print only the message, and exit with code 2."""
@@ -20,7 +22,8 @@ def did_you_mean(name: str, known: Iterable[str], list_all: bool = True) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     parts = [f"did you mean {nearest[0]!r}?"] if nearest else []
     if list_all or not nearest:
-        listing = f"one of: {', '.join(known)}"
+        more = f", and {len(known) - MOST} more" if len(known) > MOST else ""
+        listing = f"one of: {', '.join(known[:MOST])}{more}"
         parts.append(f"({listing})" if nearest else f"choose {listing}")
     return " ".join(parts)
 

@@ -148,9 +148,10 @@ def _preparation(config: DictConfig) -> dict[str, Any]:
 
 def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: ValueHead | None = None) -> PolicyModel:
     model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head)
-    if len(tokenizer) > model.vocab_size:
+    n_tokens = max(tokenizer.get_vocab().values()) + 1
+    if n_tokens > model.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}; "
+            f"the tokenizer has {n_tokens} tokens, the model {model.vocab_size}; "
             "set model.tokenizer_name_or_path to the model's own tokenizer"
         )
     return model
@@ -182,8 +183,9 @@ def _load_weights(config: DictConfig, dtype: torch.dtype, use_load_from: bool, p
         state = checkpoint.load_state(policy_pt)
         _compare_state(meta, state, policy_pt)
         return _from_pretrained(type(meta), None, lm_config, dtype, trust, state_dict=state)
-    weight_files.check(base.local(source), meta)
-    return _from_pretrained(AutoModelForCausalLM, base.local(source), lm_config, dtype, trust)
+    directory = base.local(source or "")
+    weight_files.check(directory, meta)
+    return _from_pretrained(AutoModelForCausalLM, directory, lm_config, dtype, trust)
 
 
 def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: torch.dtype, trust: bool, **kwargs):
@@ -195,7 +197,7 @@ def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: 
     loaded: Any = cls.from_pretrained(name, config=lm_config, dtype=dtype, trust_remote_code=trust, **kwargs)
     lm, info = loaded
     if info["mismatched_keys"]:
-        raise weight_files.wrong_shape(name, *min(info["mismatched_keys"]))
+        raise weight_files.wrong_shape(str(name), *min(info["mismatched_keys"]))
     if info["missing_keys"]:
         raise UserError(f"{name} lacks the weight {min(info['missing_keys'])}; it is not a whole checkpoint")
     return lm
@@ -265,7 +267,7 @@ def check_base(config: DictConfig, meta: PreTrainedModel, use_load_from: bool) -
     """Do the same check for the safetensors files of a local base. What comes from the hub is checked when it loads."""
     source = base.source(config, use_load_from)
     if source and os.path.isdir(base.local(source)):
-        with base.reading(base.source_key(config, use_load_from), source):
+        with base.reading(base.source_key(config, use_load_from), source), base.quiet():
             weight_files.check(base.local(source), meta)
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from halos.config import check_value
-from halos.config_keys import check_names, flat, is_open, short, shown, written_for
+from halos.config_keys import check_names, flat, is_open, resolved, short, shown, written_for
 from halos.errors import UserError, first_line
 
 LARGEST = 2**20  # bytes of a config.yaml; those of runs have some ten thousand
@@ -32,10 +32,11 @@ ALWAYS = (
 def read(path: str) -> DictConfig:
     """Return the config of a run. Keys that are newer than the run get their defaults, which are printed."""
     config = read_yaml(path)
-    for section in ("loss", "model"):
-        if not (isinstance(config, DictConfig) and isinstance(config.get(section), DictConfig)):
-            raise UserError(f"-c {path} is not a run's config; give the config.yaml that train.py wrote")
+    raw = flat(config) if isinstance(config, DictConfig) else {}
+    if not all(isinstance(raw.get(section), dict) for section in ("loss", "model")):
+        raise UserError(f"-c {path} is not a run's config; give the config.yaml that train.py wrote")
     try:
+        resolved(config)
         add_new_keys(config)
     except UserError as error:
         raise UserError(f"-c {path}: {error}") from None

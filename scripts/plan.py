@@ -28,6 +28,7 @@ from halos.commands import hydra_main, report_user_errors  # noqa: E402
 from halos.errors import UserError  # noqa: E402
 from halos.project_dir import PROJECT  # noqa: E402
 
+MOST_DIGITS = 6
 OWN = {"gpus": "8", "gpu_memory": "80", "nodes": "", "forwards": "1"}
 
 
@@ -80,8 +81,12 @@ def key_of(word: str) -> str:
 
 
 def whole_number(key: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{key}={text} is not a whole number of at least 1; use for example {key}={OWN[key] or 1}")
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < 1:
+        shown, largest = text[:50], 10**MOST_DIGITS - 1
+        raise UserError(
+            f"{key}={shown} is not a whole number of at least 1 (and at most {largest}); use for example "
+            f"{key}={OWN[key] or 1}"
+        )
     return int(text)
 
 
