@@ -193,11 +193,19 @@ def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedCon
             lm_config = AutoConfig.for_model(**architecture)
         else:
             lm_config = AutoConfig.from_pretrained(local(name), trust_remote_code=config.trust_remote_code)
-        layers = getattr(lm_config.get_text_config(), "num_hidden_layers", None) or 0
-        if layers > MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers={layers} is more than {MOST_LAYERS}")
+        _check_sizes(lm_config.get_text_config())
         _disable_dropout(lm_config)
     return lm_config
+
+
+def _check_sizes(text_config: PreTrainedConfig) -> None:
+    """Raise ValueError for sizes with which a model can be built, in principle, but cannot run."""
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    layers, heads, groups = (getattr(text_config, name, None) or 1 for name in names)
+    if layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={layers} is more than {MOST_LAYERS}")
+    if isinstance(groups, int) and heads % groups:
+        raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}")
 
 
 def _disable_dropout(lm_config: PreTrainedConfig) -> None:
@@ -211,19 +219,7 @@ def meta_lm(config: DictConfig, use_load_from: bool = True) -> PreTrainedModel:
     """Build the causal LM on the meta device: its names and shapes, without weights."""
     lm_config = load_config(config, use_load_from)
     with building(config, use_load_from), quiet(), torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=config.trust_remote_code)
-        if source(config, use_load_from) is None:
-            _run_on_meta(lm)
-    return lm
-
-
-def _run_on_meta(lm: PreTrainedModel) -> None:
-    """Raise an error if sizes do not fit together, which building a model does not show."""
-    try:
-        lm(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    except (NotImplementedError, RuntimeError) as error:
-        if "meta" not in str(error):  # some models read values of tensors, which the meta device does not have
-            raise
+        return AutoModelForCausalLM.from_config(lm_config, trust_remote_code=config.trust_remote_code)
 
 
 def generation_settings(config: DictConfig, own: GenerationConfig) -> GenerationConfig:

@@ -185,7 +185,7 @@ WORDS = {
     "optimizer_kwargs.weight_decay=${nokey}": "'nokey' not found",
     "optimizer_kwargs.weight_decay=${loss.name}": "cannot train",
     "model.architecture.num_attention_heads=0": "model.architecture describes no model",
-    "++model.architecture.num_key_value_heads=3": "model.architecture describes no model",
+    "++model.architecture.num_key_value_heads=3": "num_attention_heads=8 is not a multiple of num_key_value_heads=3",
     "model.architecture.num_hidden_layers=1000000000": "is more than 10000",
     "exp_name=" + "x" * 300: "is too long: a name has at most 200 bytes",
     "exp_name=" + "é" * 101: "is too long: a name has at most 200 bytes",
@@ -510,7 +510,9 @@ def test_nothing_runs_the_code_of_a_file():
         if name.endswith("torch.load"):
             assert given.get("weights_only") == "True", place
         assert given.get("trust_remote_code") != "True" and given.get("allow_pickle") != "True", place
-        assert name not in ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "pickle.load", "pickle.loads"), place
+        assert name not in ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "pickle.load"), place
+        if name == "pickle.loads":  # what a process gives its own workers
+            assert "halos/launch.py" in place
     assert names.count("torch.load") > 5
     assert make_config("").trust_remote_code is False
 
