@@ -97,8 +97,9 @@ def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) 
 
 def _check_keys(given: dict[str, Any], known: dict[str, Any]) -> None:
     check_names(given, known)
-    for key in given.keys() & known.keys():
-        _check_kind(key, given[key], known[key])
+    for key, default in (config_keys.OPTIONAL | known).items():
+        if key in given:
+            _check_kind(key, given[key], default)
     check_complete(given, known)
 
 

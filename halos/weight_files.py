@@ -86,7 +86,9 @@ def check(source: str, lm: PreTrainedModel) -> None:
     names, converted = names_in_files(files, lm)
     for key in converted:
         _check_kind(source, key, headers[files[key]][key][0])
-    for name, tensor in sorted(lm.named_parameters(remove_duplicate=False)):
+    for name, tensor in sorted(lm.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.nn.Parameter):
+            continue  # a buffer
         if name in names:
             key = names[name]
             kind, shape = headers[files[key]][key]
