@@ -5,7 +5,7 @@ The file may have been cut, edited, or written by an earlier version. `halos/con
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -27,6 +27,8 @@ ALWAYS = (
     "model.gradient_accumulation_steps model.eval_batch_size model.policy_dtype model.max_length "
     "model.max_prompt_length model.packing model.logps"
 ).split()
+
+ALWAYS_OF_DATASET = "source splits form columns prompt_as pairs margin keep weight reader".split()
 
 
 def read(path: str) -> DictConfig:
@@ -81,7 +83,7 @@ def add_new_keys(config: DictConfig) -> None:
     """Give the config of an earlier run the defaults of keys that are newer than the run, and name them."""
     given, known, new = flat(config), flat(written_for(config)), []
     check_names(given, known)
-    for key in ALWAYS:
+    for key in _always(given, known):
         if key not in given:
             raise UserError(f"{key} is missing, which every run has; the file is cut or changed, so copy it again")
     for key, default in known.items():
@@ -92,6 +94,17 @@ def add_new_keys(config: DictConfig) -> None:
         new.append(f"{key}={'...' if isinstance(default, dict) else shown(default)}")
     if new:
         print(f"the run is older than some keys, which get their defaults: {', '.join(sorted(new))}")
+
+
+def _always(given: dict[str, Any], known: dict[str, Any]) -> Iterator[str]:
+    """Yield the keys that a whole config has: ALWAYS, and those of its datasets, if its version wrote datasets."""
+    yield from ALWAYS
+    if "dataset" not in given:
+        return
+    used = given["datasets"] if isinstance(given["datasets"], list) else []
+    yield from (f"dataset.{name}" for name in used if f"dataset.{name}" in known)
+    for name in given["dataset"] if isinstance(given["dataset"], dict) else ():
+        yield from (f"dataset.{name}.{key}" for key in ALWAYS_OF_DATASET)
 
 
 def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:

@@ -129,6 +129,7 @@ SAVED = {
     "tabs": (lambda text: text.replace("  ", "\t"), "cannot be read (line "),
     "a cut line": (lambda text: text[: text.index("max_length") + 12], "its last line has no end"),
     "a cut between lines": (lambda text: text[: text.index("  max_length")], "model.max_length is missing"),
+    "a cut in a dataset": (lambda text: text[: text.rindex("    prompt_as")], "is missing, which every run has"),
     "nothing": (lambda text: "", "cannot be read (it is cut"),
     "a list": (lambda text: "- a\n- b\n", "is not a run's config"),
     "another encoding": (lambda text: text.encode("utf-16"), "not UTF-8 text"),
@@ -158,21 +159,14 @@ def test_newer_keys_get_their_defaults_in_every_section(evaluate):
     """Before, only keys of the root and of the loss did; a run without model.export_dtype ended in a traceback."""
 
     def older(text: str) -> str:
-        for key in (
-            "chat_template",
-            "sampler_url",
-            "loss.beta",
-            "model.export_dtype",
-            "wandb.entity",
-            "dataset.shp.keep",
-        ):
+        for key in "chat_template sampler_url loss.beta model.export_dtype wandb.entity dataset.shp".split():
             text = without(key)(text)
         return text
 
     code, out, err = evaluate(older)
     assert (code, err) == (0, "")
     assert out == (
-        "the run is older than some keys, which get their defaults: chat_template=auto, dataset.shp.keep=..., "
+        "the run is older than some keys, which get their defaults: chat_template=auto, dataset.shp=..., "
         "loss.beta=0.1, model.export_dtype=null, sampler_url=null, wandb.entity=null\n"
     )
 
