@@ -13,13 +13,14 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
-from halos import locks, secrets
+from halos import locks, rules, saved_config, secrets
 from halos.commands import FlagParser, boolean, report_user_errors
-from halos.config import add_new_keys, overrides, validate
+from halos.config import NAME_SPARE, validate
+from halos.config_keys import short
 from halos.errors import UserError
-from halos.files import finished, make_room
+from halos.files import finished, make_room, require_file
 
-ADDED = {"sampler": "hf", "sampler_url": None}  # keys that configs of earlier versions do not have
+MOST = 10**6  # of what a flag counts
 
 
 def arguments() -> argparse.Namespace:
@@ -62,23 +63,19 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     if not os.path.isfile(args.config):
         raise UserError(f"-c {args.config} does not exist; give the config.yaml of a run, as in -c RUN/config.yaml")
     for name in ("n_samples", "batch_size", "n_per_prompt"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not a positive number")
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= MOST:
+            raise UserError(f"--{name} {getattr(args, name)} is not a number from 1 to {MOST}")
     if args.format == "alpaca_eval" and args.n_per_prompt > 1:
         reason = "AlpacaEval reads one output per instruction"
         raise UserError(f"--n_per_prompt {args.n_per_prompt} --format alpaca_eval: {reason}; leave one of them out")
-    config = OmegaConf.load(args.config)
-    if not isinstance(config, DictConfig) or "model" not in config or "loss" not in config:
-        raise UserError(f"-c {args.config} is not a run's config; give the config.yaml that train.py wrote")
-    for key, value in ADDED.items():
-        config[key] = config.get(key, value)
-    add_new_keys(config)
+    config = saved_config.read(args.config)
     locate_cache(config, args.config)
-    config = overrides(config, args.overrides)
-    config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
+    config = saved_config.overrides(config, args.overrides)
     validate(config, trainers, dataloaders)
+    config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
     if args.mode == "sample":
         samplers.check(config, args.sample_reference and args.format == "rows")
+        check_output(args, config)
     return config, distributed.gather_objects(distributed.on_main(find_policy_pt, args.config))[0]
 
 
@@ -92,6 +89,18 @@ def find_policy_pt(config_path: str) -> str:
         checkpoint.check_source(beside)
         return beside
     return os.path.join(checkpoint.newest_whole(directory), checkpoint.POLICY)
+
+
+def check_output(args: argparse.Namespace, config: DictConfig) -> None:
+    """Raise UserError if the samples could not be written at the end."""
+    is_given = args.output is not None
+    path = args.output if is_given else os.path.join(config.samples_dir, f"{config.exp_name}.json")
+    key = "--output" if is_given else "samples_dir"
+    if not os.path.basename(path):
+        raise UserError(f"--output={path} names no file; give the path of a file")
+    if problem := rules.problem_of_path(path, spare=NAME_SPARE):
+        raise UserError(f"{key}={short(path)!r} {problem}; give another")
+    require_file(path, key)
 
 
 def locate_cache(config: DictConfig, path: str) -> None:
@@ -196,6 +205,8 @@ def main() -> None:
             config, policy_pt = load_run(args)
             loading.check_positions(config)
             loading.check_policy_pt(config, policy_pt, with_value_head=args.mode == "eval")
+            if args.mode == "sample" and args.sample_reference and args.format == "rows":
+                loading.check_reference(config, use_load_from=not args.hub_reference)
             command = {"sample": sample, "eval": evaluate}[args.mode]
             n = config.nproc_per_node if args.mode == "eval" or config.sampler == "hf" else 1
             launch(command, args, config, policy_pt, nproc_per_node=n)

@@ -18,7 +18,9 @@ token_store.py      token ids on disk, memory-mapped
 demo.py             the embedded dataset
 positions.py        how many tokens a model can read; rotary frequencies fixed for a run
 models.py           the network: policy, value head, one forward pass
-loading.py          policy, reference and tokenizer from the hub, directories and checkpoints
+base.py             the base model: its files, tokenizer and config
+loading.py          policy and reference from the hub, directories and checkpoints
+weight_files.py     safetensors of a base model, checked by their headers
 weights.py          streams of weights into sharded models
 packing.py          examples as one packed sequence with shared prompts; its attention
 packing_check.py    the check at the start of a run that packed equals padded
@@ -40,7 +42,9 @@ samplers.py         the models that eval.py samples from, and where they run
 serving.py          responses from an OpenAI-compatible server, or from vLLM
 sample_files.py     samples as they come, and the rows of the finished file
 advice.py           what is worth knowing before the first update
-config.py           validation of the configuration
+config.py           validation of the configuration: values
+config_keys.py      validation of the configuration: which keys there are
+saved_config.py     the config.yaml of a run: read, completed and changed
 rules.py            what values of the configuration can be
 commands.py         errors and flags of the commands
 console.py          halos-train, halos-eval, halos-compare

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jinja2
-
 from halos.errors import UserError
 from halos.examples import Example
 from halos.tokens import LITERAL, TEMPLATED, special_tokens
@@ -136,7 +134,7 @@ class Renderer:
                 add_generation_prompt=calls_for_reply and not is_continued,
                 continue_final_message=is_continued,
             )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        except Exception as error:  # a template is a program: it can raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"{example.id or 'a conversation'}: the chat template refuses the roles "

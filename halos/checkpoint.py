@@ -8,10 +8,10 @@ checkpoint contains. The run directory itself is in `halos/run_dir.py`.
 import copy
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from halos import chat, distributed, manifest, run_dir
-from halos.errors import UserError
+from halos.errors import UserError, first_line
 from halos.files import OLD, UNFINISHED, replace_directory, writing
 
 LATEST = "LATEST"
@@ -262,9 +262,17 @@ def load_state(path: str) -> dict[str, torch.Tensor]:
             "a directory in Hugging Face's layout, or a hub name"
         )
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state"]
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = content["state"] if isinstance(content, dict) else {}
+        for name, tensor in state.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+                raise TypeError(f"{name} is not a dense tensor")
+        if not state:
+            raise ValueError("it has no 'state'")
+        return state
+    except Exception as error:  # the file can hold anything, so reading it can raise anything
+        reason = first_line(error)[:120]
         raise UserError(
             f"{path} is damaged, or not a policy.pt of this project ({type(error).__name__}: {reason}); "
             "use another checkpoint, for example one of a step-N directory"

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import hydra
 import yaml
@@ -23,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from halos import dataset_specs, secrets
-from halos.config import OPTIONAL, command_words, first_line, flat, is_open, unknown_key
-from halos.errors import Stopped, UserError, did_you_mean, disk_full
+from halos.config_keys import OPTIONAL, command_words, flat, is_open, unknown_key
+from halos.errors import Stopped, UserError, did_you_mean, disk_full, first_line
 
+MOST_DIGITS = 6  # of a script's own numbers
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a user's mistake shows its traceback too
 
 
@@ -104,14 +106,17 @@ def take_words(own: dict[str, str]) -> dict[str, str]:
 
 def whole_number(key: str, text: str, example: str, least: int = 1) -> int:
     """Return the number that the text of one of a script's own words is. example: a good value, for the remedy"""
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{key}={text} is not a whole number of at least {least}; use for example {key}={example}")
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < least:
+        shown, most = text[:50], 10**MOST_DIGITS - 1
+        reason = f"is not a whole number of at least {least} (and at most {most})"
+        raise UserError(f"{key}={shown} {reason}; use for example {key}={example}")
     return int(text)
 
 
 def _say(message: str) -> None:
     sys.stdout.flush()
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    line = " ".join(message.split())
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr, flush=True)
 
 
 def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -176,18 +181,26 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
 
 def _more_config_dirs() -> list[str]:
     """Return the folder of --config-dir, if the command has one."""
+    folder = _hydra_flags()[0].config_dir
+    return [os.path.abspath(folder)] if folder else []
+
+
+def _hydra_flags() -> tuple[argparse.Namespace, list[str]]:
+    """Return the flags of the command, and the words that Hydra does not take. Wrong flags raise UserError."""
+    # Private, because Hydra has no public list of its flags, and hydra.main parses and runs in one step.
     from hydra._internal.utils import get_args_parser
 
-    folder = get_args_parser().parse_known_args()[0].config_dir
-    return [os.path.abspath(folder)] if folder else []
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --hydra-help lists the flags")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_known_args()
 
 
 def _refuse_unknown_flags() -> None:
     """Raise UserError for flags that Hydra does not have, before argparse prints its usage."""
-    # Private, because Hydra has no public list of its flags, and hydra.main parses and runs in one step.
-    from hydra._internal.utils import get_args_parser
-
-    for word in get_args_parser().parse_known_args()[1]:
+    for word in _hydra_flags()[1]:
         if word.startswith("-"):
             raise UserError(f"{word} is not a flag; keys have no dashes (lr=1e-6), and --hydra-help lists the flags")
         raise UserError(f"{word} stands apart from the other key=value words; put flags such as -m before all of them")

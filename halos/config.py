@@ -1,35 +1,26 @@
-"""Check the configuration: `validate` for a new run, `overrides` for changes to a saved config.
+"""Check the configuration of a run, a new or a saved one: `validate`.
 
-The YAML files under config/ define the keys. RULES and CHOICES below define the values that these keys may have; a
-trainer's `rules` do so for its loss. Change this file to add a check. `halos/commands.py` shows the errors to the user.
+The YAML files under config/ define the keys (`halos/config_keys.py`). RULES and CHOICES below define the values that
+these keys may have; a trainer's `rules` do so for its loss. Change this file to add a check. `halos/commands.py` shows
+the errors to the user.
 """
 
 import inspect
-import math
 import os
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from glob import glob
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
-import yaml
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from halos import dataset_specs, rules
-from halos.errors import UserError, did_you_mean
-from halos.project_dir import PROJECT
+from halos import config_keys, dataset_specs, rules
+from halos.config_keys import check_complete, check_names, flat, is_open, resolved, shown
+from halos.errors import UserError, did_you_mean, first_line
+from halos.files import require_writable
 from halos.rules import Rule
-
-# Dictionaries that may have keys which are not in the YAML files. The functions _check_* below check these keys.
-OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
-# Keys that every loss has, even if its YAML does not contain them.
-OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False, "loss.use_value_head": False}
-
 
 # Rules for the keys that every run has. A trainer class states the rules for the hyperparameters of its loss.
 RULES: dict[str, Rule] = {
@@ -45,7 +36,7 @@ RULES: dict[str, Rule] = {
         (rules.whole(least=0), "keep_checkpoints seed warmup_steps"),
         (rules.number(least=0), "lr temperature minimum_log_interval_secs"),
         (
-            Rule("a number above 0", lambda x: x == math.inf or rules.number(above=0).allows(x)),
+            Rule("a number above 0", lambda x: x == float("inf") or rules.number(above=0).allows(x)),
             "model.max_grad_norm model.v_head_max_grad_norm",
         ),
         (rules.number(above=0, most=1), "top_p"),
@@ -55,11 +46,12 @@ RULES: dict[str, Rule] = {
             " loss.use_reference_model model.activation_checkpointing model.compile use_fsdp",
         ),
         (rules.choice(True, False, "auto"), "model.packing"),
-        (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name"),
+        (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name wandb.project"),
         (
             rules.text.or_null(),
-            "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name sampler_url",
+            "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name sampler_url wandb.entity",
         ),
+        (Rule("a dictionary of fields", lambda x: isinstance(x, dict)).or_null(), "model.architecture"),
     )
     for key in keys.split()
 }
@@ -77,19 +69,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+NAME_SPARE = 55  # bytes that a file system's 255 leave for endings of exp_name, such as _step-100.partial.jsonl.bak-10
+
+
 def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) -> None:
     """Raise a one-line UserError for any mistake that can be found before a model loads.
 
-    A top-level node `config` is folded into the root first (`++config.lr=1e-6` means `lr=1e-6`). Unknown keys are
-    checked inside a Hydra run only; a saved config was checked when it was written.
+    A top-level node `config` is folded into the root first (`++config.lr=1e-6` means `lr=1e-6`). Interpolations are
+    replaced by their values, so that what is checked here is what the run reads.
     """
-    if "config" in config:
-        with open_dict(config):
-            config.merge_with(config.pop("config") or {})
-    written = _as_written()
-    if written is not None:
-        _check_keys(flat(config), flat(written))
-    values = _resolved(config)
+    _fold(config)
+    written = config_keys.as_written()
+    known = flat(written if written is not None else config_keys.written_for(config))
+    _check_keys(flat(config), known)
+    values = resolved(config)
+    _check_keys(values, known)
+    OmegaConf.resolve(config)
     _check_values(values)
     _check_lengths(values)
     _check_run_directory(values)
@@ -100,6 +95,27 @@ def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) 
         _check_base_model(values)
     _check_model(values)
     _check_optimizer(values)
+
+
+def _check_keys(given: dict[str, Any], known: dict[str, Any]) -> None:
+    check_names(given, known)
+    for key, default in (config_keys.OPTIONAL | known).items():
+        if key in given:
+            _check_kind(key, given[key], default)
+    check_complete(given, known)
+
+
+def _fold(config: DictConfig) -> None:
+    if "config" not in config:
+        return
+    with open_dict(config):
+        inner = config.pop("config")
+        if inner is not None and not isinstance(inner, DictConfig):
+            raise UserError(f"config={shown(inner)} is not a dictionary; write the keys themselves, such as lr=1e-6")
+        try:
+            config.merge_with(inner or {})
+        except OmegaConfBaseException as error:
+            raise UserError(f"config={shown(flat(inner))}: {first_line(error)}; write the keys themselves") from None
 
 
 def component(module: ModuleType, name: str, base: type, key: str) -> type:
@@ -113,113 +129,7 @@ def component(module: ModuleType, name: str, base: type, key: str) -> type:
     raise UserError(f"{key}={name} {problem}; {did_you_mean(name, usable)}")
 
 
-def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:
-    """Return a copy of a saved config with assignments such as 'top_p=0.9' applied. Unknown keys raise UserError."""
-    known, result = flat(config), config.copy()
-    for assignment in assignments:
-        key, equals, text = assignment.lstrip("+").removeprefix("config.").partition("=")
-        if not equals or not key:
-            raise UserError(f"{assignment!r} is not an assignment; write key=value, for example top_p=0.9")
-        try:
-            new = OmegaConf.from_dotlist([f"{key}={text}"])
-        except (yaml.YAMLError, OmegaConfBaseException):
-            raise UserError(f"{assignment!r} cannot be read; write a list as key=[a,b]") from None
-        _check_keys(flat(new), known, complete=False)
-        for name, value in flat(new).items():
-            _check_value(name, value)
-        with open_dict(result):
-            result.merge_with(new)
-    return result
-
-
-def add_new_keys(config: DictConfig) -> None:
-    """Give the config of an earlier run the defaults of keys that are newer than the run, and name them."""
-    directory, new = os.path.join(PROJECT, "config"), []
-    for node, file in ((config, "config.yaml"), (config.loss, f"loss/{config.loss.get('name')}.yaml")):
-        path = os.path.join(directory, file)
-        if not os.path.isfile(path):
-            continue  # a loss that is not here any more: `validate` says so
-        with open(path, encoding="utf-8") as written:
-            defaults = yaml.safe_load(written)
-        for key in defaults.keys() - node.keys() - {"defaults", "hydra", "dataset"}:
-            with open_dict(node):
-                node[key] = defaults[key]
-            new.append(f"{'' if node is config else 'loss.'}{key}={_shown(defaults[key])}")
-    if new:
-        print(f"the run is older than some keys, which get their defaults: {', '.join(sorted(new))}")
-
-
-#### KEYS
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return every key by its full name, including dictionaries: {'wandb': {...}, 'wandb.entity': None, ...}.
-
-    Interpolations are not resolved.
-    """
-    if OmegaConf.is_config(node):
-        node = OmegaConf.to_container(node, resolve=False)
-    keys = {}
-    for name, value in node.items():
-        keys[f"{prefix}{name}"] = value
-        if isinstance(value, dict):
-            keys |= flat(value, f"{prefix}{name}.")
-    return keys
-
-
-def _as_written() -> DictConfig | None:
-    """Return the config of the YAML files alone, without the user's values; None outside a Hydra run."""
-    if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
-        return None
-    settings = HydraConfig.get()
-    choices = settings.runtime.choices
-    groups = [word for word in command_words() if word.lstrip("+~").partition("=")[0] in choices]
-    loader = GlobalHydra.instance().config_loader()
-    written = loader.load_configuration(settings.job.config_name, groups, run_mode=RunMode.RUN)
-    with open_dict(written):
-        del written["hydra"]
-    return written
-
-
-def command_words() -> list[str]:
-    """Return the key=value words of this job's command, as the user typed them."""
-    return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
-
-
-def is_open(key: str) -> bool:
-    """Return True for a key whose dictionary may have keys that are not in the YAML files."""
-    return key.startswith(OPEN) or dataset_specs.is_open(key)
-
-
-def _check_keys(given: dict[str, Any], known: dict[str, Any], complete: bool = True) -> None:
-    """Refuse keys that are not in `known`, and values of another type than there.
-
-    complete: also refuse a config that lacks one of the known keys
-    """
-    known = OPTIONAL | known
-    for key, value in given.items():
-        if key in known:
-            _check_kind(key, value, known[key])
-        elif not is_open(key) and not (isinstance(value, dict) and value):  # its own keys are checked later
-            raise UserError(unknown_key(key, _shown(value), known))
-    for key in known:
-        if complete and key not in given and key not in OPTIONAL and not is_open(key):
-            raise UserError(f"{key} was removed from the config, and every run needs it; give it a value instead")
-
-
-def unknown_key(key: str, value: str, known: Iterable[str]) -> str:
-    """Return the message about an unknown key. Suggest the same name elsewhere first, then a similar name."""
-    parent, _, tail = key.rpartition(".")
-    tails = {k: k.rpartition(".")[2] for k in known}
-    siblings = [tails[k] for k in tails if k == f"{parent}.{tails[k]}"]
-    similar = get_close_matches(tail, siblings, n=1) or get_close_matches(tail, tails.values(), n=1)
-    near = [k for k in tails if tails[k] in ([tail] if tail in tails.values() else similar)]
-    near.sort(key=lambda k: not k.startswith(f"{parent}."))
-    if near:
-        remedy = f"did you mean {near[0]}?"
-    else:
-        remedy = f"{parent} has {', '.join(siblings)}" if siblings else "`python train.py --cfg job` shows the keys"
-    return f"{key}={value}: there is no key {key}; {remedy}"
+#### VALUES
 
 
 def _is_numeric(x: Any) -> bool:
@@ -241,70 +151,46 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
 
     A default of null, ??? or ${...} tells nothing about the type, so any value is accepted.
     """
-    unsaid = default is None or default == "???" or "${" in str(default) or (value is None and is_open(f"{key}."))
+    unsaid = default is None or default == "???" or "${" in str(default) or is_open(key)
     has_rule = key in RULES or key in CHOICES or dataset_specs.has_rule(key)
     if unsaid or has_rule or (isinstance(value, str) and ("${" in value or value == "???")):
         return
     kind, fits = KINDS[type(default)]
     if not fits(value):
-        raise UserError(f"{key}={_shown(value)} is not {kind}; use for example {key}={_shown(default)}")
+        raise UserError(f"{key}={shown(value)} is not {kind}; use for example {key}={shown(default)}")
 
 
-def _shown(value: Any) -> str:
-    """Return a value as one types it on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{name}:{_shown(v)}' for name, v in value.items())}}}"
-    return str(value)
-
-
-def _resolved(config: DictConfig) -> dict[str, Any]:
-    """Return the flat config with its interpolations resolved.
-
-    Raises UserError if a ??? remains, or if an interpolation refers to a missing key.
-    """
-    raw = flat(config)
-    for key in raw:
-        if raw[key] == "???":
-            raise UserError(f"{key}=??? has no default; add {key}=VALUE to the command, or set it in its YAML file")
-    try:
-        return flat(OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:
-        setting = f"{error.full_key}={raw.get(error.full_key or '')}"
-        raise UserError(
-            f"{setting}: {first_line(error)}; name an existing key in full, such as ${{model.name}}"
-        ) from None
-
-
-#### VALUES
+def _check_sane(key: str, value: Any) -> None:
+    """Refuse what no key can hold: NaN, numbers of more than 64 bits, and text that cannot be written to a file."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, float) and one != one:
+            raise UserError(f"{key}=nan is not a number; give one")
+        if rules.is_too_large(one):
+            raise UserError(f"{key}={shown(one)} is too large; give a number below 2^63")
+        if isinstance(one, str) and not rules.is_writable(one):
+            raise UserError(f"{key}={shown(one)!r} has characters that are not text; leave them out")
 
 
 def _check_rule(key: str, value: Any, rule: Rule) -> None:
     if not rule.allows(value):
-        raise UserError(f"{key}={_shown(value)} must be {rule.expected}")
+        raise UserError(f"{key}={shown(value)} must be {rule.expected}")
 
 
-def _check_value(key: str, value: Any) -> None:
-    shown, known = _shown(value), CHOICES.get(key)
+def check_value(key: str, value: Any) -> None:
+    typed, known = shown(value), CHOICES.get(key)
     if key in RULES:
         _check_rule(key, value, RULES[key])
-    if known and shown == "float16" and shown not in known:
+    if known and typed == "float16" and typed not in known:
         raise UserError(f"{key}=float16 needs loss scaling, which is not supported; use bfloat16 or float32")
-    if known and shown not in known:
-        raise UserError(f"{key}={shown} is not known; {did_you_mean(shown, known)}")
+    if known and typed not in known:
+        raise UserError(f"{key}={typed} is not known; {did_you_mean(typed, known)}")
 
 
 def _check_values(values: dict[str, Any]) -> None:
     for key in (*RULES, *CHOICES):
-        _check_value(key, values.get(key))
+        check_value(key, values.get(key))
     for key, value in values.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise UserError(f"{key}=nan is not a number; give one")
+        _check_sane(key, value)
     if values.get("n_epochs") is None and values.get("n_examples") is None:
         raise UserError("n_epochs=null and n_examples=null: the run would never end; set one, such as n_epochs=1")
 
@@ -331,20 +217,25 @@ def _check_run_directory(values: dict[str, Any]) -> None:
     """Check that the run directory is inside cache_dir and outside its caches, and that cache_dir is writable."""
     name, cache_dir = values.get("exp_name"), values["cache_dir"]
     if not rules.is_text(name):
-        raise UserError(f"exp_name={_shown(name)} is not a directory name; use letters, such as exp_name=run_1")
+        raise UserError(f"exp_name={shown(name)} is not a directory name; use letters, such as exp_name=run_1")
     problem = None
     if os.path.isabs(name) or ".." in name.split(os.sep):
         problem = "leaves cache_dir"
+    elif {"", "."} & set(name.split("/")):
+        problem = "has empty parts"
     elif name.startswith("."):
         problem = "starts with a dot, as the caches in cache_dir do"
     if problem:
         raise UserError(f"exp_name={name} {problem}; use a plain name, and cache_dir=DIR to keep runs elsewhere")
-    place = os.path.abspath(cache_dir)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place) or not os.access(place, os.W_OK):
-        reason = "may not be written" if os.path.isdir(place) else "is not a directory"
-        raise UserError(f"cache_dir={cache_dir} cannot be used, since {place} {reason}; use another cache_dir=DIR")
+    _check_path("exp_name", name, NAME_SPARE)
+    _check_path("cache_dir", cache_dir)
+    _check_path("samples_dir", values["samples_dir"])
+    require_writable(cache_dir, "cache_dir")
+
+
+def _check_path(key: str, path: str, spare: int = 0) -> None:
+    if problem := rules.problem_of_path(path, spare):
+        raise UserError(f"{key}={shown(path)!r} {problem}; use a shorter and plain name")
 
 
 def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: ModuleType) -> None:
@@ -392,7 +283,7 @@ def _check_template(values: dict[str, Any]) -> None:
     template = values.get("chat_template", "auto")
     if template not in ("auto", "none") and not (rules.is_text(template) and os.path.isfile(template)):
         raise UserError(
-            f"chat_template={_shown(template)}: there is no such file; give auto, none, or the path of a Jinja file"
+            f"chat_template={shown(template)}: there is no such file; give auto, none, or the path of a Jinja file"
         )
 
 
@@ -425,7 +316,7 @@ def _check_base_model(values: dict[str, Any]) -> None:
     if name is None or values.get("model.architecture") is None:
         return
     kept = {key: values.get(key) for key in ("model.tokenizer_name_or_path", "lr", "model.max_length")}
-    settings = " ".join(f"{key}={_shown(value)}" for key, value in kept.items())
+    settings = " ".join(f"{key}={shown(value)}" for key, value in kept.items())
     short = os.path.basename(name.rstrip("/")).lower() or "NAME"
     raise UserError(
         f"model.name_or_path={name} is given with a model that has an architecture of its own, whose settings would "
@@ -452,7 +343,7 @@ def _check_architecture(fields: Any, max_length: int) -> None:
     for name, value in fields.items():
         if name not in known:
             nearest = did_you_mean(name, known, list_all=False)
-            raise UserError(f"model.architecture.{name}={_shown(value)} is not a field of {cls.__name__}; {nearest}")
+            raise UserError(f"model.architecture.{name}={shown(value)} is not a field of {cls.__name__}; {nearest}")
     positions = fields.get("max_position_embeddings", max_length)
     if rules.is_number(positions) and positions < max_length:
         raise UserError(
@@ -468,12 +359,12 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     name, kwargs = values["optimizer"], values.get("optimizer_kwargs") or {}
     cls = component(torch.optim, name, torch.optim.Optimizer, "optimizer")
     if "lr" in kwargs:
-        raise UserError(f"optimizer_kwargs.lr={_shown(kwargs['lr'])} is the key lr; use lr={_shown(kwargs['lr'])}")
+        raise UserError(f"optimizer_kwargs.lr={shown(kwargs['lr'])} is the key lr; use lr={shown(kwargs['lr'])}")
     known = set(inspect.signature(cls).parameters) - {"params", "lr"}
     for key, value in kwargs.items():
         if key not in known:
             nearest = did_you_mean(key, known)
-            raise UserError(f"optimizer_kwargs.{key}={_shown(value)} is not an argument of {name}; {nearest}")
+            raise UserError(f"optimizer_kwargs.{key}={shown(value)} is not an argument of {name}; {nearest}")
     if not kwargs and name in ("AdamW", "RMSprop"):
         return  # known to work; building the first optimizer of a process takes torch 2 s
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -481,9 +372,5 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     try:  # `capturable` works for GPU parameters only
         cls([parameter], lr=values["lr"], **{k: v for k, v in kwargs.items() if k != "capturable"}).step()
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
-        setting = f"optimizer={name}" + (f" optimizer_kwargs={_shown(kwargs)}" if kwargs else "")
+        setting = f"optimizer={name}" + (f" optimizer_kwargs={shown(kwargs)}" if kwargs else "")
         raise UserError(f"{setting} cannot train: {first_line(error)}; use for example optimizer=AdamW") from None
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

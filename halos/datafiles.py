@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 PACKED = (".gz", ".zst")  # any of these may follow a suffix
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "test", "eval": "test"}
 SECONDS_BEFORE_BAR = 3
+DEEPEST = 100  # levels of nesting in a row
 NOT_BLANK = re.compile(r"[^ \t\r\n]|\Z")
 
 OnBad = Callable[[UserError], None] | None  # told of a malformed row, which is then left out; None: it is raised
@@ -173,10 +174,50 @@ def _csv_rows(file: str, on_bad: OnBad) -> Iterator[tuple[str, object]]:
 def _cell(value: str) -> object:
     if value.startswith(("[{", "[")) and value.endswith("]"):
         try:
-            return json.loads(value)
+            return from_json(value)
         except json.JSONDecodeError:
             return value
     return value or None
+
+
+def from_json(text: str) -> Any:
+    """Return what JSON text means. Raises JSONDecodeError as `json.loads` does, and for what `item_at` refuses."""
+    value, end = item_at(text, _after_blanks(text, 0))
+    if _after_blanks(text, end) < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
+
+
+def item_at(text: str, position: int) -> tuple[Any, int]:
+    """Return the JSON value at an offset, and the offset behind it.
+
+    Raises JSONDecodeError also for values that Python cannot hold or walk through: too deep, or too many digits.
+    """
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, position)
+    except RecursionError:
+        raise json.JSONDecodeError(f"More than {DEEPEST} levels of nesting", text, position) from None
+    except ValueError as error:  # JSONDecodeError is one, too
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(":")[0]
+        raise json.JSONDecodeError(reason, text, getattr(error, "pos", position)) from None
+    if text.count("[", position, end) + text.count("{", position, end) > DEEPEST and _is_deep(value):
+        raise json.JSONDecodeError(f"More than {DEEPEST} levels of nesting", text, position)
+    return value, end
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        parts = [one for part in level for one in (part.values() if isinstance(part, dict) else part)]
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _after_blanks(text: str, position: int) -> int:
+    found = NOT_BLANK.search(text, position)
+    return found.start() if found else len(text)
 
 
 def _jsonl_rows(file: str, on_bad: OnBad) -> Iterator[tuple[str, object]]:
@@ -185,7 +226,7 @@ def _jsonl_rows(file: str, on_bad: OnBad) -> Iterator[tuple[str, object]]:
             bar.update(len(line))
             try:
                 text = _decoded(line, f"{file}:{number}")
-                row = json.loads(text) if text.strip() else None
+                row = from_json(text) if text.strip() else None
             except UserError as error:
                 bad(error, on_bad)
             except json.JSONDecodeError as error:
@@ -212,19 +253,14 @@ def _json_rows(file: str, on_bad: OnBad) -> Iterator[tuple[str, object]]:
 
 def _items(text: str) -> Iterator[tuple[int, int, object]]:
     """Yield (offset, line, item) for every item of a JSON list."""
-    decode = json.JSONDecoder().raw_decode
-
-    def after_blanks(position: int) -> int:
-        found = NOT_BLANK.search(text, position)
-        return found.start() if found else len(text)
 
     def token(position: int, expected: str) -> tuple[str, int]:
         """Return the next character, which must be in `expected`, and the offset of what follows it."""
-        position = after_blanks(position)
+        position = _after_blanks(text, position)
         character = text[position : position + 1]
         if not character or character not in expected:
             raise json.JSONDecodeError(f"Expecting {' or '.join(expected)}", text, position)
-        return character, after_blanks(position + 1)
+        return character, _after_blanks(text, position + 1)
 
     if not text.strip():
         return
@@ -234,7 +270,7 @@ def _items(text: str) -> Iterator[tuple[int, int, object]]:
     line, counted = 1, 0
     while mark != "]":
         line, counted = line + text.count("\n", counted, position), position
-        item, end = decode(text, position)
+        item, end = item_at(text, position)
         yield position, line, item
         mark, position = token(end, ",]")
     if position < len(text):

@@ -8,10 +8,11 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from halos.errors import causes
+from halos.errors import UserError, causes
 
 UNFINISHED, OLD = ".unfinished", ".old"  # endings of what is to come, and of what was
 
@@ -123,3 +124,28 @@ def make_room(path: str) -> None:
     previous = set_aside(path)
     if previous:
         print(f"the earlier {path} is now {previous}")
+
+
+def require_writable(directory: str, key: str) -> None:
+    """Raise UserError if no file can be made in a directory. Where it does not exist yet, its parent is tried.
+
+    key: where the directory was configured
+    """
+    place = os.path.abspath(directory)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    try:  # really, since os.access allows root everything
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except NotADirectoryError:
+        reason = "is not a directory"
+    except OSError as error:
+        reason = f"may not be written ({error.strerror})"
+    raise UserError(f"{key}={directory} cannot be used, since {place} {reason}; use another {key}=DIR")
+
+
+def require_file(path: str, key: str) -> None:
+    """Raise UserError if `path` cannot become a file: its directory, what is there now, and its name."""
+    require_writable(os.path.dirname(path) or ".", key)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{key}={path} is not a file, but a directory or a device; give the path of a file")

@@ -1,38 +1,25 @@
-"""Load policy, reference model and tokenizer, each in its dtype.
+"""Load policy and reference model, each in its dtype.
 
 Weights come from `model.name_or_path` (the hub or a directory). If that is null, they are random, in the architecture
 `model.architecture`. `model.load_from` replaces them with a `policy.pt` of this project, a directory in Hugging Face's
-layout, or a hub name. The network itself is in `halos/models.py`; reading weights into a sharded model is in
-`halos/weights.py`.
+layout, or a hub name. Where the base's files are, its tokenizer and its config are in `halos/base.py`, the network
+itself in `halos/models.py`; reading weights into a sharded model is in `halos/weights.py`.
 """
 
 import os
 import sys
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import transformers
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from halos import checkpoint, distributed, logps, packing_check, positions, sharding, weights
+from halos import base, checkpoint, distributed, logps, packing_check, positions, sharding, weight_files, weights
+from halos.base import load_config as load_config
+from halos.base import load_tokenizer as load_tokenizer
 from halos.errors import UserError
 from halos.models import PolicyModel, ValueHead
-from halos.project_dir import PROJECT
-
-if not sys.stderr.isatty():
-    transformers.utils.logging.disable_progress_bar()
-
 
 #### DTYPES
 
@@ -67,7 +54,7 @@ def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.devic
     base_dtype = load_config(config).dtype  # the checkpoint's; loading overwrites it in the model's own config
     load = _load_whole if distributed.world_size() == 1 else _load_sharded
     policy, reference, float32 = load(config, tokenizer, device, policy_pt)
-    policy.lm.generation_config = generation_settings(config, policy.lm)
+    policy.lm.generation_config = base.generation_settings(config, policy.lm.generation_config)
     export_dtype = config.model.export_dtype or base_dtype
     if export_dtype:
         policy.export_dtype = getattr(torch, str(export_dtype).removeprefix("torch."))
@@ -137,12 +124,13 @@ def _open_weights(config: DictConfig, lm: PreTrainedModel, device: torch.device,
     If files hold the weights in the model's own form, every rank reads its part of them. Otherwise rank 0 loads and
     sends them.
     """
-    path, source = policy_pt or _policy_pt(config), _source(config, use_load_from=True)
+    path, source = policy_pt or base.load_from_pt(config), base.source(config, use_load_from=True)
     if path:
         return weights.FromPolicyPt(path)
     if source:
-        with _loading(_source_key(config, use_load_from=True), source), distributed.first_on_each_node():
-            found = weights.find_safetensors(_local(source), lm)
+        with base.reading(base.source_key(config, True), source), distributed.first_on_each_node():
+            weight_files.check(base.local(source), lm)
+            found = weights.find_safetensors(base.local(source), lm)
         if found:
             return found
     whole = load_lm(config, torch.float32) if distributed.is_main() else None
@@ -160,9 +148,10 @@ def _preparation(config: DictConfig) -> dict[str, Any]:
 
 def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: ValueHead | None = None) -> PolicyModel:
     model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head)
-    if len(tokenizer) > model.vocab_size:
+    n_tokens = max(tokenizer.get_vocab().values()) + 1
+    if n_tokens > model.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}; "
+            f"the tokenizer has {n_tokens} tokens, the model {model.vocab_size}; "
             "set model.tokenizer_name_or_path to the model's own tokenizer"
         )
     return model
@@ -171,72 +160,32 @@ def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: ValueHead 
 #### LOADING
 
 
-def load_tokenizer(config: DictConfig):
-    """Load the tokenizer. It must have an end-of-text token, which is also used for padding if it has no pad token."""
-    name = config.model.tokenizer_name_or_path or config.model.name_or_path
-    with _loading("model.tokenizer_name_or_path", name):
-        tokenizer = AutoTokenizer.from_pretrained(_local(name), trust_remote_code=config.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer {name} has no end-of-text token, so that no response could end; "
-            "set model.tokenizer_name_or_path to one that has"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    _set_template(tokenizer, config.get("chat_template", "auto"))
-    return tokenizer
-
-
-def _set_template(tokenizer, choice: str) -> None:
-    """Give the tokenizer the configured chat template. choice: auto (its own, if it has one), none, or a file"""
-    if choice == "none":
-        tokenizer.chat_template = None
-    elif choice != "auto":
-        with open(choice, encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
-    if isinstance(tokenizer.chat_template, dict):  # several, by name
-        if "default" not in tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer has the chat templates {', '.join(sorted(tokenizer.chat_template))}, and none of them "
-                "is called default; write the one to use into a file and give chat_template=FILE, or chat_template=none"
-            )
-        tokenizer.chat_template = tokenizer.chat_template["default"]
-
-
-def load_config(config: DictConfig, use_load_from: bool = True) -> PreTrainedConfig:
-    """Load the architecture, with all dropout set to 0."""
-    source = _source(config, use_load_from)
-    if source is None:
-        architecture: Any = OmegaConf.to_container(config.model.architecture)
-        lm_config = AutoConfig.for_model(**architecture)
-    else:
-        with _loading(_source_key(config, use_load_from), source):
-            lm_config = AutoConfig.from_pretrained(_local(source), trust_remote_code=config.trust_remote_code)
-    _disable_dropout(lm_config)
-    return lm_config
-
-
 def load_lm(config: DictConfig, dtype: torch.dtype, use_load_from: bool = True, policy_pt: str | None = None):
     """Load a causal LM in `dtype` on the CPU.
 
     use_load_from: False loads the weights from before `model.load_from`
     policy_pt: a checkpoint to load instead of either
     """
-    lm = _load_weights(config, dtype, use_load_from, policy_pt)
-    positions.fix_rotary(lm, config.model.max_length)
+    with base.building(config, use_load_from):
+        lm = _load_weights(config, dtype, use_load_from, policy_pt)
+        positions.fix_rotary(lm, config.model.max_length)
     return lm
 
 
 def _load_weights(config: DictConfig, dtype: torch.dtype, use_load_from: bool, policy_pt: str | None):
     lm_config = load_config(config, use_load_from)
-    policy_pt = policy_pt or (_policy_pt(config) if use_load_from else None)
-    source = _source(config, use_load_from)
-    if policy_pt:
-        return _from_state(lm_config, checkpoint.load_state(policy_pt), policy_pt, dtype, config.trust_remote_code)
-    if source is None:
+    policy_pt = policy_pt or (base.load_from_pt(config) if use_load_from else None)
+    source = base.source(config, use_load_from)
+    if source is None and not policy_pt:
         return _random_lm(lm_config, dtype, config.seed)
-    with _loading(_source_key(config, use_load_from), source):
-        return _from_pretrained(AutoModelForCausalLM, _local(source), lm_config, dtype, config.trust_remote_code)
+    meta, trust = base.meta_lm(config, use_load_from), config.trust_remote_code
+    if policy_pt:
+        state = checkpoint.load_state(policy_pt)
+        _compare_state(meta, state, policy_pt)
+        return _from_pretrained(type(meta), None, lm_config, dtype, trust, state_dict=state)
+    directory = base.local(source or "")
+    weight_files.check(directory, meta)
+    return _from_pretrained(AutoModelForCausalLM, directory, lm_config, dtype, trust)
 
 
 def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: torch.dtype, trust: bool, **kwargs):
@@ -248,11 +197,7 @@ def _from_pretrained(cls, name: str | None, lm_config: PreTrainedConfig, dtype: 
     loaded: Any = cls.from_pretrained(name, config=lm_config, dtype=dtype, trust_remote_code=trust, **kwargs)
     lm, info = loaded
     if info["mismatched_keys"]:
-        key, stored, expected = min(info["mismatched_keys"])
-        raise UserError(
-            f"{name} has {key} of shape {tuple(stored)}, but its config.json describes {tuple(expected)}; "
-            "its files do not belong together, so copy or download all of them again"
-        )
+        raise weight_files.wrong_shape(str(name), *min(info["mismatched_keys"]))
     if info["missing_keys"]:
         raise UserError(f"{name} lacks the weight {min(info['missing_keys'])}; it is not a whole checkpoint")
     return lm
@@ -263,9 +208,9 @@ def identity(config: DictConfig, use_load_from: bool = True, policy_pt: str | No
 
     Files count by name, size and time of change; reading them would take longer.
     """
-    path = policy_pt or (_policy_pt(config) if use_load_from else None)
-    source = _source(config, use_load_from)
-    directory = _local(source) if source else ""
+    path = policy_pt or (base.load_from_pt(config) if use_load_from else None)
+    source = base.source(config, use_load_from)
+    directory = base.local(source) if source else ""
     files = [path] if path else []
     if not path and os.path.isdir(directory):
         files = [entry.path for entry in sorted(os.scandir(directory), key=lambda entry: entry.name)]
@@ -273,19 +218,6 @@ def identity(config: DictConfig, use_load_from: bool = True, policy_pt: str | No
     architecture = OmegaConf.to_container(config.model.architecture) if source is None else None
     seed = config.seed if source is None and not path else None
     return [source, architecture, seed, [[name, found.st_size, found.st_mtime_ns] for name, found in status]]
-
-
-def generation_settings(config: DictConfig, lm: PreTrainedModel) -> GenerationConfig:
-    """Return the base's generation settings for the export: of generation_config.json, or of config.json as of old."""
-    source, settings = _source(config, use_load_from=True), lm.generation_config
-    if source:
-        with _loading(_source_key(config, use_load_from=True), source):
-            try:
-                settings = GenerationConfig.from_pretrained(_local(source))
-            except OSError:  # transformers does the same, with the same private argument
-                old: Any = {"config_file_name": "config.json", "_from_model_config": True}
-                settings = GenerationConfig.from_pretrained(_local(source), **old)
-    return checkpoint.say_that_it_samples(settings)
 
 
 def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:
@@ -315,30 +247,44 @@ def check_positions(config: DictConfig) -> None:
     lm_config = load_config(config)
     if positions.are_enough(lm_config, config.model.max_length):
         return
-    source = _source(config, use_load_from=True) or f"model.architecture.model_type={lm_config.model_type}"
-    for warning in positions.check(_meta_lm(lm_config, config.trust_remote_code), source, config.model.max_length):
+    source = base.source(config, use_load_from=True) or f"model.architecture.model_type={lm_config.model_type}"
+    for warning in positions.check(base.meta_lm(config), source, config.model.max_length):
         if distributed.is_main():
             print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def check_load_from(config: DictConfig) -> None:
-    """Raise UserError if `model.load_from` is a checkpoint that is missing, damaged, or of another architecture.
+    """Raise UserError if the weights to start from are missing, damaged, or of another architecture.
 
     Rank 0 reads files that have a manifest whole, to compare their checksums; of others, little more than headers.
     """
-    path, has_critic = _policy_pt(config), config.loss.get("use_value_head", False)
     if config.model.load_from:
-        distributed.on_main(checkpoint.check_source, path or _local(config.model.load_from))
-    if path or has_critic:
-        meta = _meta_lm(load_config(config), config.trust_remote_code)
-        if path:
-            _compare_state(meta, checkpoint.load_state(path), path)
-        load_value_head(config, meta)
+        distributed.on_main(checkpoint.check_source, base.load_from_pt(config) or base.local(config.model.load_from))
+    check_reference(config, use_load_from=True)
+    if config.loss.get("use_value_head", False):
+        load_value_head(config, base.meta_lm(config))
+
+
+def check_base(config: DictConfig, meta: PreTrainedModel, use_load_from: bool) -> None:
+    """Do the same check for the safetensors files of a local base. What comes from the hub is checked when it loads."""
+    source = base.source(config, use_load_from)
+    if source and os.path.isdir(base.local(source)):
+        with base.reading(base.source_key(config, use_load_from), source), base.quiet():
+            weight_files.check(base.local(source), meta)
+
+
+def check_reference(config: DictConfig, use_load_from: bool) -> None:
+    """Do the same check for the weights that `load_lm` loads with these arguments."""
+    meta, path = base.meta_lm(config, use_load_from), base.load_from_pt(config)
+    if path and use_load_from:
+        _compare_state(meta, checkpoint.load_state(path), path)
+    else:
+        check_base(config, meta, use_load_from)
 
 
 def check_policy_pt(config: DictConfig, path: str, with_value_head: bool = False) -> None:
     """Do the same check for a given policy.pt, and for the critic beside it."""
-    meta = _meta_lm(load_config(config), config.trust_remote_code)
+    meta = base.meta_lm(config)
     _compare_state(meta, checkpoint.load_state(path), path)
     if with_value_head:
         load_value_head(config, meta, path)
@@ -350,7 +296,7 @@ def check_whole_copy(config: DictConfig, device: torch.device) -> None:
     Sampling needs such a copy in each process.
     """
     dtype = compute_dtype(config, device)
-    meta = _meta_lm(load_config(config), config.trust_remote_code)
+    meta = base.meta_lm(config)
     needed, free = sum(p.numel() for p in meta.parameters()) * dtype.itemsize, distributed.free_memory(device)
     if needed > free:
         raise UserError(
@@ -361,41 +307,9 @@ def check_whole_copy(config: DictConfig, device: torch.device) -> None:
 
 def _v_head_pt(config: DictConfig, policy_pt: str | None) -> str | None:
     """Return the path that a checkpoint's critic would have; None if the model does not start from a checkpoint."""
-    policy_pt = policy_pt or _policy_pt(config)
+    policy_pt = policy_pt or base.load_from_pt(config)
     directory = os.path.dirname(policy_pt) if policy_pt else config.model.load_from
     return os.path.join(directory, checkpoint.V_HEAD) if directory else None
-
-
-def _source(config: DictConfig, use_load_from: bool) -> str | None:
-    """Return the hub name or directory of the architecture; None means `model.architecture`."""
-    return config.model.load_from if _is_hf_source(config, use_load_from) else config.model.name_or_path
-
-
-def _source_key(config: DictConfig, use_load_from: bool) -> str:
-    return "model.load_from" if _is_hf_source(config, use_load_from) else "model.name_or_path"
-
-
-def _is_hf_source(config: DictConfig, use_load_from: bool) -> bool:
-    return bool(use_load_from and config.model.load_from and not config.model.load_from.endswith(".pt"))
-
-
-def _policy_pt(config: DictConfig) -> str | None:
-    """Return the path of `model.load_from` if it is a policy.pt, absolute or relative to cache_dir; else None."""
-    path = config.model.load_from
-    return os.path.join(config.cache_dir, path) if path and path.endswith(".pt") else None
-
-
-def _local(name: str) -> str:
-    """Resolve a path that comes with the project, so that it works from every working directory."""
-    inside = os.path.join(PROJECT, name)
-    return inside if not os.path.exists(name) and os.path.isdir(inside) else name
-
-
-def _disable_dropout(lm_config: PreTrainedConfig) -> None:
-    for config in (lm_config, lm_config.get_text_config()):
-        for key, value in config.to_dict().items():
-            if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                setattr(config, key, 0.0)
 
 
 def _random_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -403,17 +317,6 @@ def _random_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> Pr
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return packing_check.cast_weights(AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32), dtype)
-
-
-def _meta_lm(lm_config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(lm_config, trust_remote_code=trust_remote_code)
-
-
-def _from_state(lm_config, state: dict, path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    meta = _meta_lm(lm_config, trust_remote_code)
-    _compare_state(meta, state, path)
-    return _from_pretrained(type(meta), None, lm_config, dtype, trust_remote_code, state_dict=state)
 
 
 def _compare_state(meta: nn.Module, state: dict, path: str) -> None:
@@ -426,33 +329,8 @@ def _compare_state(meta: nn.Module, state: dict, path: str) -> None:
             problem = f"has {key}, which the model does not have"
         elif state[key].shape != expected[key].shape:
             problem = f"has {key} of shape {tuple(state[key].shape)}, the model of {tuple(expected[key].shape)}"
+        elif expected[key].is_floating_point() and state[key].dtype not in weight_files.FLOAT_DTYPES:
+            problem = f"has {key} of kind {state[key].dtype}, which is no kind of weight"
         else:
             continue
         raise UserError(f"{path} is a checkpoint of another architecture: it {problem}; choose the model= it is of")
-
-
-@contextmanager
-def _loading(key: str, name: str):
-    """Turn the many errors of a failed download or a wrong name into a one-line UserError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).strip().split("\n")[0]
-        if pointer := _git_lfs_pointer(name):
-            reason = f"{pointer} is a pointer of git-lfs, not the file itself; run `git lfs pull` there"
-        raise UserError(
-            f"{key}={name} cannot be loaded ({reason}); give a hub name that this machine can reach, "
-            f"or a local directory with {key}=DIR"
-        ) from error
-
-
-def _git_lfs_pointer(name: str) -> str | None:
-    """Return the name of a file in a local directory that git has cloned without git-lfs; None if there is none."""
-    directory = _local(name)
-    for file in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
-        with suppress(OSError), open(os.path.join(directory, file), "rb") as opened:
-            if opened.read(23) == b"version https://git-lfs":
-                return file
-    return None

@@ -1,13 +1,12 @@
 """Going on with a run: whether it is the same run, and from which state."""
 
-import json
 import os
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from halos import distributed, run_dir, states
-from halos.config import add_new_keys, flat
+from halos import distributed, run_dir, saved_config, states
+from halos.config_keys import flat, shown
 from halos.errors import UserError
 
 # What may differ between the parts of a run: where and how fast it runs, how long, and what it writes. The other keys
@@ -26,10 +25,7 @@ def check_same(config: DictConfig) -> None:
     path = os.path.join(run_dir.path_of(config), run_dir.CONFIG)
     if not config.resume or not os.path.isfile(path):
         return
-    before = OmegaConf.load(path)
-    assert isinstance(before, DictConfig)
-    add_new_keys(before)
-    different = differences(before, config)
+    different = differences(saved_config.read(path), config)
     if different:
         raise UserError(
             f"resume=true, but {path} is of another run: {', '.join(different)}; use the settings of that run, or "
@@ -40,11 +36,7 @@ def check_same(config: DictConfig) -> None:
 def differences(before: DictConfig, now: DictConfig) -> list[str]:
     """Return the keys that decide what is learned and have another value now, as `lr=1e-6 (was 5e-7)`."""
     old, new = (_deciding(OmegaConf.to_container(config, resolve=True)) for config in (before, now))
-    return [
-        f"{key}={json.dumps(new.get(key))} (was {json.dumps(old[key])})"
-        for key in sorted(old)
-        if new.get(key) != old[key]
-    ]
+    return [f"{key}={shown(new.get(key))} (was {shown(old[key])})" for key in sorted(old) if new.get(key) != old[key]]
 
 
 def _deciding(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import math
 from typing import Any
 
+from halos.datafiles import from_json
 from halos.errors import UserError
 from halos.turns import messages_of_turns
 
@@ -160,7 +161,7 @@ def number_in(row: Row, name: str) -> float:
 def parsed_number(row: Row, name: str, value: object) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise row.wrong(name, "numbers")
@@ -172,7 +173,7 @@ def tools_in(row: Row) -> list[dict] | None:
     value = row.get("tools")
     if isinstance(value, str):
         try:
-            value = json.loads(value) or None
+            value = from_json(value) or None
         except json.JSONDecodeError:
             raise row.wrong("tools", "a list, or the JSON text of one") from None
     if value is not None and not is_messages(value):

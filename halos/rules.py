@@ -7,9 +7,12 @@
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
+
+NAME_MAX, PATH_MAX = 255, 3800  # bytes that file systems allow for one name, and for a path with what we put behind it
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ def choice(*values: Any) -> Rule:
 
 def is_number(x: Any) -> bool:
     """A number that is finite."""
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, int | float) and not isinstance(x, bool) and not is_too_large(x) and math.isfinite(x)
+
+
+def is_too_large(x: Any) -> bool:
+    """A whole number that has no place in 64 bits."""
+    return isinstance(x, int) and abs(x) >= 2**63
 
 
 def is_whole(x: Any) -> bool:
@@ -52,6 +60,21 @@ def is_whole(x: Any) -> bool:
 
 def is_text(x: Any) -> TypeGuard[str]:
     return isinstance(x, str) and bool(x.strip())
+
+
+def is_writable(text: str) -> bool:
+    """Return False for text that no file can hold: NUL and other control characters, half a surrogate pair."""
+    return not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", text)
+
+
+def problem_of_path(path: str, spare: int = 0) -> str | None:
+    """Say why no file can have this path. spare: bytes that endings add to the last part"""
+    if not is_writable(path) or re.search(r"[\t\r\n]", path):
+        return "has control characters"
+    longest = max(len(part.encode()) for part in path.split("/")) + spare
+    if longest > NAME_MAX or len(path.encode()) > PATH_MAX:
+        return f"is too long: a name has at most {NAME_MAX - spare} bytes, a path {PATH_MAX}"
+    return None
 
 
 def _number(

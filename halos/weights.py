@@ -5,7 +5,6 @@ which every rank can read a part, and one for weights that only rank 0 has. Chan
 weights.
 """
 
-import os
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -14,13 +13,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
-from halos import checkpoint, distributed
+from halos import checkpoint, distributed, weight_files
 from halos.packing_check import cast_weights
 
 Part = tuple[slice, ...]
@@ -86,43 +81,14 @@ def find_safetensors(source: str, lm: PreTrainedModel) -> FromSafetensors | None
     The weights may have the model's names, or names that transformers knows how to rename. The result is None if there
     are no such files, if a weight is missing or has another shape, or if weights would have to be converted.
     """
-    files = _weight_files(source)
+    files = weight_files.files_of(source)
     state = lm.state_dict(keep_vars=True)
-    transforms = get_model_conversion_mapping(lm)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    stored: dict[int, str] = {}  # id(tensor) -> name in the files; a tied weight may have only one of its names there
-    for key in files:
-        name, converter = rename_source_key(key, renamings, converters, lm.base_model_prefix, state)
-        if converter is not None:
-            return None
-        if name in state:
-            stored[id(state[name])] = key
-    if not all(id(tensor) in stored for tensor in state.values()):
+    names, converted = weight_files.names_in_files(files, lm)
+    if converted or names.keys() != state.keys():
         return None
-    weights = FromSafetensors(files, {name: stored[id(tensor)] for name, tensor in state.items()})
+    weights = FromSafetensors(files, names)
     shapes = all(list(tensor.shape) == weights.stored(name).get_shape() for name, tensor in state.items())
     return weights if shapes else None
-
-
-def _weight_files(source: str) -> dict[str, str]:
-    """Return the safetensors file of each weight of `source`; empty if it has none."""
-    index, single = (_cached(source, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
-    if index:
-        paths, metadata = get_checkpoint_shard_files(source, index)
-        of_file = {os.path.basename(path): path for path in paths}
-        return {name: of_file[file] for name, file in metadata["weight_map"].items()}
-    if not single:
-        return {}
-    with safe_open(single, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), single)
-
-
-def _cached(source: str, file: str) -> str | None:
-    """Return the local path of a file of `source`, downloaded if necessary; None if the file does not exist."""
-    return cached_file(
-        source, file, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False
-    )
 
 
 def empty_lm(lm_config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -21,12 +21,13 @@ from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-import halos.config
+import halos.config_keys
 import trainers
 from halos import dataset_specs, rules
 from halos.commands import hydra_main, report_user_errors
-from halos.config import add_new_keys, component, overrides, validate
+from halos.config import component, validate
 from halos.errors import UserError
+from halos.saved_config import add_new_keys, overrides
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(PROJECT, "config")
@@ -118,7 +119,7 @@ def check(monkeypatch):
     def check(*words):
         groups = [word for word in words if re.match("(loss|model)=", word)]
         config = written(*groups).copy()
-        monkeypatch.setattr(halos.config, "_as_written", lambda: written(*groups))
+        monkeypatch.setattr(halos.config_keys, "as_written", lambda: written(*groups))
         for word in OverridesParser.create().parse_overrides([word for word in words if word not in groups]):
             OmegaConf.update(config, word.key_or_group, word.value(), merge=True, force_add=True)
         validate(config, TRAINERS, DATALOADERS)
@@ -165,6 +166,11 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
         "eval_every": 20000,
         "n_eval_examples": 512,
         "do_first_eval": True,
+        "save_every": None,
+        "save_every_minutes": 30,
+        "keep_checkpoints": 2,
+        "resume": False,
+        "on_nonfinite": "stop",
         "intermediate_checkpoints": False,
         "overwrite": False,
         "minimum_log_interval_secs": 1.0,

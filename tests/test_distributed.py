@@ -137,7 +137,7 @@ def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) 
 
 def ways(folder, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how far the policy's weights moved, and the critic's weights at the end."""
-    saved = torch.load(folder / f"{name}.pt")
+    saved = torch.load(folder / f"{name}.pt", weights_only=True)
     critic = [tensor.double().flatten() for tensor in saved["critic"].values()]
     return moved(saved["before"], saved["after"]), torch.cat(critic) if critic else torch.zeros(0)
 
@@ -149,7 +149,9 @@ def assert_same_run(folder, one, name: str) -> None:
     more (1e-4): RMSprop divides by the size of the gradient, so where the gradient is close to 0, rounding counts.
     """
     (way, critic), (expected, expected_critic) = ways(folder, name), ways(one, name)
-    start = torch.cat([tensor.flatten() for tensor in torch.load(one / f"{name}.pt")["before"].values()])
+    start = torch.cat(
+        [tensor.flatten() for tensor in torch.load(one / f"{name}.pt", weights_only=True)["before"].values()]
+    )
     assert expected.norm() > 0.03
     assert (way - expected).norm() < 1e-5 * start.norm()
     assert (way - expected).norm() < 1e-4 * expected.norm()
@@ -195,7 +197,7 @@ def test_sharded_models_are_the_models(request, folder, directories):
     """
     if folder == "three":
         pytest.skip("two and four processes load them")
-    found = torch.load(request.getfixturevalue(folder) / "architectures.pt")
+    found = torch.load(request.getfixturevalue(folder) / "architectures.pt", weights_only=True)
     assert set(found) == set(directories)
     for name, directory in directories.items():
         lm = AutoModelForCausalLM.from_pretrained(directory)
@@ -213,7 +215,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
     """Policy and reference equal those that one process loads, bit by bit, and each rank holds only its share."""
     if folder == "three":
         pytest.skip("two and four processes load them")
-    found = torch.load(request.getfixturevalue(folder) / "checkpoints.pt")
+    found = torch.load(request.getfixturevalue(folder) / "checkpoints.pt", weights_only=True)
     n = {"two": 2, "four": 4}[folder]
     for name, words in sources.items():
         config = make_config(one / "dpo", "loss=dpo", *SMALL, *words.split())
@@ -236,7 +238,7 @@ def test_a_checkpoint_of_several_processes_is_one(request, one, folder):
         theirs, ours = (place / name / "run" / "LATEST" for place in (one, folder))
         assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
         state = checkpoint.load_state(str(ours / "policy.pt"))
-        expected = torch.load(folder / f"{name}.pt")["after"]
+        expected = torch.load(folder / f"{name}.pt", weights_only=True)["after"]
         assert list(state) == list(checkpoint.load_state(str(theirs / "policy.pt")))
         assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
         lm = AutoModelForCausalLM.from_pretrained(ours)
@@ -247,7 +249,7 @@ def test_a_checkpoint_of_several_processes_goes_on_in_one(two, tmp_path):
     """A checkpoint of two processes loads in one process: policy and critic, bit by bit."""
     words = (f"model.load_from={two}/ppo/run/LATEST/policy.pt",)
     trainer = make_trainer(tmp_path, "ppo", *words)
-    saved = torch.load(two / "ppo.pt")
+    saved = torch.load(two / "ppo.pt", weights_only=True)
     assert all(torch.equal(tensor, saved["after"][name]) for name, tensor in state_of(trainer).items())
     critic = checkpoint.full_state(trainer.policy.v_head, torch.float32)
     assert all(torch.equal(tensor, saved["critic"][name]) for name, tensor in critic.items())
@@ -271,8 +273,8 @@ def test_samples_do_not_depend_on_the_number_of_processes(request, one, folder):
 
     The last of the 11 prompts equals the first.
     """
-    texts = torch.load(request.getfixturevalue(folder) / "texts.pt")
-    assert texts == torch.load(one / "texts.pt") and len(texts) == 11
+    texts = torch.load(request.getfixturevalue(folder) / "texts.pt", weights_only=True)
+    assert texts == torch.load(one / "texts.pt", weights_only=True) and len(texts) == 11
     assert texts[0] != texts[10]
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from halos import loading, packing
+from halos import base, loading, packing
 from halos.errors import UserError
 from halos.plan.activations import measure_activations
 from halos.plan.optimizer import optimizer_bytes
@@ -51,7 +51,7 @@ def make_plan(
         checkpointing=config.model.activation_checkpointing,
         cuda=where.type == "cuda",
     )
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with base.building(config), FakeTensorMode(allow_non_fake_inputs=True):
         trust = config.trust_remote_code
         lm = AutoModelForCausalLM.from_config(lm_config, dtype=setup.compute, trust_remote_code=trust)
         v_head = loading.load_value_head(config, lm)
