@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from halos.errors import UserError
 from halos.files import finished
@@ -43,21 +43,22 @@ def write_examples(path: str, examples: list[TokenizedExample], tokenizer) -> No
 
 
 @contextmanager
-def explained_out_of_memory(config: DictConfig, microbatches: list[list[TokenizedExample]]) -> Iterator[None]:
-    """Turn an error about memory into a UserError with the tokens of the step, the peak, and what to change."""
+def explained_out_of_memory(config: DictConfig, examples: list[TokenizedExample], size: str) -> Iterator[None]:
+    """Turn an error about memory into a UserError with the tokens of the step, the peak, and what to change.
+
+    size: the key of the number of examples that were run at a time
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         # On a CPU torch raises a RuntimeError that starts with the place in its source.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
-        tokens = sum(example.n_tokens for examples in microbatches for example in examples)
-        model = config.model
+        tokens = sum(example.n_tokens for example in examples)
         raise UserError(
             f"out of memory in a step of {tokens:,} tokens, at a peak of {peak_memory() / 2**30:.1f} GiB; lower "
-            f"model.max_tokens_per_forward={model.max_tokens_per_forward}, which changes nothing but time, or "
-            f"model.batch_size={model.batch_size}, with more model.gradient_accumulation_steps"
-            f"={model.gradient_accumulation_steps} to make up for it"
+            f"model.max_tokens_per_forward={config.model.max_tokens_per_forward}, which changes nothing but time, or "
+            f"{size}={OmegaConf.select(config, size)}"
         ) from error
 
 

@@ -193,10 +193,11 @@ class BasicTrainer:
     def train_loop(self) -> None:
         state = self.state
         self.step_started = self.state_written = time.monotonic()
-        if state.updates == 0 and self.config.do_first_eval:
+        starts = state.examples == 0
+        if starts and self.config.do_first_eval:
             self.log_evaluation()
         # A state can be from before the evaluation that followed its step: a resumed run begins with that.
-        if state.updates == 0 or self.after_step():
+        if starts or self.after_step():
             for microbatches in _groups(self.train_loader, self.config.model.gradient_accumulation_steps):
                 self.guarded_step(microbatches)
                 if not self.after_step():
@@ -232,7 +233,7 @@ class BasicTrainer:
     def guarded_step(self, microbatches: list[list[TokenizedExample]]) -> None:
         """A training step, or the end of the run, or none if the loss or the gradient is not finite."""
         try:
-            with mishaps.explained_out_of_memory(self.config, microbatches):
+            with mishaps.explained_out_of_memory(self.config, sum(microbatches, []), "model.batch_size"):
                 self.train_step(microbatches)
         except mishaps.NotFinite as problem:
             self.skip(problem)
@@ -360,8 +361,9 @@ class BasicTrainer:
         started = time.monotonic()
         outcomes = []
         for examples in metrics.progress(self.eval_loader, "evaluating"):
-            _, batch = self.forward(examples)
-            outcomes.append(self.batch_loss(batch))
+            with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
+                _, batch = self.forward(examples)
+                outcomes.append(self.batch_loss(batch))
         self.policy.train()
         sharding.reshard(self.policy)
         seconds = time.monotonic() - started
