@@ -1,6 +1,7 @@
 """The machinery below the loss. A new loss, dataset or model needs no change here.
 
 trainer.py          the loop: state, train, evaluate, update, save
+train_state.py      everything that changes during training, except for the weights
 engine.py           Batch, Outcome, Forward: one global batch through a model and its gradient back
 loader.py           batches of tokenized examples as a function of (seed, epoch)
 examples.py         Example, Dataset: what is known of a prompt and its responses
@@ -28,6 +29,7 @@ logps.py            log-probs of tokens from hidden states, in chunks
 sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives
 launch.py           starting the processes of a run and reporting the first failure
+watching.py         the launcher's watch over its processes, and signals to them
 scratch.py          the launcher's temporary folder and semaphores
 checkpoint.py       policy.pt and the Hugging Face export: save and load
 states.py           the states that a run resumes from: written in the background, read back

@@ -143,6 +143,33 @@ class Outcome:
         parts["metrics"] = {name: _join([o.metrics[name] for o in outcomes if name in o.metrics]) for name in names}
         return cls(**parts)
 
+    def summary(self, accuracy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], mode: str) -> dict[str, float]:
+        """Metrics by their names in the log. What cannot be computed, such as a mean of nothing, is left out.
+
+        accuracy: of chosen and rejected rewards
+        mode: train or eval
+        """
+        values = {f"loss/{mode}": self.losses.mean()}
+        for side in ("chosen", "rejected"):
+            rewards, logps = getattr(self, f"{side}_rewards"), getattr(self, f"{side}_logps")
+            if len(logps):
+                values[f"rewards_{mode}/{side}"] = rewards.mean()
+                values[f"logps_{mode}/{side}"] = logps.mean()
+        if len(self.chosen_logps) and len(self.rejected_logps):
+            values[f"rewards_{mode}/accuracies"] = accuracy(self.chosen_rewards, self.rejected_rewards)
+            values[f"rewards_{mode}/margins"] = self.chosen_rewards.mean() - self.rejected_rewards.mean()
+        suffix = "" if mode == "train" else f"_{mode}"
+        for name, metric in self.metrics.items():
+            group, slash, rest = name.partition("/")
+            if isinstance(metric, Statistic):
+                value = metric.value()
+                undefined = bool(value.isnan())
+            else:
+                value, undefined = metric.float().mean(), not len(metric)
+            if not undefined:
+                values[f"{group}{suffix}{slash}{rest}"] = value
+        return {name: value.item() for name, value in values.items()}
+
 
 def _cat(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.as_tensor(vector).detach().reshape(-1) for vector in vectors])

@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -17,55 +16,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from halos import advice, checkpoint, distributed, metrics, mishaps, sharding, states, stopping
-from halos.engine import Batch, Forward, Outcome, Statistic
+from halos.engine import Batch, Forward, Outcome
 from halos.errors import UserError
 from halos.files import make_room
 from halos.loader import DataLoader
 from halos.models import PolicyModel
 from halos.rules import Rule
 from halos.tokens import TokenizedExample
-
-
-@dataclass
-class TrainState:
-    """Everything that changes during training, except for the weights."""
-
-    loader: DataLoader
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    updates: int = 0  # optimizer steps taken
-    evaluated_at: int = 0  # `examples` at the last evaluation
-    saved_at: int = 0  # `examples` at the last state that was saved
-    skipped: int = 0  # training steps without an update, since a value was not finite
-    skipped_in_a_row: int = 0
-    eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
-    own: dict[str, Any] = field(default_factory=dict)  # what a trainer keeps between updates, such as a running mean
-
-    @property
-    def examples(self) -> int:
-        """Training examples that were used, on all ranks together."""
-        return self.loader.examples_seen
-
-    def progress(self) -> dict[str, Any]:
-        """Everything but the optimizer, whose tensors are as large as the weights and are saved beside them."""
-        plain = {name: getattr(self, name) for name in PLAIN}
-        return {"loader": self.loader.state_dict(), "scheduler": self.scheduler.state_dict(), **plain}
-
-    def load_progress(self, progress: dict[str, Any]) -> None:
-        self.loader.load_state_dict(progress["loader"])
-        self.scheduler.load_state_dict(progress["scheduler"])
-        for name in PLAIN:
-            setattr(self, name, progress[name])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.progress(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.load_progress(state)
-
-
-PLAIN = ("updates", "evaluated_at", "saved_at", "skipped", "skipped_in_a_row", "eval_metrics", "own")  # of a TrainState
+from halos.train_state import TrainState
 
 
 class BasicTrainer:
@@ -380,32 +338,11 @@ class BasicTrainer:
     #### METRICS
 
     def summarize(self, outcomes: list[Outcome], mode: str) -> dict[str, float]:
-        """Metrics over all examples of all outcomes. What cannot be computed, such as a mean of nothing, is left out.
+        """Metrics over all examples of all outcomes.
 
         mode: train or eval
         """
-        whole = Outcome.concatenate(outcomes)
-        values = {f"loss/{mode}": whole.losses.mean()}
-        for side in ("chosen", "rejected"):
-            rewards, logps = getattr(whole, f"{side}_rewards"), getattr(whole, f"{side}_logps")
-            if len(logps):
-                values[f"rewards_{mode}/{side}"] = rewards.mean()
-                values[f"logps_{mode}/{side}"] = logps.mean()
-        if len(whole.chosen_logps) and len(whole.rejected_logps):
-            values[f"rewards_{mode}/accuracies"] = self.accuracy(whole.chosen_rewards, whole.rejected_rewards)
-            values[f"rewards_{mode}/margins"] = whole.chosen_rewards.mean() - whole.rejected_rewards.mean()
-        numbers = {name: value.item() for name, value in values.items()}
-        suffix = "" if mode == "train" else f"_{mode}"
-        for name, metric in whole.metrics.items():
-            group, slash, rest = name.partition("/")
-            if isinstance(metric, Statistic):
-                value = metric.value()
-                undefined = bool(value.isnan())
-            else:
-                value, undefined = metric.float().mean(), not len(metric)
-            if not undefined:
-                numbers[f"{group}{suffix}{slash}{rest}"] = value.item()
-        return numbers
+        return Outcome.concatenate(outcomes).summary(self.accuracy, mode)
 
     def log_step(self, outcomes: list[Outcome], examples: list[TokenizedExample], update: dict[str, float]) -> None:
         state, now = self.state, time.monotonic()

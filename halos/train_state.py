@@ -1,0 +1,49 @@
+"""Everything that changes during training, except for the weights."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from halos.loader import DataLoader
+
+PLAIN = ("updates", "evaluated_at", "saved_at", "skipped", "skipped_in_a_row", "eval_metrics", "own")  # of a TrainState
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during training, except for the weights."""
+
+    loader: DataLoader
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    updates: int = 0  # optimizer steps taken
+    evaluated_at: int = 0  # `examples` at the last evaluation
+    saved_at: int = 0  # `examples` at the last state that was saved
+    skipped: int = 0  # training steps without an update, since a value was not finite
+    skipped_in_a_row: int = 0
+    eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    own: dict[str, Any] = field(default_factory=dict)  # what a trainer keeps between updates, such as a running mean
+
+    @property
+    def examples(self) -> int:
+        """Training examples that were used, on all ranks together."""
+        return self.loader.examples_seen
+
+    def progress(self) -> dict[str, Any]:
+        """Everything but the optimizer, whose tensors are as large as the weights and are saved beside them."""
+        plain = {name: getattr(self, name) for name in PLAIN}
+        return {"loader": self.loader.state_dict(), "scheduler": self.scheduler.state_dict(), **plain}
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        self.loader.load_state_dict(progress["loader"])
+        self.scheduler.load_state_dict(progress["scheduler"])
+        for name in PLAIN:
+            setattr(self, name, progress[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.progress(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.load_progress(state)
