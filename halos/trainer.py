@@ -298,10 +298,11 @@ class BasicTrainer:
         self.write_checkpoint([directory])
         if distributed.is_main():
             mishaps.write_examples(os.path.join(directory, "examples.json"), problem.examples, self.tokenizer)
+        examples = f" and the {len(problem.examples)} examples" if problem.examples else ""
+        remedy = ", look at the examples, or skip such steps with on_nonfinite=skip" if problem.examples else ""
         raise UserError(
             f"{problem.what} is not finite after {self.state.updates} updates; LATEST stays what it was, and the "
-            f"weights now and the {len(problem.examples)} examples are in {directory}; lower lr, look at the examples, "
-            "or skip such steps with on_nonfinite=skip"
+            f"weights now{examples} are in {directory}; lower lr{remedy}"
         )
 
     #### EVALUATION

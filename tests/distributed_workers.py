@@ -100,12 +100,12 @@ def sample_texts(folder: str) -> None:
 
 
 def diverge(folder: str) -> None:
-    """Train with a loss that is infinite on its second batch, on every rank, because losses are global."""
+    """Train with a loss that is infinite on its second training batch, on every rank, because losses are global."""
 
     class Overflowing(trainers.SFTTrainer):
         def loss(self, *logps):
             losses, *rewards = super().loss(*logps)
-            return losses * (float("inf") if self.state.updates == 1 else 1.0), *rewards
+            return losses * (float("inf") if self.policy.training and self.state.updates == 1 else 1.0), *rewards
 
     metrics.draw_curves = lambda *args: None
     trainer = make_trainer(folder, "sft")
