@@ -6,6 +6,7 @@
 import functools
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from glob import glob
 from typing import Any, cast
@@ -113,7 +114,8 @@ def _file_of(group: str, name: Any) -> str | None:
 
 @functools.cache
 def _composed(loss: str, model: str) -> DictConfig:
-    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+    is_in_hydra = GlobalHydra.instance().is_initialized()  # in train.py, and not in eval.py
+    with nullcontext() if is_in_hydra else initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         return compose("config", [f"loss={loss}", f"model={model}"])
 
 

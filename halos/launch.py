@@ -260,9 +260,7 @@ def _report(ends: list[_End], n: int, asked: int = 0) -> NoReturn:
     for end in killed[:1]:
         memory = "; did the machine run out of memory?" if -end.exit_code == signal.SIGKILL else ""
         _say(f"process {end.rank} of {n} was killed by {signal.Signals(-end.exit_code).name}{memory}")
-        for _, rank, words in spoken[:1]:
-            _say(f"then process {rank} failed:\n{words.traceback}")
-        sys.exit(1)
+        sys.exit(1)  # the others only say that they have lost it
     for end in (end for end in ends if end.exit_code > 0 and not end.last_words):
         _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}; its own output is above")
         sys.exit(end.exit_code)

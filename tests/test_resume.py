@@ -369,3 +369,25 @@ def test_several_processes_go_on_as_several_and_as_one(tmp_path, n):
         assert all(torch.equal(several[name], whole[name]) for name in whole)
         way, other = moved(start, one), moved(start, whole)
         assert other.norm() > 1e-3 and (way - other).norm() <= 1e-5 * other.norm()
+
+
+def test_the_command_itself_goes_on_and_names_what_differs(tmp_path):
+    """train.py is stopped by SIGUSR1, goes on with resume=true, and refuses another beta, all in processes of its own.
+
+    The check of the config composed Hydra's config anew, which Hydra refused inside train.py.
+    """
+    words = ["loss=dpo", f"cache_dir={tmp_path}", "exp_name=run", "n_examples=192", "do_first_eval=false", *SMALL[1:6]]
+    command = [sys.executable, "train.py", *words, "keep_checkpoints=1"]
+    settings = {"cwd": PROJECT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([*command, "n_examples=100000", "n_epochs=999"], **settings)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (rows.exists() and rows.read_text().count("\n") > 1) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGUSR1)
+    assert "which are saved; resume=true goes on" in first.communicate(timeout=60)[1] and first.returncode == 75
+    done = int(re.search(r"step-(\d+)", states.newest(str(tmp_path / "run")))[1])
+    again = subprocess.run([*command, f"n_examples={64 * (done + 1)}", "n_epochs=999", "resume=true"], **settings)
+    assert again.returncode == 0 and f"{64 * done} of {64 * (done + 1)} examples are done" in again.stdout, again.stderr
+    other = subprocess.run([*command, "n_epochs=999", "resume=true", "loss.beta=0.3"], **settings)
+    assert other.returncode == 2 and "loss.beta=0.3 (was 0.1); use the settings of that run" in other.stderr
