@@ -1,0 +1,66 @@
+"""Counts of what went wrong, one row per kind of fault; the goal for every count is 0."""
+
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+COUNTS = {
+    "tracebacks": "a Python traceback",
+    "codes": "another exit code than documented",
+    "lines": "an error that is not one line",
+    "hangs": "no end within a minute",
+    "lost": "missing steps, samples or verdicts",
+    "repeated": "repeated ones, beyond what was in flight",
+    "different": "results that are not those of an uninterrupted command",
+    "unreadable": "damaged or left-over files",
+}
+
+
+@dataclass
+class Tally:
+    """What happened in the cases of one kind."""
+
+    kind: str
+    cases: int = 0
+    counts: Counter = field(default_factory=Counter)
+    notes: Counter = field(default_factory=Counter)  # numbers that are no faults, such as steps made again
+
+    def fault(self, count: str, case: str, what: str, n: int = 1) -> None:
+        """Count a fault, and say how to run its case alone."""
+        assert count in COUNTS
+        self.counts[count] += n
+        print(f"FAULT {self.kind}, {count}: {what[:1500]}\n  alone: {case}", file=sys.stderr, flush=True)
+
+    def check_end(self, ended, case: str, codes: tuple[int, ...] = (0, 2)) -> bool:
+        """Count what is wrong with the end of a command; return whether nothing is."""
+        before = self.counts.total()
+        said = f"exit code {ended.code}; {ended.err[-1200:]}"
+        if ended.hung:
+            self.fault("hangs", case, said)
+        elif "Traceback (most recent" in ended.err:
+            self.fault("tracebacks", case, said)
+        elif ended.code not in codes:
+            self.fault("codes", case, said)
+        elif (
+            ended.code > 0 and ended.code not in STOPPED and (len(ended.error_lines) != 1 or len(ended.err_lines) != 1)
+        ):
+            self.fault("lines", case, said)
+        return self.counts.total() == before
+
+
+STOPPED = (75, 130, 143)  # exit codes of a command that a signal has ended
+
+
+def markdown(tallies: list[Tally]) -> str:
+    """The table of docs/reliability.md."""
+    head = ["fault", "cases", *COUNTS]
+    rows = [[tally.kind, tally.cases, *(tally.counts[count] for count in COUNTS)] for tally in tallies]
+    rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(head)))])
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def generator(seed: int, kind: str, number: int) -> random.Random:
+    """The random generator of one case, so that it can be run alone."""
+    return random.Random(f"{seed}/{kind}/{number}")
