@@ -1,4 +1,4 @@
-"""The campaign of faults: kills, signals, malformed inputs, full disks and commands at once. The goal of all counts is 0.
+"""The campaign of faults: kills, signals, malformed inputs, full disks, commands at once. All counts should be 0.
 
     python -m benchmarks.faults --kills 100 --malformed 2000 --seed 0
 
@@ -59,8 +59,8 @@ def campaign(args: argparse.Namespace, root: str) -> list[Tally]:
     inputs = Inputs(kills, args.keep)
     for kind, share in SHARES.items():
         if args.only in (None, f"malformed {kind}"):
-            n = args.malformed_cases or round(share * args.malformed)
-            tallies.append(_said(inputs.all(kind, n, args.case)))
+            if n := args.malformed_cases or round(share * args.malformed):
+                tallies.append(_said(inputs.all(kind, n, args.case)))
     return [tally for tally in tallies if tally.cases]
 
 
@@ -86,9 +86,8 @@ def measure(model: str | None, root: str) -> None:
         print(f"step {step}: {megabytes:.0f} MB, {files} open files")
     for name, policy in models(model).items():
         background, waiting, size = stalls(policy)
-        print(
-            f"a state of {name}, {size / 1e6:.1f} MB: training waits {background:.1f} ms; {waiting:.1f} ms for the disk"
-        )
+        waits = f"training waits {background:.1f} ms, and would wait {waiting:.1f} ms for the disk"
+        print(f"a state of {name}, {size / 1e6:.1f} MB: {waits}")
 
 
 def arguments() -> argparse.Namespace:

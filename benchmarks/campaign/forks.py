@@ -27,8 +27,8 @@ class Ended:
     hung: bool = False
 
     @property
-    def error_lines(self) -> list[str]:
-        return [line for line in self.err_lines if line.startswith("error:")]
+    def says_one_line(self) -> bool:
+        return len(self.err_lines) == 1 and self.err_lines[0].startswith("error:")
 
     @property
     def err_lines(self) -> list[str]:

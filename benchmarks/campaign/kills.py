@@ -31,7 +31,9 @@ class Kills:
         self.seed = seed
         self.root = root
         self.train, self.eval, self.compare = runs.programs()
-        self.whole = cache(self._whole)
+        # The uninterrupted commands, each made once.
+        self.whole, self.samples = cache(self._whole), cache(self._samples)
+        self.evaluation, self.verdicts = cache(self._evaluation), cache(self._verdicts)
 
     def _whole(self, loss: str, n: int) -> tuple[str, float, int]:
         """Make the uninterrupted run; return its cache_dir, the seconds after its first step, and its changes."""
@@ -149,8 +151,7 @@ class Kills:
 
     #### SAMPLES
 
-    @cache
-    def samples(self) -> tuple[list, float, int]:
+    def _samples(self) -> tuple[list, float, int]:
         """The samples of an uninterrupted command, its seconds, and its changes of files."""
         folder = os.path.join(self.root, "samples")
         os.makedirs(folder)
@@ -213,13 +214,12 @@ class Kills:
             tally.fault("unreadable", case, f"{path} is torn")
         if tally.check_end(forks.run(self.eval, words, folder), case, (0,)):
             numbers = _without_speed(_read(path)["results"])
-            if numbers != _without_speed(self._evaluated()):
+            if numbers != _without_speed(self.evaluation()):
                 tally.fault("different", case, f"{numbers}")
         for left in runs.leftovers(folder):
             tally.fault("unreadable", case, f"left over: {left}")
 
-    @cache
-    def _evaluated(self) -> dict:
+    def _evaluation(self) -> dict:
         folder = shutil.copytree(self.whole("kto", 1)[0], os.path.join(self.root, "evaluated"))
         path = os.path.join(folder, "run", "config.yaml")
         ended = forks.run(self.eval, ["-c", path, "-m", "eval", f"cache_dir={folder}"], folder)
@@ -233,8 +233,7 @@ class Kills:
         words += ["--concurrency", str(CONCURRENCY), "--verdicts", "verdicts.csv"]
         return forks.start(self.compare, words, folder, lambda: [call() for call in prepare] and None)
 
-    @cache
-    def verdicts(self) -> tuple[dict, str, float, int]:
+    def _verdicts(self) -> tuple[dict, str, float, int]:
         folder = os.path.join(self.root, "judged")
         os.makedirs(folder)
         make_judge(folder)

@@ -64,14 +64,10 @@ def texts(draw, valid: str) -> str:
     for _ in range(draw(edits)):
         start = draw(st.integers(0, len(text)))
         end = min(len(text), start + draw(st.sampled_from([0, 1, 1, 3, 20, 200])))
-        kind = draw(st.sampled_from(["odd", "odd", "odd", "end", "double", "any"]))
-        part = {"odd": lambda: draw(st.sampled_from(ODD_TEXTS)), "double": lambda: 2 * text[start:end]}
-        text = text[:start] if kind == "end" else text[:start] + part.get(kind, _any(draw))() + text[end:]
+        others = st.one_of(st.sampled_from(ODD_TEXTS), st.sampled_from(ODD_TEXTS), st.text(max_size=5))
+        part = draw(st.one_of(others, others, st.just(2 * text[start:end])))
+        text = text[:start] if draw(st.integers(0, 5)) == 0 else text[:start] + part + text[end:]
     return text
-
-
-def _any(draw) -> Callable[[], str]:
-    return lambda: draw(st.text(max_size=5))
 
 
 @st.composite

@@ -42,9 +42,7 @@ class Tally:
             self.fault("tracebacks", case, said)
         elif ended.code not in codes:
             self.fault("codes", case, said)
-        elif (
-            ended.code > 0 and ended.code not in STOPPED and (len(ended.error_lines) != 1 or len(ended.err_lines) != 1)
-        ):
+        elif ended.code > 0 and ended.code not in STOPPED and not ended.says_one_line:
             self.fault("lines", case, said)
         return self.counts.total() == before
 
