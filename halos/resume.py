@@ -4,7 +4,9 @@ import json
 import os
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from halos import distributed, run_dir, states
 from halos.config import add_new_keys, flat
@@ -20,21 +22,36 @@ FREE = (
     " model.eval_batch_size model.export_dtype model.logps model.max_tokens_per_forward model.packing"
 ).split()
 
+REQUIRED = {"datasets", "loss", "model"}  # keys of every config
+
 
 def check_same(config: DictConfig) -> None:
     """Raise UserError with the differences, if resume=true finds a run of another loss, model, data or seed."""
     path = os.path.join(run_dir.path_of(config), run_dir.CONFIG)
     if not config.resume or not os.path.isfile(path):
         return
-    before = OmegaConf.load(path)
-    assert isinstance(before, DictConfig)
-    add_new_keys(before)
+    before = _read(path)
     different = differences(before, config)
     if different:
         raise UserError(
             f"resume=true, but {path} is of another run: {', '.join(different)}; use the settings of that run, or "
             "another exp_name"
         )
+
+
+def _read(path: str) -> DictConfig:
+    """Return the config that a run has written. Raises UserError if the file is damaged."""
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig) or not REQUIRED <= config.keys():
+            raise ValueError("it is not the config of a run")
+        add_new_keys(config)
+        _deciding(OmegaConf.to_container(config, resolve=True))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        copies = "a copy is in LATEST, if the run has saved one"
+        raise UserError(f"{path} is damaged ({reason}), so the run cannot go on; restore it: {copies}") from None
+    return config
 
 
 def differences(before: DictConfig, now: DictConfig) -> list[str]:

@@ -270,6 +270,46 @@ def test_another_run_is_refused(tmp_path):
         resume.check_same(kto)
 
 
+#### DAMAGED FILES
+
+
+@pytest.mark.parametrize(
+    "damage, rows_before, said",
+    [
+        (lambda data: data.replace(b'"step": 1,', b'"step": \0,'), 1, "1 lines of .* are no rows of a run"),
+        (lambda data: b"", 0, "has 0 bytes, and the run had written .*: rows are missing"),
+        (lambda data: data[:-9], 1, "has .* bytes, and the run had written .*: rows are missing"),
+    ],
+)
+def test_metrics_that_are_damaged_do_not_keep_a_run_from_going_on(tmp_path, capfd, damage, rows_before, said):
+    """A metrics.jsonl that was damaged, moved away or cut was a traceback; or NULs filled the place of the rows that
+    were gone. The rows of the steps that follow are there, each on a line of its own."""
+    trainer = trainer_of(tmp_path, "sft", "eval_every=1000", "save_every=16", "do_first_eval=false")
+    trainer.should_stop = lambda: trainer.state.updates == 2
+    trainer.evaluate = lambda: {"loss/eval": 1.0, "examples_per_second": 1.0}
+    trainer.train()
+    path = tmp_path / "run" / "metrics.jsonl"
+    n_bytes = torch.load(f"{states.newest(trainer.run_dir)}/progress.pt")["metrics_bytes"]
+    path.write_bytes(damage(path.read_bytes()[:n_bytes]))
+    last = resumed(tmp_path, "sft", "eval_every=1000", "save_every=16", "do_first_eval=false")
+    last.evaluate = trainer.evaluate
+    last.train()
+    assert re.search(said, capfd.readouterr().out)
+    rows = list(metrics.whole_rows(str(path)))
+    assert [row["step"] for row in rows if row["mode"] == "train"][rows_before:] == list(range(3, 11))
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b: c", "- 1", "loss: {name: dpo}", "\0", "datasets: 1\nloss: {}\nmodel: {}", "x: ${y}"]
+)
+def test_a_damaged_config_of_the_run_is_named(tmp_path, text):
+    """resume=true reads the config.yaml of the run, and a damaged one was a traceback."""
+    trainer = trainer_of(tmp_path, "dpo")
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="run/config.yaml is damaged .*, so the run cannot go on; restore it"):
+        resume.check_same(OmegaConf.merge(trainer.config, {"resume": True}))
+
+
 #### MISHAPS
 
 
