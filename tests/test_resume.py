@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from halos import checkpoint, files, manifest, metrics, mishaps, resume, states
+from halos import checkpoint, files, manifest, metrics, mishaps, resume, run_dir, states
 from halos.errors import Stopped, UserError
 from helpers import PROJECT, make_config
 from small_runs import SMALL, batches_for, loader_for, losses, make_trainer
@@ -147,6 +147,36 @@ def test_a_state_that_is_being_written_does_not_count(tmp_path, monkeypatch):
     killed(trainer, 5)
     assert sorted(os.listdir(states.directory_of(trainer.run_dir))) == ["step-2", "step-4.unfinished"]
     assert states.newest(trainer.run_dir).endswith("step-2")
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_kill_while_an_old_state_is_removed(tmp_path, monkeypatch, at):
+    """A kill in the middle left a state with a manifest and without its weights; or, without the manifest, files that
+    nothing removed. Now it is a whole state again, or gone, when the next start has recovered the run directory."""
+    trainer = trainer_of(tmp_path, "sft", "keep_checkpoints=99")
+    trainer.train()
+    directory, calls = states.directory_of(trainer.run_dir), []
+
+    def dying(own):
+        def call(*args, **kwargs):
+            calls.append(own)
+            if len(calls) > at:
+                raise Killed
+            return own(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "remove", "unlink", "rmdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        with pytest.raises(Killed):
+            states.remove(os.path.join(directory, "step-4"))
+    run_dir.recover(trainer.run_dir)
+    whole = states.complete(trainer.run_dir)
+    assert sorted(os.listdir(directory)) == sorted(os.path.basename(path) for path in whole)
+    assert len(whole) == (5 if at < 2 else 4)
+    for path in whole:
+        manifest.check(path)
 
 
 def test_a_full_disk_while_a_state_is_written(tmp_path, monkeypatch):

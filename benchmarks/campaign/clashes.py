@@ -27,7 +27,7 @@ class Clashes:
         """Start the same run twice: one makes it, and the other is refused, or comes when it is complete."""
         rng, case = self._case(tally, number)
         whole, seconds, _ = self.kills.whole("kto", n)
-        folder = self.kills.folder(case)
+        folder = self.kills.folder()
         first = self.kills.start_training(folder, "kto", n)
         time.sleep(rng.choice([0, 0, rng.uniform(0, 0.6) * seconds]))
         second = self.kills.start_training(folder, "kto", rng.choice([1, n]))
@@ -37,10 +37,10 @@ class Clashes:
     def two_samplers(self, tally: Tally, number: int) -> None:
         rng, case = self._case(tally, number)
         rows, seconds, _ = self.kills.samples()
-        folder = self.kills.folder(case)
-        first = self.kills._sample(folder)
+        folder = self.kills.folder()
+        first = self.kills.sample(folder)
         time.sleep(rng.uniform(0, 1) * seconds * rng.choice([0, 1]))
-        second = self.kills._sample(folder)
+        second = self.kills.sample(folder)
         ends = first.wait(), second.wait()
         if any(end.code for end in ends):
             self._one_goes_on(tally, case, *ends, ("is in use by another eval.py",))
@@ -53,11 +53,11 @@ class Clashes:
     def two_judges(self, tally: Tally, number: int) -> None:
         rng, case = self._case(tally, number)
         result, _, seconds, _ = self.kills.verdicts()
-        folder = self.kills.folder(case)
+        folder = self.kills.folder()
         make_judge(folder)
-        first = self.kills._judge(folder)
+        first = self.kills.judge(folder)
         time.sleep(rng.uniform(0, 1) * seconds * rng.choice([0, 1]))
-        second = self.kills._judge(folder)
+        second = self.kills.judge(folder)
         ends = first.wait(), second.wait()
         if any(end.code for end in ends):
             self._one_goes_on(tally, case, *ends, ("is in use by another compare.py",), (0, 5))
@@ -72,7 +72,7 @@ class Clashes:
         """Two runs with other names and one empty token cache: both go on, and the cache is whole."""
         _, case = self._case(tally, number)
         whole = self.kills.whole("kto", 1)[0]
-        folder = self.kills.folder(case)
+        folder = self.kills.folder()
         words = runs.words_of(folder, "kto")
         children = [forks.start(self.kills.train, [*words, f"exp_name={name}"], folder) for name in ("run", "other")]
         for child in children:
@@ -103,7 +103,7 @@ class Clashes:
         rng, case = self._case(tally, number)
         loss = rng.choice(runs.LOSSES)
         whole, _, changes = self.kills.whole(loss, n)
-        folder = self.kills.folder(case)
+        folder = self.kills.folder()
         full = Changes(folder, rng.randrange(changes), fill_disk)
         ended = self.kills.start_training(folder, loss, n, full.prepare).wait()
         if tally.check_end(ended, case, (0, 2)) and ended.code and "cannot be written" not in ended.err:
@@ -117,9 +117,9 @@ class Clashes:
         """The same for a command that samples or judges."""
         rng, case = self._case(tally, number)
         samples = rng.random() < 0.5
-        start, whole = (self.kills._sample, self.kills.samples) if samples else (self.kills._judge, self.kills.verdicts)
+        start, whole = (self.kills.sample, self.kills.samples) if samples else (self.kills.judge, self.kills.verdicts)
         whole = whole()
-        folder = self.kills.folder(case)
+        folder = self.kills.folder()
         make_judge(folder)
         full = Changes(folder, rng.randrange(whole[-1]), fill_disk)
         ended = start(folder, full.prepare).wait()

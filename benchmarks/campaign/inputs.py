@@ -85,7 +85,7 @@ class Inputs:
         def case(value: Any) -> None:
             tally.cases += 1
             if only in (None, tally.cases - 1):
-                self.folder = self.kills.folder(kind)
+                self.folder = self.kills.folder()
                 ended = command(value)
                 again = f"--only 'malformed {kind}' --case {tally.cases - 1} --malformed-cases {n}"
                 codes = (0, 2, 4) if kind in ("sample files", "journals") else (0, 2)

@@ -53,7 +53,8 @@ class Kills:
         calls = [*prepare, *([runs.two_processes] if n > 1 else [])]
         return forks.start(self.train, words, folder, lambda: [call() for call in calls] and None)
 
-    def folder(self, name: str) -> str:
+    def folder(self) -> str:
+        """An empty folder for the next case."""
         path = os.path.join(self.root, "case")
         shutil.rmtree(path, ignore_errors=True)
         os.makedirs(path)
@@ -67,7 +68,7 @@ class Kills:
         case = f"--only '{tally.kind}' --case {number}"
         loss = rng.choice(runs.LOSSES)
         whole, seconds, changes = self.whole(loss, n)
-        folder = self.folder(case)
+        folder = self.folder()
         for resume in range(rng.randint(1, MOST_KILLS)):
             self._kill_once(tally, case, rng, folder, loss, n, bool(resume), seconds, changes, within)
         child = self.start_training(folder, loss, n, resume=True)
@@ -85,8 +86,8 @@ class Kills:
             _first_step(child, folder, before if resume else 0)
             time.sleep(rng.uniform(0, 1.1) * seconds)
         self._strike(child, rng, n, at_change)
-        tally.notes["kills"] += 1
         ended = child.wait(60)
+        tally.notes["kills"] += ended.code != 0  # else it was complete before
         if ended.hung:
             tally.fault("hangs", case, "a process goes on after its kill")
         if not _released(os.path.join(folder, "run")):
@@ -132,7 +133,7 @@ class Kills:
         case = f"--only '{tally.kind}' --case {number}"
         loss = rng.choice(runs.LOSSES)
         whole, seconds, _ = self.whole(loss, n)
-        folder = self.folder(case)
+        folder = self.folder()
         child = self.start_training(folder, loss, n)
         _first_step(child, folder, rng.randint(0, runs.STEPS - 3))
         time.sleep(rng.uniform(0, 0.5) * seconds / runs.STEPS)
@@ -157,32 +158,35 @@ class Kills:
         os.makedirs(folder)
         changes = Changes(folder)
         started = time.monotonic()
-        ended = self._sample(folder, changes.prepare).wait()
+        ended = self.sample(folder, changes.prepare).wait()
         assert ended.code == 0, ended.err
         return _read(os.path.join(folder, "run.json")), time.monotonic() - started, changes.count
 
-    def _sample(self, folder: str, *prepare, words: tuple[str, ...] = ("-n", "24", "-b", "4")) -> Child:
+    def sample(self, folder: str, *prepare) -> Child:
         config = os.path.join(self.whole("kto", 1)[0], "run", "config.yaml")
-        words = ("-c", config, *words, f"samples_dir={folder}")
-        return forks.start(self.eval, list(words), folder, lambda: [call() for call in prepare] and None)
+        words = ["-c", config, "-n", "24", "-b", str(AT_ONCE), f"samples_dir={folder}"]
+        return forks.start(self.eval, words, folder, lambda: [call() for call in prepare] and None)
 
     def kill_sampling(self, tally: Tally, number: int) -> None:
         """Kill eval.py -m sample, and run it again."""
         rng = generator(self.seed, tally.kind, number)
         case = f"--only '{tally.kind}' --case {number}"
         rows, seconds, changes = self.samples()
-        folder = self.folder(case)
+        folder = self.folder()
         at_change = rng.random() < 0.3
-        child = self._sample(folder, Changes(folder, rng.randrange(changes) if at_change else -1, die).prepare)
+        killer, before = Changes(folder, rng.randrange(changes) if at_change else -1, die), Counted()
+        child = self.sample(folder, killer.prepare, before.samples)
         if not at_change:
             time.sleep(rng.uniform(0.2, 1.05) * seconds)
             child.kill()
-        child.wait()
+        tally.notes["kills"] += child.wait().code != 0
         partial, path = os.path.join(folder, "run.partial.jsonl"), os.path.join(folder, "run.json")
         kept = _lines(partial)
         finished = os.path.exists(path)
+        if not finished and before.count - kept > AT_ONCE:
+            tally.fault("lost", case, f"{before.count} samples were made, and {kept} are kept")
         made = Counted()
-        if tally.check_end(self._sample(folder, made.samples).wait(), case, (0,)):
+        if tally.check_end(self.sample(folder, made.samples).wait(), case, (0,)):
             if _read(path) != rows:
                 tally.fault("different", case, "the samples differ from those of an uninterrupted command")
             expected = 2 * len(rows) - (0 if finished and not kept else kept)
@@ -197,7 +201,7 @@ class Kills:
         rng = generator(self.seed, tally.kind, number)
         case = f"--only '{tally.kind}' --case {number}"
         source = self.whole("kto", 1)[0]
-        folder = os.path.join(self.folder(case), "cache")
+        folder = os.path.join(self.folder(), "cache")
         shutil.copytree(source, folder)
         if rng.random() < 0.5:
             shutil.rmtree(os.path.join(folder, ".tokens"))
@@ -208,7 +212,7 @@ class Kills:
         if not at_change:
             time.sleep(rng.uniform(0.02, 0.4))
             child.kill()
-        child.wait()
+        tally.notes["kills"] += child.wait().code != 0
         path = os.path.join(folder, "run", "eval.json")
         if os.path.exists(path) and not _is_json(path):
             tally.fault("unreadable", case, f"{path} is torn")
@@ -228,7 +232,7 @@ class Kills:
 
     #### VERDICTS
 
-    def _judge(self, folder: str, *prepare) -> Child:
+    def judge(self, folder: str, *prepare) -> Child:
         words = ["-f", "samples.json", "-bk", "chosen", "-r", "result.jsonl", "--judge", "judge:longer"]
         words += ["--concurrency", str(CONCURRENCY), "--verdicts", "verdicts.csv"]
         return forks.start(self.compare, words, folder, lambda: [call() for call in prepare] and None)
@@ -239,7 +243,7 @@ class Kills:
         make_judge(folder)
         changes = Changes(folder)
         started = time.monotonic()
-        ended = self._judge(folder, changes.prepare).wait()
+        ended = self.judge(folder, changes.prepare).wait()
         assert ended.code == 0, ended.err
         with open(os.path.join(folder, "verdicts.csv")) as file:
             return result_of(folder), file.read(), time.monotonic() - started, changes.count
@@ -249,17 +253,16 @@ class Kills:
         rng = generator(self.seed, tally.kind, number)
         case = f"--only '{tally.kind}' --case {number}"
         result, verdicts, seconds, changes = self.verdicts()
-        folder = self.folder(case)
+        folder = self.folder()
         make_judge(folder)
         for _ in range(rng.randint(1, MOST_KILLS)):
             at_change = rng.random() < 0.3
-            child = self._judge(folder, Changes(folder, rng.randrange(changes) if at_change else -1, die).prepare)
+            child = self.judge(folder, Changes(folder, rng.randrange(changes) if at_change else -1, die).prepare)
             if not at_change:
                 time.sleep(rng.uniform(0.1, 1.05) * seconds)
                 child.kill()
-            child.wait()
-            tally.notes["kills"] += 1
-        if tally.check_end(self._judge(folder).wait(), case, (0,)):
+            tally.notes["kills"] += child.wait().code != 0
+        if tally.check_end(self.judge(folder).wait(), case, (0,)):
             with open(os.path.join(folder, "verdicts.csv")) as file:
                 if result_of(folder) != result or file.read() != verdicts:
                     tally.fault("different", case, "the result differs from that of an uninterrupted command")
@@ -273,7 +276,8 @@ class Kills:
             tally.fault("unreadable", case, f"left over: {left}")
 
 
-CONCURRENCY = 4
+AT_ONCE = 4  # samples
+CONCURRENCY = 4  # verdicts
 JUDGE = """
 import os, time
 def longer(prompt, a, b):
