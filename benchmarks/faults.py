@@ -15,80 +15,78 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.campaign.clashes import Clashes
+from benchmarks.campaign.clashes import Clashes, FullDisks
+from benchmarks.campaign.commands import Commands
 from benchmarks.campaign.inputs import SHARES, Inputs
 from benchmarks.campaign.kills import Kills
 from benchmarks.campaign.steady import memory_and_files, models, stalls
-from benchmarks.campaign.tally import COUNTS, Tally, markdown
+from benchmarks.campaign.tally import COUNTS, Case, Tally, markdown
 
-Case = Callable[[Tally, int], None]
+Run = Callable[[Case], None]
 # What a short run has. The rest takes longer, or is among the project's other tests in the same form.
 SHORT = ["kill train", "kill while saving a state", "kill sample", "kill judge", "two judges", "full disk, train"]
 SHORT += [f"malformed {kind}" for kind in ("sample files", "journals", "partial samples", "states", "token caches")]
 SHORT_MALFORMED = 60
 
 
-def kinds_of(kills: Kills, clashes: Clashes) -> dict[str, tuple[Case, float]]:
-    """The kinds of faults but the malformed inputs: what runs a case, and its number relative to --kills."""
+def kinds_of(commands: Commands) -> dict[str, tuple[Run, float]]:
+    """The kinds of faults but the malformed inputs: what runs a case, and the cases relative to --kills."""
+    kills, clashes, full_disks = Kills(commands), Clashes(commands), FullDisks(commands)
     return {
-        "kill train": (kills.kill_training, 0.25),
-        "kill while exporting": (partial(kills.kill_training, within="LATEST"), 0.12),
-        "kill while saving a state": (partial(kills.kill_training, within="/states/"), 0.12),
-        "kill train, 2 processes": (partial(kills.kill_training, n=2), 0.15),
-        "kill evaluate": (kills.kill_evaluation, 0.12),
-        "kill sample": (kills.kill_sampling, 0.12),
-        "kill judge": (kills.kill_judging, 0.12),
-        "signal train": (kills.signal_training, 0.15),
-        "signal train, 2 processes": (partial(kills.signal_training, n=2), 0.05),
-        "two runs": (clashes.two_runs, 0.1),
-        "two runs, 2 processes": (partial(clashes.two_runs, n=2), 0.02),
-        "two samplers": (clashes.two_samplers, 0.06),
-        "two judges": (clashes.two_judges, 0.06),
-        "two cold token caches": (clashes.two_tokenizers, 0.06),
-        "full disk, train": (clashes.full_disk, 0.2),
-        "full disk, train, 2 processes": (partial(clashes.full_disk, n=2), 0.03),
-        "full disk, sample and judge": (clashes.full_disk_of_others, 0.12),
+        "kill train": (kills.run, 0.25),
+        "kill while exporting": (partial(kills.run, within="LATEST"), 0.12),
+        "kill while saving a state": (partial(kills.run, within="/states/"), 0.12),
+        "kill train, 2 processes": (partial(kills.run, n=2), 0.15),
+        "kill evaluate": (kills.evaluation, 0.12),
+        "kill sample": (kills.sampling, 0.12),
+        "kill judge": (kills.judging, 0.12),
+        "signal train": (kills.signal_run, 0.15),
+        "signal train, 2 processes": (partial(kills.signal_run, n=2), 0.05),
+        "two runs": (clashes.runs, 0.1),
+        "two runs, 2 processes": (partial(clashes.runs, n=2), 0.02),
+        "two samplers": (clashes.samplers, 0.06),
+        "two judges": (clashes.judges, 0.06),
+        "two cold token caches": (clashes.tokenizers, 0.06),
+        "full disk, train": (full_disks.run, 0.2),
+        "full disk, train, 2 processes": (partial(full_disks.run, n=2), 0.03),
+        "full disk, sample": (full_disks.sampling, 0.06),
+        "full disk, judge": (full_disks.judging, 0.06),
     }
 
 
 def campaign(args: argparse.Namespace, root: str) -> list[Tally]:
     """Run all cases that the flags ask for."""
-    kills = Kills(args.seed, root)
-    tallies = []
-    for kind, (run_case, share) in kinds_of(kills, Clashes(kills)).items():
-        if args.only and kind not in args.only:
-            continue
-        numbers = (
-            [args.case] if args.case is not None else range(max(1, round(share * args.kills)) if args.kills else 0)
-        )
-        tallies.append(_cases(Tally(kind), run_case, numbers))
-    inputs = Inputs(kills, args.keep)
+    commands, tallies = Commands(root), []
+    for kind, (run_case, share) in kinds_of(commands).items():
+        n = max(1, round(share * args.kills)) if args.kills else 0
+        if n and _is_wanted(kind, args):
+            tallies.append(Tally(kind))
+            for number in range(n) if args.case is None else [args.case]:
+                run_case(Case(tallies[-1], number, args.seed))
+            _say(tallies[-1])
     for kind, share in SHARES.items():
-        if not args.only or f"malformed {kind}" in args.only:
-            if n := args.malformed_cases or round(share * args.malformed):
-                tallies.append(_said(inputs.all(kind, n, args.case)))
-    return [tally for tally in tallies if tally.cases]
+        n = args.malformed_cases or round(share * args.malformed)
+        if n and _is_wanted(f"malformed {kind}", args):
+            tallies.append(Inputs(commands, args.seed, args.keep).all(kind, n, args.case))
+            _say(tallies[-1])
+    return tallies
 
 
-def _cases(tally: Tally, run_case: Case, numbers) -> Tally:
-    for number in numbers:
-        tally.cases += 1
-        run_case(tally, number)
-    return _said(tally)
+def _is_wanted(kind: str, args: argparse.Namespace) -> bool:
+    return not args.only or kind in args.only
 
 
-def _said(tally: Tally) -> Tally:
+def _say(tally: Tally) -> None:
     counts = ", ".join(f"{name} {tally.counts[name]}" for name in COUNTS)
     notes = "; ".join(f"{name}: {n}" for name, n in tally.notes.items())
     print(f"{tally.kind}: {tally.cases} cases; {counts} ({notes})", flush=True)
-    return tally
 
 
 def measure(model: str | None, root: str) -> None:
     """Print the memory and the open files of a long run, and how long training waits for a state."""
     folder = os.path.join(root, "long")
     os.makedirs(folder)
-    for step, (megabytes, files) in memory_and_files(Kills(0, root).train, folder).items():
+    for step, (megabytes, files) in memory_and_files(Commands(root).train, folder).items():
         print(f"step {step}: {megabytes:.0f} MB, {files} open files")
     for name, policy in models(model).items():
         background, waiting, size = stalls(policy)

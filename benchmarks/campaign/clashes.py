@@ -1,138 +1,125 @@
 """Two commands at once in one place, and a disk that is full from a random moment on."""
 
-import json
 import os
-import random
 import resource
 import time
 
 from benchmarks.campaign import forks, runs
+from benchmarks.campaign.commands import Commands, Whole, calls_of, samples_of, verdicts_of, write_judge
 from benchmarks.campaign.forks import Changes, Ended
-from benchmarks.campaign.kills import Kills, compare_runs, make_judge, result_of
-from benchmarks.campaign.tally import Tally, generator
+from benchmarks.campaign.kills import compare_runs, look_at_killed, look_for_leftovers
+from benchmarks.campaign.tally import Case
 from halos import manifest
 
 SMALLEST = 50  # bytes that a file may have on the full disk
 
 
 class Clashes:
-    """The cases of one seed, beside those of `Kills`, whose uninterrupted commands they are compared with."""
+    """The cases of two commands at once. Their results must be those of one command alone."""
 
-    def __init__(self, kills: Kills):
-        self.kills = kills
+    def __init__(self, commands: Commands):
+        self.commands = commands
 
-    #### TWO AT ONCE
-
-    def two_runs(self, tally: Tally, number: int, n: int = 1) -> None:
+    def runs(self, case: Case, n: int = 1) -> None:
         """Start the same run twice: one makes it, and the other is refused, or comes when it is complete."""
-        rng, case = self._case(tally, number)
-        whole, seconds, _ = self.kills.whole("kto", n)
-        folder = self.kills.folder()
-        first = self.kills.start_training(folder, "kto", n)
-        time.sleep(rng.choice([0, 0, rng.uniform(0, 0.6) * seconds]))
-        second = self.kills.start_training(folder, "kto", rng.choice([1, n]))
-        self._one_goes_on(tally, case, first.wait(), second.wait(), ("is being written by", "already holds a run"))
-        compare_runs(tally, case, folder, whole)
-
-    def two_samplers(self, tally: Tally, number: int) -> None:
-        rng, case = self._case(tally, number)
-        rows, seconds, _ = self.kills.samples()
-        folder = self.kills.folder()
-        first = self.kills.sample(folder)
-        time.sleep(rng.uniform(0, 1) * seconds * rng.choice([0, 1]))
-        second = self.kills.sample(folder)
+        whole, folder = self.commands.whole_run("kto", n), self.commands.folder()
+        first = self.commands.start_run(folder, "kto", n)
+        _wait_a_little(case, whole)
+        second = self.commands.start_run(folder, "kto", case.rng.choice([1, n]))
         ends = first.wait(), second.wait()
-        if any(end.code for end in ends):
-            self._one_goes_on(tally, case, *ends, ("is in use by another eval.py",))
-        with open(os.path.join(folder, "run.json")) as file:
-            if json.load(file) != rows:
-                tally.fault("different", case, "the samples are not those of a command alone")
-        for left in runs.leftovers(folder):
-            tally.fault("unreadable", case, f"left over: {left}")
+        _one_is_refused(case, ends, 2, "is being written by", "already holds a run")
+        compare_runs(case, folder, whole)
 
-    def two_judges(self, tally: Tally, number: int) -> None:
-        rng, case = self._case(tally, number)
-        result, _, seconds, _ = self.kills.verdicts()
-        folder = self.kills.folder()
-        make_judge(folder)
-        first = self.kills.judge(folder)
-        time.sleep(rng.uniform(0, 1) * seconds * rng.choice([0, 1]))
-        second = self.kills.judge(folder)
-        ends = first.wait(), second.wait()
-        if any(end.code for end in ends):
-            self._one_goes_on(tally, case, *ends, ("is in use by another compare.py",), (0, 5))
-        if result_of(folder) != result:
-            tally.fault("different", case, "the result is not that of a command alone")
-        with open(os.path.join(folder, "asked.txt")) as file:
-            asked = file.read().split("\n")[:-1]
-        if len(asked) != len(set(asked)):
-            tally.fault("repeated", case, "a verdict was asked for twice", len(asked) - len(set(asked)))
+    def samplers(self, case: Case) -> None:
+        whole, folder = self.commands.whole_samples(), self.commands.folder()
+        ends = _twice(case, whole, lambda: self.commands.start_sampling(folder))
+        if any(end.code for end in ends):  # else the second came when the first was complete
+            _one_is_refused(case, ends, 2, "is in use by another eval.py")
+        if samples_of(folder) != whole.result:
+            case.fault("different", "the samples are not those of a command alone")
+        look_for_leftovers(case, folder)
 
-    def two_tokenizers(self, tally: Tally, number: int) -> None:
-        """Two runs with other names and one empty token cache: both go on, and the cache is whole."""
-        _, case = self._case(tally, number)
-        whole = self.kills.whole("kto", 1)[0]
-        folder = self.kills.folder()
+    def judges(self, case: Case) -> None:
+        whole, folder = self.commands.whole_verdicts(), self.commands.folder()
+        write_judge(folder)
+        ends = _twice(case, whole, lambda: self.commands.start_judging(folder))
+        if any(end.code for end in ends):
+            _one_is_refused(case, ends, 5, "is in use by another compare.py")
+        if verdicts_of(folder) != whole.result:
+            case.fault("different", "the result is not that of a command alone")
+        if again := len(calls_of(folder)) - len(set(calls_of(folder))):
+            case.fault("repeated", "verdicts were asked for twice", again)
+
+    def tokenizers(self, case: Case) -> None:
+        """Start two runs with other names and one empty token cache: both go on, and the cache is whole."""
+        whole, folder = self.commands.whole_run("kto", 1), self.commands.folder()
         words = runs.words_of(folder, "kto")
-        children = [forks.start(self.kills.train, [*words, f"exp_name={name}"], folder) for name in ("run", "other")]
-        for child in children:
-            tally.check_end(child.wait(), case, (0,))
-        compare_runs(tally, case, folder, whole)
-        entries = os.listdir(os.path.join(folder, ".tokens"))
-        if sorted(entries) != sorted(os.listdir(os.path.join(whole, ".tokens"))):
-            tally.fault("different", case, f"the cache has {entries}")
+        names = ("run", "other")
+        children = [forks.start(self.commands.train, [*words, f"exp_name={name}"], folder) for name in names]
+        if all([case.check_end(child.wait(), (0,)) for child in children]):
+            compare_runs(case, folder, whole)
+        entries = sorted(os.listdir(os.path.join(folder, ".tokens")))
+        if entries != sorted(os.listdir(os.path.join(whole.folder, ".tokens"))):
+            case.fault("different", f"the cache has {entries}")
         for entry in entries:
             manifest.check(os.path.join(folder, ".tokens", entry))
 
-    def _one_goes_on(self, tally: Tally, case: str, first: Ended, second: Ended, reasons, codes=(0, 2)) -> None:
-        for end in (first, second):
-            tally.check_end(end, case, codes)
-        refused = [end for end in (first, second) if end.code == codes[1]]
-        if len(refused) != 1 or not any(reason in refused[0].err for reason in reasons):
-            tally.fault(
-                "codes", case, f"one of two should be refused: {first.code}, {second.code}; {second.err[-300:]}"
-            )
 
-    def _case(self, tally: Tally, number: int) -> tuple[random.Random, str]:
-        return generator(self.kills.seed, tally.kind, number), f"--only '{tally.kind}' --case {number}"
+def _twice(case: Case, whole: Whole, start) -> tuple[Ended, Ended]:
+    first = start()
+    _wait_a_little(case, whole)
+    second = start()
+    return first.wait(), second.wait()
 
-    #### A FULL DISK
 
-    def full_disk(self, tally: Tally, number: int, n: int = 1) -> None:
-        """From a random change of a file on, no file can have more than SMALLEST bytes. Then there is room again."""
-        rng, case = self._case(tally, number)
-        loss = rng.choice(runs.LOSSES)
-        whole, _, changes = self.kills.whole(loss, n)
-        folder = self.kills.folder()
-        full = Changes(folder, rng.randrange(changes), fill_disk)
-        ended = self.kills.start_training(folder, loss, n, full.prepare).wait()
-        if tally.check_end(ended, case, (0, 2)) and ended.code and "cannot be written" not in ended.err:
-            tally.fault("lines", case, ended.err)
-        for problem in [*runs.unreadable(os.path.join(folder, "run")), *runs.leftovers(folder)]:
-            tally.fault("unreadable", case, problem)
-        if tally.check_end(self.kills.start_training(folder, loss, n, resume=True).wait(), case, (0,)):
-            compare_runs(tally, case, folder, whole)
+def _wait_a_little(case: Case, whole: Whole) -> None:
+    """Half of the time not at all, else a part of the time that the command takes."""
+    time.sleep(case.rng.choice([0, 1]) * case.rng.random() * whole.seconds)
 
-    def full_disk_of_others(self, tally: Tally, number: int) -> None:
-        """The same for a command that samples or judges."""
-        rng, case = self._case(tally, number)
-        samples = rng.random() < 0.5
-        start, whole = (self.kills.sample, self.kills.samples) if samples else (self.kills.judge, self.kills.verdicts)
-        whole = whole()
-        folder = self.kills.folder()
-        make_judge(folder)
-        full = Changes(folder, rng.randrange(whole[-1]), fill_disk)
-        ended = start(folder, full.prepare).wait()
-        if tally.check_end(ended, case, (0, 2)) and ended.code and "cannot be written" not in ended.err:
-            tally.fault("lines", case, ended.err)
-        for left in runs.leftovers(folder):
-            tally.fault("unreadable", case, left)
-        with open(os.path.join(folder, "asked.txt"), "a"):
-            pass  # the judge itself writes it
-        if tally.check_end(start(folder).wait(), case, (0,)):
-            made = json.load(open(os.path.join(folder, "run.json"))) if samples else result_of(folder)
-            if made != whole[0]:
-                tally.fault("different", case, "the result differs from that of a command alone")
+
+def _one_is_refused(case: Case, ends: tuple[Ended, Ended], code: int, *reasons: str) -> None:
+    for end in ends:
+        case.check_end(end, (0, code))
+    refused = [end for end in ends if end.code == code]
+    if len(refused) != 1 or not any(reason in refused[0].err for reason in reasons):
+        codes = f"exit codes {ends[0].code} and {ends[1].code}"
+        case.fault("codes", f"one of two should be refused: {codes}; {ends[1].err[-300:]}")
+
+
+class FullDisks:
+    """The cases of a disk that is full from a random change of a file on. Then there is room again."""
+
+    def __init__(self, commands: Commands):
+        self.commands = commands
+
+    def run(self, case: Case, n: int = 1) -> None:
+        loss = case.rng.choice(runs.LOSSES)
+        whole, folder = self.commands.whole_run(loss, n), self.commands.folder()
+        full = Changes(folder, case.rng.randrange(whole.changes), fill_disk)
+        self._check_message(case, self.commands.start_run(folder, loss, n, full.prepare).wait())
+        look_at_killed(case, folder)
+        look_for_leftovers(case, folder)
+        if case.check_end(self.commands.start_run(folder, loss, n, resume=True).wait(), (0,)):
+            compare_runs(case, folder, whole)
+
+    def sampling(self, case: Case) -> None:
+        self._command(case, self.commands.whole_samples(), self.commands.start_sampling, samples_of)
+
+    def judging(self, case: Case) -> None:
+        self._command(case, self.commands.whole_verdicts(), self.commands.start_judging, verdicts_of)
+
+    def _command(self, case: Case, whole: Whole, start, result_of) -> None:
+        folder = self.commands.folder()
+        write_judge(folder)
+        full = Changes(folder, case.rng.randrange(whole.changes), fill_disk)
+        self._check_message(case, start(folder, full.prepare).wait())
+        look_for_leftovers(case, folder)
+        if case.check_end(start(folder).wait(), (0,)) and result_of(folder) != whole.result:
+            case.fault("different", "the result differs from that of a command alone")
+
+    def _check_message(self, case: Case, ended: Ended) -> None:
+        if case.check_end(ended) and ended.code and "cannot be written" not in ended.err:
+            case.fault("lines", ended.err)
 
 
 def fill_disk() -> None:

@@ -166,13 +166,15 @@ class Changes:
 
     def _hear(self, event: str, args: tuple) -> None:
         if event in CHANGES and self._is_ours(event, args):
-            if self._add() == self.at:
+            before = self.add()
+            if before == self.at:
                 self.action()
 
-    def _add(self) -> int:
-        n = self.count
-        self.shared[:8] = struct.pack("q", n + 1)
-        return n
+    def add(self, n: int = 1) -> int:
+        """Add to the count. Returns what it was before."""
+        before = self.count
+        self.shared[:8] = struct.pack("q", before + n)
+        return before
 
     def _is_ours(self, event: str, args: tuple) -> bool:
         path = args[0]

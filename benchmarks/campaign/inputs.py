@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from benchmarks.campaign import forks, runs
-from benchmarks.campaign.kills import Kills, make_judge
+from benchmarks.campaign.commands import Commands, write_judge
 from benchmarks.campaign.mutations import ODD_VALUES, contents, each, jsons, structures, texts
-from benchmarks.campaign.tally import Tally
+from benchmarks.campaign.tally import Case, Tally
 
 MEMORY = 6 << 30  # bytes that a command may ask for beyond what it has
+MOST_DRAWN = 4  # inputs that are drawn for each that is used, since hypothesis repeats itself
+METRICS = "run/metrics.jsonl"
 SHARES = {  # of all cases
     "configs": 0.22,
     "overrides": 0.15,
@@ -60,10 +62,11 @@ def light() -> None:
 class Inputs:
     """The cases of one seed. Each kind is a strategy, and a function from one of its values to a command's end."""
 
-    def __init__(self, kills: Kills, keep: str | None = None):
-        self.kills = kills
-        self.cache_dir, *_ = kills.whole("kto", 1)
+    def __init__(self, commands: Commands, seed: int, keep: str | None = None):
+        self.commands = commands
+        self.seed = seed
         self.keep = keep
+        self.cache_dir = commands.whole_run("kto", 1).folder
         self.run_dir = os.path.join(self.cache_dir, "run")
         self.kinds: dict[str, tuple[st.SearchStrategy, Callable[[Any], forks.Ended]]] = {
             "configs": (self.configs(), self.of_config),
@@ -78,22 +81,28 @@ class Inputs:
         }
 
     def all(self, kind: str, n: int, only: int | None = None) -> Tally:
-        """Run n cases of a kind. only: just this one"""
+        """Run n different cases of a kind. only: just this one"""
         tally = Tally(f"malformed {kind}")
         strategy, command = self.kinds[kind]
 
-        def case(value: Any) -> None:
-            tally.cases += 1
-            if only in (None, tally.cases - 1):
-                self.folder = self.kills.folder()
+        seen: set[str] = set()
+
+        def run_case(value: Any) -> None:
+            number = len(seen)
+            if repr(value) in seen or number == n:
+                return
+            seen.add(repr(value))
+            if only in (None, number):
+                self.folder = self.commands.folder()
                 ended = command(value)
-                again = f"--only 'malformed {kind}' --case {tally.cases - 1} --malformed-cases {n}"
+                more = f" --malformed-cases {n}; input: {repr(value)[:300]}"
+                case = Case(tally, number, self.seed, more)
                 codes = (0, 2, 4) if kind in ("sample files", "journals") else (0, 2)
-                if not tally.check_end(ended, f"{again}; input: {repr(value)[:300]}", codes) and self.keep:
-                    shutil.copytree(self.folder, f"{self.keep}/{kind}-{tally.cases - 1}", dirs_exist_ok=True)
+                if not case.check_end(ended, codes) and self.keep:
+                    shutil.copytree(self.folder, f"{self.keep}/{kind}-{number}", dirs_exist_ok=True)
                 tally.notes["refused"] += ended.code == 2
 
-        each(strategy, n, self.kills.seed, case)
+        each(strategy, MOST_DRAWN * n, self.seed, run_case)
         return tally
 
     def copy_of_run(self) -> str:
@@ -126,7 +135,7 @@ class Inputs:
         self.copy_of_run()
         path = self.write("cache/run/config.yaml", text.encode("utf-8", "surrogatepass"))
         words = ["-c", path, "-n", "2", "-b", "2", "-u", "false"]
-        return forks.run(self.kills.eval, words, self.folder, light)
+        return forks.run(self.commands.eval, words, self.folder, light)
 
     def overrides(self):
         from halos.config import flat
@@ -146,7 +155,7 @@ class Inputs:
         words, trains = value
         fixed = ["n_examples=8", "keep_checkpoints=0", "do_first_eval=false", f"mode={'train' if trains else 'eval'}"]
         words = [word.replace("\0", "").encode("utf-8", "replace").decode() for word in words]  # no command has NUL
-        return forks.run(self.kills.train, [*runs.words_of(self.folder, "kto", *fixed), *words], self.folder, light)
+        return forks.run(self.commands.train, [*runs.words_of(self.folder, "kto", *fixed), *words], self.folder, light)
 
     #### DATA
 
@@ -168,7 +177,7 @@ class Inputs:
         loss, suffix, data = value
         path = self.write(f"rows{suffix}", data)
         fixed = ["n_examples=8", "keep_checkpoints=0", "do_first_eval=false", f"datasets=[{path}]"]
-        return forks.run(self.kills.train, runs.words_of(self.folder, loss, *fixed), self.folder, light)
+        return forks.run(self.commands.train, runs.words_of(self.folder, loss, *fixed), self.folder, light)
 
     #### WEIGHTS
 
@@ -188,11 +197,11 @@ class Inputs:
         if not has_manifest:
             os.remove(os.path.join(latest, "manifest.json"))
         if name == "policy.pt":
-            return forks.run(self.kills.eval, ["-c", f"{latest}/config.yaml", "-m", "eval"], self.folder, light)
+            return forks.run(self.commands.eval, ["-c", f"{latest}/config.yaml", "-m", "eval"], self.folder, light)
         words = ["mode=eval", "exp_name=other", f"model.load_from={latest}"]
         tokenizer = [f"model.tokenizer_name_or_path={latest}"] if name == "tokenizer.json" else []
         words = runs.words_of(os.path.join(self.folder, "cache"), "kto", *words, *tokenizer)
-        return forks.run(self.kills.train, words, self.folder, light)
+        return forks.run(self.commands.train, words, self.folder, light)
 
     #### SAMPLES AND VERDICTS
 
@@ -205,21 +214,21 @@ class Inputs:
 
     def of_sample_file(self, value: tuple[str, bytes]) -> forks.Ended:
         suffix, data = value
-        make_judge(self.folder)
+        write_judge(self.folder)
         return self.judge(self.write(f"odd{suffix}", data))
 
     def judge(self, file: str = "samples.json") -> forks.Ended:
         words = ["-f", file, "-bk", "chosen", "--judge", "judge:longer"]
-        return forks.run(self.kills.compare, words, self.folder)
+        return forks.run(self.commands.compare, words, self.folder)
 
     def journals(self):
-        self.kills.verdicts()
-        with open(os.path.join(self.kills.root, "judged", "judgments", "journal.jsonl")) as file:
+        folder = self.commands.whole_verdicts().folder
+        with open(os.path.join(folder, "judgments", "journal.jsonl")) as file:
             rows = [json.loads(line) for line in file]
         return jsons(rows, lines=True)
 
     def of_journal(self, data: bytes) -> forks.Ended:
-        make_judge(self.folder)
+        write_judge(self.folder)
         self.write("judgments/journal.jsonl", data)
         return self.judge()
 
@@ -230,27 +239,28 @@ class Inputs:
     def of_partial_samples(self, data: bytes) -> forks.Ended:
         self.write("samples/run.partial.jsonl", data)
         words = ["-c", os.path.join(self.run_dir, "config.yaml"), "-n", "2", "-b", "2", "-u", "false"]
-        return forks.run(self.kills.eval, words, self.folder)
+        return forks.run(self.commands.eval, words, self.folder)
 
     #### STATES AND CACHES
 
     def states(self):
         newest = runs.states.complete(self.run_dir)[0]
         paths = [os.path.relpath(os.path.join(newest, name), self.cache_dir) for name in os.listdir(newest)]
-        paths += ["run/metrics.jsonl"] * 4 + ["run/config.yaml"]
+        paths += [METRICS] * 4 + ["run/config.yaml"]
         damaged = [st.tuples(st.just(path), contents(self.read(path))) for path in paths]
         manifest = next(path for path in paths if path.endswith("manifest.json"))
         damaged += [st.tuples(st.just(manifest), jsons(json.loads(self.read(manifest))))]
         rows = runs.rows_of(self.cache_dir)
-        return st.one_of([*damaged, st.tuples(st.just("run/metrics.jsonl"), jsons(rows, lines=True))])
+        return st.one_of([*damaged, st.tuples(st.just(METRICS), jsons(rows, lines=True))])
 
     def of_state(self, value: tuple[str, bytes]) -> forks.Ended:
         path, data = value
         cache_dir = self.copy_of_run()
         self.write(os.path.join("cache", path), data)
-        self.write("cache/run/metrics.jsonl", self.read("run/metrics.jsonl")) if "metrics" not in path else None
+        if path != METRICS:
+            self.write(os.path.join("cache", METRICS), self.read(METRICS))  # it grows in place: not linked
         words = runs.words_of(cache_dir, "kto", "resume=true")
-        return forks.run(self.kills.train, words, self.folder, light)
+        return forks.run(self.commands.train, words, self.folder, light)
 
     def token_caches(self):
         root = os.path.join(self.cache_dir, ".tokens")
@@ -264,7 +274,7 @@ class Inputs:
         cache_dir = self.copy_of_run()
         self.write(os.path.join("cache", ".tokens", name), data)
         words = runs.words_of(cache_dir, "kto", "exp_name=other", "mode=eval")
-        ended = forks.run(self.kills.train, words, self.folder, light)
+        ended = forks.run(self.commands.train, words, self.folder, light)
         return ended if ended.code == 0 else forks.Ended(1, ended.out, f"a damaged cache ends the run: {ended.err}")
 
 

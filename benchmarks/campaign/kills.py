@@ -4,19 +4,27 @@ A kill comes after a random time, or just before a random change of a file (a re
 written, ...): the latter hits the moments that the former would miss.
 """
 
-import json
 import os
-import random
-import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from functools import cache
 
-from benchmarks.campaign import forks, runs
+from benchmarks.campaign import runs
+from benchmarks.campaign.commands import (
+    CALLS_AT_ONCE,
+    SAMPLES_AT_ONCE,
+    Commands,
+    Whole,
+    calls_of,
+    evaluation_of,
+    read_json,
+    samples_of,
+    verdicts_of,
+    wait_for_step,
+    write_judge,
+)
 from benchmarks.campaign.forks import Changes, Child, die
-from benchmarks.campaign.tally import Tally, generator
+from benchmarks.campaign.tally import Case
 from halos import checkpoint, locks
 from halos.errors import UserError
 
@@ -25,300 +33,135 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
 
 
 class Kills:
-    """The cases of one seed, in folders under `root`."""
+    """The cases of kills. Each goes on with a command that was killed, and compares it with the uninterrupted one."""
 
-    def __init__(self, seed: int, root: str):
-        self.seed = seed
-        self.root = root
-        self.train, self.eval, self.compare = runs.programs()
-        # The uninterrupted commands, each made once.
-        self.whole, self.samples = cache(self._whole), cache(self._samples)
-        self.evaluation, self.verdicts = cache(self._evaluation), cache(self._verdicts)
-
-    def _whole(self, loss: str, n: int) -> tuple[str, float, int]:
-        """Make the uninterrupted run; return its cache_dir, the seconds after its first step, and its changes."""
-        folder = os.path.join(self.root, f"whole-{loss}-{n}")
-        os.makedirs(folder)
-        changes = Changes(folder)
-        child = self.start_training(folder, loss, n, changes.prepare)
-        started = _first_step(child, folder)
-        ended = child.wait()
-        assert ended.code == 0, ended.err
-        return folder, time.monotonic() - started, changes.count
-
-    def start_training(
-        self, folder: str, loss: str, n: int, *prepare: Callable[[], None], resume: bool = False
-    ) -> Child:
-        words = runs.words_of(folder, loss, f"nproc_per_node={n}", f"resume={str(resume).lower()}")
-        calls = [*prepare, *([runs.two_processes] if n > 1 else [])]
-        return forks.start(self.train, words, folder, lambda: [call() for call in calls] and None)
-
-    def folder(self) -> str:
-        """An empty folder for the next case."""
-        path = os.path.join(self.root, "case")
-        shutil.rmtree(path, ignore_errors=True)
-        os.makedirs(path)
-        return path
+    def __init__(self, commands: Commands):
+        self.commands = commands
 
     #### TRAINING
 
-    def kill_training(self, tally: Tally, number: int, n: int = 1, within: str = "") -> None:
-        """Kill a run one to MOST_KILLS times, and resume it each time. within: kill at changes of such paths only"""
-        rng = generator(self.seed, tally.kind, number)
-        case = f"--only '{tally.kind}' --case {number}"
-        loss = rng.choice(runs.LOSSES)
-        whole, seconds, changes = self.whole(loss, n)
-        folder = self.folder()
-        for resume in range(rng.randint(1, MOST_KILLS)):
-            self._kill_once(tally, case, rng, folder, loss, n, bool(resume), seconds, changes, within)
-        child = self.start_training(folder, loss, n, resume=True)
-        ended = child.wait()
-        if tally.check_end(ended, case, (0,)):
-            compare_runs(tally, case, folder, whole)
+    def run(self, case: Case, n: int = 1, within: str = "") -> None:
+        """Kill a run with n processes, and resume it. within: kill at changes of paths that contain this"""
+        loss = case.rng.choice(runs.LOSSES)
+        whole = self.commands.whole_run(loss, n)
+        folder = self.commands.folder()
+        for resume in range(case.rng.randint(1, MOST_KILLS)):
+            self._kill_run(case, whole, folder, loss, n, within, bool(resume))
+            look_at_killed(case, folder)
+        self._resume(case, whole, folder, loss, n)
 
-    def _kill_once(self, tally, case, rng, folder, loss, n, resume, seconds, changes, within) -> None:
-        before = runs.steps_made(folder)
-        at_change = bool(within) or rng.random() < 0.5
-        at = rng.randrange(changes if not within else 24)
+    def _kill_run(self, case: Case, whole: Whole, folder: str, loss: str, n: int, within: str, resume: bool) -> None:
+        steps = runs.steps_made(folder) if resume else 0
+        at_change = bool(within) or case.rng.random() < 0.5
+        at = case.rng.randrange(24 if within else whole.changes)
         killer = Changes(folder, at if at_change else -1, die, within)
-        child = self.start_training(folder, loss, n, killer.prepare, resume=resume)
+        child = self.commands.start_run(folder, loss, n, killer.prepare, resume=resume)
         if not at_change:
-            _first_step(child, folder, before if resume else 0)
-            time.sleep(rng.uniform(0, 1.1) * seconds)
-        self._strike(child, rng, n, at_change)
-        ended = child.wait(60)
-        tally.notes["kills"] += ended.code != 0  # else it was complete before
-        if ended.hung:
-            tally.fault("hangs", case, "a process goes on after its kill")
-        if not _released(os.path.join(folder, "run")):
-            tally.fault("hangs", case, "the processes of a killed run live on")
-        self._look(tally, case, rng, folder, ended)
+            wait_for_step(child, folder, steps)
+            time.sleep(case.rng.uniform(0, 1.1) * whole.seconds)
+            _strike(child, case.rng.choice(["group", "launcher", "process"]) if n > 1 else "launcher", case)
+        ended = child.wait()
+        case.tally.notes["kills"] += ended.code != 0  # else it was complete before
+        if ended.hung or not _released(os.path.join(folder, "run")):
+            case.fault("hangs", "a process of a killed run goes on")
+        elif n == 1 and ended.code not in (0, -signal.SIGKILL):
+            case.fault("codes", f"exit code {ended.code}; {ended.err[-500:]}")
 
-    def _strike(self, child: Child, rng: random.Random, n: int, at_change: bool) -> None:
-        if n == 1 or at_change:
-            if not at_change:
-                child.kill()
-            return
-        victim = rng.choice(["group", "launcher", "process"])
-        if victim == "process":
-            workers = _children(child.pid)
-            if workers:
-                os.kill(rng.choice(workers), signal.SIGKILL)
-        else:
-            child.kill(group=victim == "group")
+    def _resume(self, case: Case, whole: Whole, folder: str, loss: str, n: int) -> None:
+        if case.check_end(self.commands.start_run(folder, loss, n, resume=True).wait(), (0,)):
+            compare_runs(case, folder, whole)
 
-    def _look(self, tally: Tally, case: str, rng: random.Random, folder: str, ended) -> None:
-        """Look at a run that was killed: everything in it must be readable, and little may be lost."""
-        run = os.path.join(folder, "run")
-        for problem in runs.unreadable(run):
-            tally.fault("unreadable", case, problem)
-        if rng.random() < 0.5 and any(name.startswith("LATEST") for name in _names(run)):
-            names = [name for name in _names(run) if name.startswith("LATEST")]
-            try:
-                checkpoint.newest_whole(run)
-            except UserError as error:
-                if names != ["LATEST.unfinished"]:
-                    tally.fault("unreadable", case, str(error))
-        kept = max((int(path.rpartition("-")[2]) for path in runs.states.complete(run)), default=0)
-        again = runs.steps_made(folder) - kept
-        tally.notes["steps made again"] += max(0, again)
-        tally.notes["most steps made again"] = max(tally.notes["most steps made again"], again)
-        # A state is written in the background while the steps up to the next one are made.
-        if again > 2 * runs.SAVE_EVERY:
-            tally.fault("lost", case, f"{again} steps are made again", again - 2 * runs.SAVE_EVERY)
-
-    def signal_training(self, tally: Tally, number: int, n: int = 1) -> None:
+    def signal_run(self, case: Case, n: int = 1) -> None:
         """Ask a run to stop at a random moment between its steps, and resume it."""
-        rng = generator(self.seed, tally.kind, number)
-        case = f"--only '{tally.kind}' --case {number}"
-        loss = rng.choice(runs.LOSSES)
-        whole, seconds, _ = self.whole(loss, n)
-        folder = self.folder()
-        child = self.start_training(folder, loss, n)
-        _first_step(child, folder, rng.randint(0, runs.STEPS - 3))
-        time.sleep(rng.uniform(0, 0.5) * seconds / runs.STEPS)
-        sent = rng.choice(list(CODES))
-        steps = runs.steps_made(folder)
-        child.kill(sent)
-        tally.notes["signals"] += 1
-        if steps < runs.STEPS - 1:
-            tally.check_end(child.wait(), case, (CODES[sent],))
-        else:
-            child.wait()
-        for problem in runs.unreadable(os.path.join(folder, "run")):
-            tally.fault("unreadable", case, problem)
-        if tally.check_end(self.start_training(folder, loss, n, resume=True).wait(), case, (0,)):
-            compare_runs(tally, case, folder, whole)
+        loss = case.rng.choice(runs.LOSSES)
+        whole = self.commands.whole_run(loss, n)
+        folder = self.commands.folder()
+        child = self.commands.start_run(folder, loss, n)
+        wait_for_step(child, folder, case.rng.randint(0, runs.STEPS - 3))
+        time.sleep(case.rng.uniform(0, 0.5) * whole.seconds / runs.STEPS)
+        number, steps = case.rng.choice(list(CODES)), runs.steps_made(folder)
+        child.kill(number)
+        case.tally.notes["signals"] += 1
+        # At the end of a run, a signal does what it does to any program.
+        case.check_end(child.wait(), (CODES[number],) if steps < runs.STEPS - 1 else (0, CODES[number], -number))
+        look_at_killed(case, folder)
+        self._resume(case, whole, folder, loss, n)
 
-    #### SAMPLES
+    #### SAMPLES AND EVALUATIONS
 
-    def _samples(self) -> tuple[list, float, int]:
-        """The samples of an uninterrupted command, its seconds, and its changes of files."""
-        folder = os.path.join(self.root, "samples")
-        os.makedirs(folder)
-        changes = Changes(folder)
-        started = time.monotonic()
-        ended = self.sample(folder, changes.prepare).wait()
-        assert ended.code == 0, ended.err
-        return _read(os.path.join(folder, "run.json")), time.monotonic() - started, changes.count
+    def sampling(self, case: Case) -> None:
+        """Kill eval.py -m sample, and run it again: it makes what is missing, and only that."""
+        whole, folder = self.commands.whole_samples(), self.commands.folder()
+        made, made_again = SamplesMade(), SamplesMade()
+        self._kill(case, whole, lambda *calls: self.commands.start_sampling(folder, *calls, made.count), folder)
+        path, partial = (os.path.join(folder, f"run{ending}") for ending in (".json", ".partial.jsonl"))
+        kept, complete = _lines(partial), os.path.exists(path)
+        if not complete and made.total - kept > SAMPLES_AT_ONCE:
+            case.fault("lost", f"{made.total} samples were made, and {kept} are kept")
+        if case.check_end(self.commands.start_sampling(folder, made_again.count).wait(), (0,)):
+            if samples_of(folder) != whole.result:
+                case.fault("different", "the samples differ from those of an uninterrupted command")
+            if made_again.total > (missing := 2 * len(whole.result) - kept):
+                case.fault("repeated", f"{made_again.total} samples were made, and {missing} were missing")
+        look_for_leftovers(case, folder, partial)
 
-    def sample(self, folder: str, *prepare) -> Child:
-        config = os.path.join(self.whole("kto", 1)[0], "run", "config.yaml")
-        words = ["-c", config, "-n", "24", "-b", str(AT_ONCE), f"samples_dir={folder}"]
-        return forks.start(self.eval, words, folder, lambda: [call() for call in prepare] and None)
-
-    def kill_sampling(self, tally: Tally, number: int) -> None:
-        """Kill eval.py -m sample, and run it again."""
-        rng = generator(self.seed, tally.kind, number)
-        case = f"--only '{tally.kind}' --case {number}"
-        rows, seconds, changes = self.samples()
-        folder = self.folder()
-        at_change = rng.random() < 0.3
-        killer, before = Changes(folder, rng.randrange(changes) if at_change else -1, die), Counted()
-        child = self.sample(folder, killer.prepare, before.samples)
-        if not at_change:
-            time.sleep(rng.uniform(0.2, 1.05) * seconds)
-            child.kill()
-        tally.notes["kills"] += child.wait().code != 0
-        partial, path = os.path.join(folder, "run.partial.jsonl"), os.path.join(folder, "run.json")
-        kept = _lines(partial)
-        finished = os.path.exists(path)
-        if not finished and before.count - kept > AT_ONCE:
-            tally.fault("lost", case, f"{before.count} samples were made, and {kept} are kept")
-        made = Counted()
-        if tally.check_end(self.sample(folder, made.samples).wait(), case, (0,)):
-            if _read(path) != rows:
-                tally.fault("different", case, "the samples differ from those of an uninterrupted command")
-            expected = 2 * len(rows) - (0 if finished and not kept else kept)
-            if made.count > expected:
-                tally.fault("repeated", case, f"{made.count} samples made, {expected} were missing")
-            tally.notes["samples kept"] += kept
-        for left in [*runs.leftovers(folder), *([partial] if os.path.exists(partial) else [])]:
-            tally.fault("unreadable", case, f"left over: {left}")
-
-    def kill_evaluation(self, tally: Tally, number: int) -> None:
-        """Kill eval.py -m eval, and run it again."""
-        rng = generator(self.seed, tally.kind, number)
-        case = f"--only '{tally.kind}' --case {number}"
-        source = self.whole("kto", 1)[0]
-        folder = os.path.join(self.folder(), "cache")
-        shutil.copytree(source, folder)
-        if rng.random() < 0.5:
+    def evaluation(self, case: Case) -> None:
+        """Kill eval.py -m eval, and run it again. Half of the cases have no token cache at first."""
+        whole, folder = self.commands.whole_evaluation(), os.path.join(self.commands.folder(), "cache")
+        shutil.copytree(self.commands.whole_run("kto", 1).folder, folder)
+        if case.rng.random() < 0.5:
             shutil.rmtree(os.path.join(folder, ".tokens"))
-        words = ["-c", os.path.join(folder, "run", "config.yaml"), "-m", "eval", f"cache_dir={folder}"]
-        at_change = rng.random() < 0.6
-        killer = Changes(folder, rng.randrange(16) if at_change else -1, die)
-        child = forks.start(self.eval, words, folder, killer.prepare)
-        if not at_change:
-            time.sleep(rng.uniform(0.02, 0.4))
-            child.kill()
-        tally.notes["kills"] += child.wait().code != 0
-        path = os.path.join(folder, "run", "eval.json")
-        if os.path.exists(path) and not _is_json(path):
-            tally.fault("unreadable", case, f"{path} is torn")
-        if tally.check_end(forks.run(self.eval, words, folder), case, (0,)):
-            numbers = _without_speed(_read(path)["results"])
-            if numbers != _without_speed(self.evaluation()):
-                tally.fault("different", case, f"{numbers}")
-        for left in runs.leftovers(folder):
-            tally.fault("unreadable", case, f"left over: {left}")
-
-    def _evaluation(self) -> dict:
-        folder = shutil.copytree(self.whole("kto", 1)[0], os.path.join(self.root, "evaluated"))
-        path = os.path.join(folder, "run", "config.yaml")
-        ended = forks.run(self.eval, ["-c", path, "-m", "eval", f"cache_dir={folder}"], folder)
-        assert ended.code == 0, ended.err
-        return _read(os.path.join(folder, "run", "eval.json"))["results"]
+        self._kill(case, whole, lambda *calls: self.commands.start_evaluation(folder, *calls), folder, earliest=0.1)
+        if os.path.exists(path := os.path.join(folder, "run", "eval.json")):
+            try:
+                read_json(path)
+            except ValueError:
+                case.fault("unreadable", f"{path} is torn")
+        if case.check_end(self.commands.start_evaluation(folder).wait(), (0,)):
+            if (numbers := evaluation_of(folder)) != whole.result:
+                case.fault("different", f"{numbers} instead of {whole.result}")
+        look_for_leftovers(case, folder)
 
     #### VERDICTS
 
-    def judge(self, folder: str, *prepare) -> Child:
-        words = ["-f", "samples.json", "-bk", "chosen", "-r", "result.jsonl", "--judge", "judge:longer"]
-        words += ["--concurrency", str(CONCURRENCY), "--verdicts", "verdicts.csv"]
-        return forks.start(self.compare, words, folder, lambda: [call() for call in prepare] and None)
+    def judging(self, case: Case) -> None:
+        """Kill compare.py, and run it again: no verdict is asked for twice but those in flight."""
+        whole, folder = self.commands.whole_verdicts(), self.commands.folder()
+        write_judge(folder)
+        kills = case.rng.randint(1, MOST_KILLS)
+        for _ in range(kills):
+            self._kill(case, whole, lambda *calls: self.commands.start_judging(folder, *calls), folder)
+        if case.check_end(self.commands.start_judging(folder).wait(), (0,)) and verdicts_of(folder) != whole.result:
+            case.fault("different", "the result differs from that of an uninterrupted command")
+        again = len(calls_of(folder)) - len(set(calls_of(folder)))
+        case.tally.notes["verdicts asked for again"] += again
+        if again > CALLS_AT_ONCE * kills:
+            case.fault("repeated", f"{again} verdicts were asked for twice")
+        look_for_leftovers(case, folder)
 
-    def _verdicts(self) -> tuple[dict, str, float, int]:
-        folder = os.path.join(self.root, "judged")
-        os.makedirs(folder)
-        make_judge(folder)
-        changes = Changes(folder)
-        started = time.monotonic()
-        ended = self.judge(folder, changes.prepare).wait()
-        assert ended.code == 0, ended.err
-        with open(os.path.join(folder, "verdicts.csv")) as file:
-            return result_of(folder), file.read(), time.monotonic() - started, changes.count
-
-    def kill_judging(self, tally: Tally, number: int) -> None:
-        """Kill compare.py, and run it again."""
-        rng = generator(self.seed, tally.kind, number)
-        case = f"--only '{tally.kind}' --case {number}"
-        result, verdicts, seconds, changes = self.verdicts()
-        folder = self.folder()
-        make_judge(folder)
-        for _ in range(rng.randint(1, MOST_KILLS)):
-            at_change = rng.random() < 0.3
-            child = self.judge(folder, Changes(folder, rng.randrange(changes) if at_change else -1, die).prepare)
-            if not at_change:
-                time.sleep(rng.uniform(0.1, 1.05) * seconds)
-                child.kill()
-            tally.notes["kills"] += child.wait().code != 0
-        if tally.check_end(self.judge(folder).wait(), case, (0,)):
-            with open(os.path.join(folder, "verdicts.csv")) as file:
-                if result_of(folder) != result or file.read() != verdicts:
-                    tally.fault("different", case, "the result differs from that of an uninterrupted command")
-        with open(os.path.join(folder, "asked.txt")) as file:
-            asked = file.read().split("\n")[:-1]
-        again = len(asked) - len(set(asked))
-        tally.notes["verdicts asked again"] += again
-        if again > CONCURRENCY * MOST_KILLS:
-            tally.fault("repeated", case, f"{again} verdicts were asked for twice")
-        for left in runs.leftovers(folder):
-            tally.fault("unreadable", case, f"left over: {left}")
+    def _kill(self, case: Case, whole: Whole, start, folder: str, earliest: float = 0.2) -> None:
+        """Start a command and kill it: 30 % of the time at a change of a file, else after a part of its time."""
+        at_change = case.rng.random() < 0.3
+        killer = Changes(folder, case.rng.randrange(max(1, whole.changes)) if at_change else -1, die)
+        child: Child = start(killer.prepare)
+        if not at_change:
+            time.sleep(case.rng.uniform(earliest, 1.05) * whole.seconds)
+            child.kill()
+        case.tally.notes["kills"] += child.wait().code != 0
 
 
-AT_ONCE = 4  # samples
-CONCURRENCY = 4  # verdicts
-JUDGE = """
-import os, time
-def longer(prompt, a, b):
-    file = os.open("asked.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(file, repr((prompt, a, b)).encode() + b"\\n")
-    os.close(file)
-    time.sleep(0.01)
-    return 1 if len(a) > len(b) else 2
-"""
-
-
-def make_judge(folder: str, n: int = 30) -> None:
-    rng = random.Random(0)
-    rows = [
-        {"prompt": f"{i}?", "chosen": "c" * rng.randint(1, 99), "policy": "p" * rng.randint(1, 99), "reference": ""}
-        for i in range(n)
-    ]
-    with open(os.path.join(folder, "samples.json"), "w") as file:
-        json.dump(rows, file)
-    with open(os.path.join(folder, "judge.py"), "w") as file:
-        file.write(JUDGE)
-
-
-def result_of(folder: str) -> dict:
-    """The last line of the results without what differs between two commands with the same result."""
-    with open(os.path.join(folder, "result.jsonl")) as file:
-        line = json.loads(file.read().strip().split("\n")[-1])
-    return {name: line.get(name) for name in ("win_rate", "interval", "n_eff", "wins", "losses", "ties", "position")}
-
-
-class Counted:
+class SamplesMade:
     """Counts, across the fork, the samples that a command makes."""
 
     def __init__(self) -> None:
         self.changes = Changes("/")
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.changes.count
 
-    def samples(self) -> None:
+    def count(self) -> None:
+        """In the child: count every sample before it is written."""
         from halos.sample_files import PartialFile
 
         recorder = PartialFile.recorder
@@ -327,8 +170,7 @@ class Counted:
             record = recorder(partial, keys)
 
             def counted(texts):
-                for _ in texts:
-                    self.changes._add()
+                self.changes.add(len(texts))
                 record(texts)
 
             return counted
@@ -336,44 +178,70 @@ class Counted:
         PartialFile.recorder = counting
 
 
-#### HELPERS
+#### WHAT IS LEFT
 
 
-def compare_runs(tally: Tally, case: str, folder: str, whole: str) -> None:
+def look_at_killed(case: Case, folder: str) -> None:
+    """Look at a run that was killed: everything in it must be readable, and little may be lost."""
+    run = os.path.join(folder, "run")
+    for problem in runs.unreadable(run):
+        case.fault("unreadable", problem)
+    if case.rng.random() < 0.5:  # as eval.py does; else the resumed run is the first to come
+        _find_checkpoint(case, run)
+    kept = max((int(path.rpartition("-")[2]) for path in runs.states.complete(run)), default=0)
+    again = runs.steps_made(folder) - kept
+    notes = case.tally.notes
+    notes["most steps made again"] = max(notes["most steps made again"], again)
+    # A state is written in the background while the steps up to the next one are made.
+    if again > 2 * runs.SAVE_EVERY:
+        case.fault("lost", f"{again} steps are made again", again - 2 * runs.SAVE_EVERY)
+
+
+def _find_checkpoint(case: Case, run: str) -> None:
+    names = os.listdir(run) if os.path.isdir(run) else []
+    if not any(name in ("LATEST", "LATEST.old") for name in names):
+        return
+    try:
+        checkpoint.newest_whole(run)
+    except UserError as error:
+        case.fault("unreadable", str(error))
+
+
+def compare_runs(case: Case, folder: str, whole: Whole) -> None:
     """Count how a resumed run differs from the uninterrupted one."""
-    found = runs.difference(folder, whole)
+    found = runs.difference(folder, whole.folder)
     for count, n in (("lost", found.lost), ("repeated", found.repeated), ("different", found.other)):
         if n:
-            tally.fault(count, case, str(found), n)
-    for left in runs.leftovers(folder):
-        tally.fault("unreadable", case, f"left over: {left}")
+            case.fault(count, str(found), n)
+    look_for_leftovers(case, folder)
     for problem in runs.unreadable(os.path.join(folder, "run")):
-        tally.fault("unreadable", case, problem)
+        case.fault("unreadable", problem)
 
 
-def _first_step(child: Child, folder: str, steps: int = 0, limit: float = 60) -> float:
-    """Wait until the run has made more than so many steps, or has ended. Returns the time."""
-    path = os.path.join(folder, "run", "metrics.jsonl")
-    deadline = time.monotonic() + limit
-    while child.is_alive() and time.monotonic() < deadline:
-        if os.path.exists(path):
-            with open(path) as file:
-                if file.read().count('"mode": "train"') > steps:
-                    break
-        time.sleep(0.002)
-    return time.monotonic()
+def look_for_leftovers(case: Case, folder: str, *more: str) -> None:
+    for left in [*runs.leftovers(folder), *(path for path in more if os.path.exists(path))]:
+        case.fault("unreadable", f"left over: {left}")
 
 
-def _released(path: str, limit: float = 30) -> bool:
-    deadline = time.monotonic() + limit
-    while os.path.isdir(os.path.dirname(path)) and locks.holder(path):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+def _lines(path: str) -> int:
+    if not os.path.exists(path):
+        return 0
+    with open(path) as file:
+        return file.read().count("\n")
 
 
-def _children(pid: int) -> list[int]:
+#### PROCESSES
+
+
+def _strike(child: Child, victim: str, case: Case) -> None:
+    workers = _workers(child.pid) if victim == "process" else []
+    if workers:
+        os.kill(case.rng.choice(workers), signal.SIGKILL)
+    else:
+        child.kill(group=victim == "group")
+
+
+def _workers(pid: int) -> list[int]:
     """The processes that a launcher has forked, without multiprocessing's resource tracker."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as file:
@@ -391,29 +259,11 @@ def _command_line(pid: int) -> str:
         return "resource_tracker"
 
 
-def _names(path: str) -> list[str]:
-    return os.listdir(path) if os.path.isdir(path) else []
-
-
-def _lines(path: str) -> int:
-    if not os.path.exists(path):
-        return 0
-    with open(path) as file:
-        return file.read().count("\n")
-
-
-def _read(path: str):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _is_json(path: str) -> bool:
-    try:
-        _read(path)
-    except ValueError:
-        return False
+def _released(path: str, limit: float = 30) -> bool:
+    """Wait until no process has the lock of a run directory."""
+    deadline = time.monotonic() + limit
+    while locks.holder(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
     return True
-
-
-def _without_speed(results: dict) -> dict:
-    return {name: value for name, value in results.items() if not re.search("per_second", name)}

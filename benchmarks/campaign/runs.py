@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 from collections import Counter
 from dataclasses import dataclass
@@ -90,11 +89,6 @@ def two_processes() -> None:
 
 
 #### WHAT IS THERE
-
-
-def fresh_copy(source: str, folder: str) -> str:
-    shutil.rmtree(folder, ignore_errors=True)
-    return shutil.copytree(source, folder)
 
 
 def unreadable(run_dir: str) -> list[str]:

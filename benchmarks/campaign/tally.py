@@ -5,6 +5,8 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
+from benchmarks.campaign.forks import Ended
+
 COUNTS = {
     "tracebacks": "a Python traceback",
     "codes": "another exit code than documented",
@@ -26,25 +28,35 @@ class Tally:
     counts: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)  # numbers that are no faults, such as steps made again
 
-    def fault(self, count: str, case: str, what: str, n: int = 1) -> None:
+
+class Case:
+    """A case of a kind, with a random generator of its own, so that it can be run alone."""
+
+    def __init__(self, tally: Tally, number: int, seed: int = 0, more: str = ""):
+        self.tally = tally
+        self.rng = random.Random(f"{seed}/{tally.kind}/{number}")
+        self.alone = f"--seed {seed} --only '{tally.kind}' --case {number}{more}"
+        tally.cases += 1
+
+    def fault(self, count: str, what: str, n: int = 1) -> None:
         """Count a fault, and say how to run its case alone."""
         assert count in COUNTS
-        self.counts[count] += n
-        print(f"FAULT {self.kind}, {count}: {what[:1500]}\n  alone: {case}", file=sys.stderr, flush=True)
+        self.tally.counts[count] += n
+        print(f"FAULT {self.tally.kind}, {count}: {what[:1500]}\n  alone: {self.alone}", file=sys.stderr, flush=True)
 
-    def check_end(self, ended, case: str, codes: tuple[int, ...] = (0, 2)) -> bool:
+    def check_end(self, ended: Ended, codes: tuple[int, ...] = (0, 2)) -> bool:
         """Count what is wrong with the end of a command; return whether nothing is."""
-        before = self.counts.total()
+        before = self.tally.counts.total()
         said = f"exit code {ended.code}; {ended.err[-1200:]}"
         if ended.hung:
-            self.fault("hangs", case, said)
+            self.fault("hangs", said)
         elif "Traceback (most recent" in ended.err:
-            self.fault("tracebacks", case, said)
+            self.fault("tracebacks", said)
         elif ended.code not in codes:
-            self.fault("codes", case, said)
+            self.fault("codes", said)
         elif ended.code > 0 and ended.code not in STOPPED and not ended.says_one_line:
-            self.fault("lines", case, said)
-        return self.counts.total() == before
+            self.fault("lines", said)
+        return self.tally.counts.total() == before
 
 
 STOPPED = (75, 130, 143)  # exit codes of a command that a signal has ended
@@ -57,8 +69,3 @@ def markdown(tallies: list[Tally]) -> str:
     rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(head)))])
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def generator(seed: int, kind: str, number: int) -> random.Random:
-    """The random generator of one case, so that it can be run alone."""
-    return random.Random(f"{seed}/{kind}/{number}")
