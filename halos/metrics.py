@@ -32,10 +32,10 @@ class MetricsLog:
     ):
         self.run_dir = run_dir
         path = os.path.join(run_dir, "metrics.jsonl")
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  open for the whole run; flushed at every line
         if n_bytes is not None:
-            self.file.truncate(n_bytes)
-        self.series = Series(rows_of(path))
+            cut_rows(path, n_bytes)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  open for the whole run; flushed at every line
+        self.series = Series(whole_rows(path))
         self.interval = interval
         self.sink = sink
         self.last_shown = -float("inf")
@@ -125,6 +125,42 @@ def rows_of(path: str) -> Iterator[dict]:
     with open(path) as file:
         for line in file:
             yield json.loads(line)
+
+
+def cut_rows(path: str, n_bytes: int) -> None:
+    """Cut off what follows the first n_bytes, or say that rows are missing. A new row starts on a line of its own."""
+    with open(path, "a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < n_bytes:
+            print(
+                f"warning: {path} has {size:,} bytes, and the run had written {n_bytes:,}: rows are missing", flush=True
+            )
+        n_bytes = file.truncate(min(size, n_bytes))
+        file.seek(max(0, n_bytes - 1))
+        if file.read(1) not in (b"", b"\n"):
+            file.write(b"\n")
+
+
+def whole_rows(path: str) -> Iterator[dict]:
+    """Yield the rows of metrics.jsonl. Lines that are none, in a file that was damaged, are left out with a warning."""
+    bad = 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            row = _row(line)
+            bad += row is None
+            if row is not None:
+                yield row
+    if bad:
+        print(f"warning: {bad} lines of {path} are no rows of a run, and are not in the curves", flush=True)
+
+
+def _row(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    numbers = [value for key, value in row.items() if key != "mode"] if isinstance(row, dict) else [""]
+    return row if "examples" in row and all(type(value) in (int, float) for value in numbers) else None
 
 
 class NoSink:

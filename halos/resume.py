@@ -25,7 +25,11 @@ def check_same(config: DictConfig) -> None:
     path = os.path.join(run_dir.path_of(config), run_dir.CONFIG)
     if not config.resume or not os.path.isfile(path):
         return
-    different = differences(saved_config.read(path), config)
+    try:
+        before = saved_config.read(path)
+    except UserError as error:
+        raise UserError(f"resume=true: {error} (there is one in LATEST)") from None
+    different = differences(before, config)
     if different:
         raise UserError(
             f"resume=true, but {path} is of another run: {', '.join(different)}; use the settings of that run, or "

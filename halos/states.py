@@ -56,6 +56,15 @@ def newest(run_dir: str) -> str | None:
     return None
 
 
+def remove(path: str) -> None:
+    """Remove a state. If this process is killed meanwhile, it is whole, or the next start removes the rest of it."""
+    unfinished = path + UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.rename(path, unfinished)
+    os.remove(os.path.join(unfinished, manifest.NAME))
+    shutil.rmtree(unfinished)
+
+
 class StateWriter:
     """Writes states in the background: training waits for the copy to main memory alone. All ranks call its methods.
 
@@ -106,7 +115,7 @@ class StateWriter:
                 manifest.write(path + UNFINISHED)
                 files.replace_directory(path + UNFINISHED, path)
                 for old in complete(self.run_dir)[self.keep :]:
-                    shutil.rmtree(old)
+                    remove(old)
 
     @contextmanager
     def _whole(self, path: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 import distributed_workers as workers
-from halos import checkpoint, files, manifest, metrics, mishaps, resume, states
+from halos import checkpoint, files, manifest, metrics, mishaps, resume, run_dir, states
 from halos.errors import Stopped, UserError
 from halos.launch import launch
 from helpers import PROJECT, make_config
@@ -151,6 +151,36 @@ def test_a_state_that_is_being_written_does_not_count(tmp_path, monkeypatch):
     assert states.newest(trainer.run_dir).endswith("step-2")
 
 
+@pytest.mark.parametrize("at", range(5))
+def test_a_kill_while_an_old_state_is_removed(tmp_path, monkeypatch, at):
+    """A kill in the middle left a state with a manifest and without its weights; or, without the manifest, files that
+    nothing removed. Now it is a whole state again, or gone, when the next start has recovered the run directory."""
+    trainer = trainer_of(tmp_path, "sft", "keep_checkpoints=99")
+    trainer.train()
+    directory, calls = states.directory_of(trainer.run_dir), []
+
+    def dying(own):
+        def call(*args, **kwargs):
+            calls.append(own)
+            if len(calls) > at:
+                raise Killed
+            return own(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "remove", "unlink", "rmdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        with pytest.raises(Killed):
+            states.remove(os.path.join(directory, "step-4"))
+    run_dir.recover(trainer.run_dir)
+    whole = states.complete(trainer.run_dir)
+    assert sorted(os.listdir(directory)) == sorted(os.path.basename(path) for path in whole)
+    assert len(whole) == (5 if at < 2 else 4)
+    for path in whole:
+        manifest.check(path)
+
+
 def test_a_full_disk_while_a_state_is_written(tmp_path, monkeypatch):
     """What the background has raised ends the run at the next state. The states before are whole."""
 
@@ -270,6 +300,46 @@ def test_another_run_is_refused(tmp_path):
     kto = make_config(tmp_path, "loss=kto", "resume=true", *SMALL)
     with pytest.raises(UserError, match=r"loss.name=kto \(was dpo\)"):
         resume.check_same(kto)
+
+
+#### DAMAGED FILES
+
+
+@pytest.mark.parametrize(
+    "damage, rows_before, said",
+    [
+        (lambda data: data.replace(b'"step": 1,', b'"step": \0,'), 1, "1 lines of .* are no rows of a run"),
+        (lambda data: b"", 0, "has 0 bytes, and the run had written .*: rows are missing"),
+        (lambda data: data[:-9], 1, "has .* bytes, and the run had written .*: rows are missing"),
+    ],
+)
+def test_metrics_that_are_damaged_do_not_keep_a_run_from_going_on(tmp_path, capfd, damage, rows_before, said):
+    """A metrics.jsonl that was damaged, moved away or cut was a traceback; or NULs filled the place of the rows that
+    were gone. The rows of the steps that follow are there, each on a line of its own."""
+    trainer = trainer_of(tmp_path, "sft", "eval_every=1000", "save_every=16", "do_first_eval=false")
+    trainer.should_stop = lambda: trainer.state.updates == 2
+    trainer.evaluate = lambda: {"loss/eval": 1.0, "examples_per_second": 1.0}
+    trainer.train()
+    path = tmp_path / "run" / "metrics.jsonl"
+    n_bytes = torch.load(f"{states.newest(trainer.run_dir)}/progress.pt")["metrics_bytes"]
+    path.write_bytes(damage(path.read_bytes()[:n_bytes]))
+    last = resumed(tmp_path, "sft", "eval_every=1000", "save_every=16", "do_first_eval=false")
+    last.evaluate = trainer.evaluate
+    last.train()
+    assert re.search(said, capfd.readouterr().out)
+    rows = list(metrics.whole_rows(str(path)))
+    assert [row["step"] for row in rows if row["mode"] == "train"][rows_before:] == list(range(3, 11))
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b: c", "- 1", "loss: {name: dpo}", "\0", "datasets: 1\nloss: {}\nmodel: {}", "x: ${y}"]
+)
+def test_a_damaged_config_of_the_run_is_named(tmp_path, text):
+    """resume=true reads the config.yaml of the run, and a damaged one was a traceback."""
+    trainer = trainer_of(tmp_path, "dpo")
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="^resume=true: .*run/config.yaml.* .there is one in LATEST.$"):
+        resume.check_same(OmegaConf.merge(trainer.config, {"resume": True}))
 
 
 #### MISHAPS
