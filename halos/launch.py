@@ -425,7 +425,8 @@ def _give_up(error: BaseException, folder: str) -> None:
             json.dump(words._asdict(), file)
     except OSError:
         if os.path.isdir(folder):  # else the launcher is gone; here the disk of its folder is full as well
-            _say(f"error: {secrets.redact(words.message)}" if words.kind == "mistake" else words.traceback)
+            with suppress(OSError):
+                _say(f"error: {secrets.redact(words.message)}" if words.kind == "mistake" else words.traceback)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(words.code)

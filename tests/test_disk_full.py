@@ -118,10 +118,10 @@ def test_training_on_a_full_disk(command, full, tmp_path, where, named, steps):
         manifest.check(str(run / name))
 
 
-@pytest.mark.parametrize("where", [(states, "rng_state"), (states.dcp, "async_save"), (states.StateWriter, "_finish")])
-def test_a_state_on_a_full_disk(command, full, tmp_path, where):
-    """The first of these, progress.pt, was a traceback: the error of torch.save(path) does not say why."""
-    full(*where)
+def test_a_state_on_a_full_disk(command, full, tmp_path):
+    """The file progress.pt was a traceback: the error of torch.save(path) does not say why. The rest of a state is
+    written in the background, so that the metrics may be the first to find no room."""
+    full(states, "rng_state")
     words = ["exp_name=run", f"cache_dir={tmp_path}", *ONE_BLOCK, "n_examples=32", "do_first_eval=false"]
     is_one_line(command(train_program, *words, "save_every=8", "eval_every=1000"), "run/states/step-1")
     nothing_unfinished(tmp_path)
@@ -178,9 +178,13 @@ def test_a_process_of_several_says_it_in_one_line():
 def test_a_process_that_cannot_write_its_report_says_its_line_itself(tmp_path, capfd, monkeypatch):
     """If the temporary folder is on the full disk too, the launcher knew nothing of the reason, and named none."""
     monkeypatch.setenv("RANK", "0")
+
+    def full(path):
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr(launch, "finished", full)
     child = os.fork()
     if child == 0:
-        limit(50)
         launch._give_up(OSError(28, "No space left on device", "LATEST"), str(tmp_path))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     with pytest.raises(SystemExit) as end:
