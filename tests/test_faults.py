@@ -17,7 +17,7 @@ def test_a_short_campaign_finds_nothing():
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = re.findall(r"\| all \| (\d+) \|(.*)", done.stdout)
-    assert len(counts) == 1 and int(counts[0][0]) >= 18 and set(counts[0][1]) <= set(" |0"), done.stdout
+    assert len(counts) == 1 and int(counts[0][0]) >= 16 and set(counts[0][1]) <= set(" |0"), done.stdout
 
 
 #### THE CAMPAIGN ITSELF: IT MUST FIND WHAT IS WRONG
