@@ -24,9 +24,9 @@ from benchmarks.campaign.tally import COUNTS, Case, Tally, markdown
 
 Run = Callable[[Case], None]
 # What a short run has. The rest takes longer, or is among the project's other tests in the same form.
-SHORT = ["kill train", "kill while saving a state", "kill sample", "kill judge", "two judges", "full disk, train"]
+SHORT = ["kill train", "kill judge", "two judges"]
 SHORT += [f"malformed {kind}" for kind in ("sample files", "journals", "partial samples", "states", "token caches")]
-SHORT_MALFORMED = 60
+SHORT_MALFORMED = 40
 
 
 def kinds_of(commands: Commands) -> dict[str, tuple[Run, float]]:

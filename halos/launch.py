@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-from halos import distributed, scratch, stopping
+from halos import distributed, scratch, secrets, stopping
 from halos.errors import Stopped, UserError, causes, disk_full
 from halos.files import finished
 from halos.locks import Lock
@@ -262,7 +262,8 @@ def _report(ends: list[_End], n: int, asked: int = 0) -> NoReturn:
         _say(f"process {end.rank} of {n} was killed by {signal.Signals(-end.exit_code).name}{memory}")
         sys.exit(1)  # the others only say that they have lost it
     for end in (end for end in ends if end.exit_code > 0 and not end.last_words):
-        _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}; its own output is above")
+        if end.exit_code != UserError.code:  # else it could not write its report, and has said its one line itself
+            _say(f"process {end.rank} of {n} ended with exit code {end.exit_code}; its own output is above")
         sys.exit(end.exit_code)
     if spoken:
         _end_like(*spoken[0][1:], n, asked)
@@ -355,10 +356,14 @@ def _give_up(error: BaseException, folder: str) -> None:
     words = _last_words(error)
     if not words.code:  # sys.exit(): a normal end, which the agent waits for
         return
-    with suppress(OSError):  # the launcher and its folder may be gone
-        path = os.path.join(folder, f"last_words-{os.environ['RANK']}")
+    path = os.path.join(folder, f"last_words-{os.environ['RANK']}")
+    try:
         with finished(path) as unfinished, open(unfinished, "w") as file:
             json.dump(words._asdict(), file)
+    except OSError:
+        if os.path.isdir(folder):  # else the launcher is gone; here the disk of its folder is full as well
+            with suppress(OSError):
+                _say(f"error: {secrets.redact(words.message)}" if words.kind == "mistake" else words.traceback)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(words.code)

@@ -91,7 +91,9 @@ class StateWriter:
             if distributed.is_main():
                 shutil.rmtree(path + UNFINISHED, ignore_errors=True)
                 os.makedirs(path + UNFINISHED)
-                torch.save(rest, os.path.join(path + UNFINISHED, PROGRESS))
+                # Opened here, because torch's own error does not say why a file cannot be written.
+                with open(os.path.join(path + UNFINISHED, PROGRESS), "wb") as file:
+                    torch.save(rest, file)
             distributed.barrier()
             alone = distributed.world_size() == 1
             saved = dcp.async_save(tensors, checkpoint_id=path + UNFINISHED, process_group=self.group, no_dist=alone)

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import eval as eval_program
 import train as train_program
-from halos import checkpoint, demo, launch, manifest, metrics, run_dir, sample_files, token_store
+from halos import checkpoint, demo, launch, manifest, metrics, run_dir, sample_files, states, token_store
 from halos.errors import UserError, disk_full
 from halos.files import finished, writing
 from helpers import ONE_BLOCK
@@ -118,6 +118,16 @@ def test_training_on_a_full_disk(command, full, tmp_path, where, named, steps):
         manifest.check(str(run / name))
 
 
+def test_a_state_on_a_full_disk(command, full, tmp_path):
+    """The file progress.pt was a traceback: the error of torch.save(path) does not say why. The rest of a state is
+    written in the background, so that the metrics may be the first to find no room."""
+    full(states, "rng_state")
+    words = ["exp_name=run", f"cache_dir={tmp_path}", *ONE_BLOCK, "n_examples=32", "do_first_eval=false"]
+    is_one_line(command(train_program, *words, "save_every=8", "eval_every=1000"), "run/states/step-1")
+    nothing_unfinished(tmp_path)
+    assert states.newest(str(tmp_path / "run")) is None
+
+
 @pytest.mark.parametrize(
     ("where", "words", "named"),
     [
@@ -163,3 +173,22 @@ def test_a_process_of_several_says_it_in_one_line():
     words = launch._last_words(OSError(28, "No space left on device", "LATEST"))
     assert (words.kind, words.code) == ("mistake", 2) and words.message.startswith("LATEST cannot be written: No space")
     assert launch._last_words(BrokenPipeError(32, "Broken pipe"))[1:4] == ("exit", 141, "")
+
+
+def test_a_process_that_cannot_write_its_report_says_its_line_itself(tmp_path, capfd, monkeypatch):
+    """If the temporary folder is on the full disk too, the launcher knew nothing of the reason, and named none."""
+    monkeypatch.setenv("RANK", "0")
+
+    def full(path):
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr(launch, "finished", full)
+    child = os.fork()
+    if child == 0:
+        launch._give_up(OSError(28, "No space left on device", "LATEST"), str(tmp_path))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    with pytest.raises(SystemExit) as end:
+        launch._report([launch._End(0, 2, None)], 2)
+    err = capfd.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: LATEST cannot be written: No space") and err.count("\n") == 1
+    assert os.listdir(tmp_path) == []

@@ -38,7 +38,7 @@ def structures(draw, valid: Any) -> Any:
 def _damaged(draw, value: Any) -> Any:
     """Walk down to a random place, and damage it."""
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 9)) == 0:
-        return draw(st.sampled_from(ODD_VALUES))
+        return _odd(draw)
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = draw(st.sampled_from(keys))
     kind = draw(st.sampled_from(["down", "down", "down", "delete", "odd", "list", "unknown"]))
@@ -47,14 +47,18 @@ def _damaged(draw, value: Any) -> Any:
     elif kind == "delete":
         del value[key]
     elif kind == "odd":
-        value[key] = draw(st.sampled_from(ODD_VALUES))
+        value[key] = _odd(draw)
     elif kind == "list":
         value[key] = [value[key]]
     elif isinstance(value, dict):
-        value[draw(st.text(max_size=8))] = draw(st.sampled_from(ODD_VALUES))
+        value[draw(st.text(max_size=8))] = _odd(draw)
     else:
-        value.append(draw(st.sampled_from(ODD_VALUES)))
+        value.append(_odd(draw))
     return value
+
+
+def _odd(draw) -> Any:
+    return copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))  # a later edit may change it
 
 
 @st.composite
