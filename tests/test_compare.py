@@ -361,8 +361,8 @@ def test_pace(samples, start, monkeypatch, words):
         ),
         ('[{"prompt": "a", "chosen": 3, "policy": "c"}]', "not a text"),
         ("[]", "no rows"),
-        ("[" * 100_000, "cannot be read (maximum recursion depth"),
-        ('[{"prompt": "a", "chosen": "b", "policy": %s}]' % ("9" * 5000), "cannot be read (Exceeds the limit"),
+        ("[" * 100_000, "malformed JSON (More than 100 levels of nesting"),
+        ('[{"prompt": "a", "chosen": "b", "policy": %s}]' % ("9" * 5000), "malformed JSON (Exceeds the limit"),
     ],
 )
 def test_bad_samples_are_one_line(tmp_path, content, said):

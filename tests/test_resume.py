@@ -321,7 +321,7 @@ def test_metrics_that_are_damaged_do_not_keep_a_run_from_going_on(tmp_path, capf
     trainer.evaluate = lambda: {"loss/eval": 1.0, "examples_per_second": 1.0}
     trainer.train()
     path = tmp_path / "run" / "metrics.jsonl"
-    n_bytes = torch.load(f"{states.newest(trainer.run_dir)}/progress.pt")["metrics_bytes"]
+    n_bytes = torch.load(f"{states.newest(trainer.run_dir)}/progress.pt", weights_only=True)["metrics_bytes"]
     path.write_bytes(damage(path.read_bytes()[:n_bytes]))
     last = resumed(tmp_path, "sft", "eval_every=1000", "save_every=16", "do_first_eval=false")
     last.evaluate = trainer.evaluate
