@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from halos import checkpoint, distributed
@@ -103,6 +103,14 @@ def find_safetensors(source: str, lm: PreTrainedModel) -> FromSafetensors | None
     weights = FromSafetensors(files, {name: stored[id(tensor)] for name, tensor in state.items()})
     shapes = all(list(tensor.shape) == weights.stored(name).get_shape() for name, tensor in state.items())
     return weights if shapes else None
+
+
+def files_of(source: str) -> list[str]:
+    """Return the files with the weights of `source`: safetensors, else pickled ones; empty if it has neither."""
+    if found := _weight_files(source):
+        return sorted(set(found.values()))
+    index, single = (_cached(source, name) for name in (WEIGHTS_INDEX_NAME, WEIGHTS_NAME))
+    return sorted(get_checkpoint_shard_files(source, index)[0]) if index else [single] if single else []
 
 
 def _weight_files(source: str) -> dict[str, str]:
