@@ -79,6 +79,7 @@ class LogpsStore:
     """
 
     def __init__(self, directory: str, names: list[str]):
+        self.directory = directory
         paths = [os.path.join(directory, name) for name in names]
         addresses = [np.load(os.path.join(path, "addresses.npy")) for path in paths]
         offsets = [np.load(os.path.join(path, "offsets.npy")) for path in paths]

@@ -203,7 +203,9 @@ class Pass:
         started = written_at = time.monotonic()
         os.makedirs(directory, exist_ok=True)
         entries: list[tuple[bytes, np.ndarray]] = []
-        with tqdm(desc="reference log-probs", total=len(missing), unit=" responses", delay=3, disable=not main) as bar:
+        with tqdm(
+            desc="reference log-probs", total=len(missing), unit=" responses", delay=3, leave=False, disable=not main
+        ) as bar:
             for chosen, logps, n_tokens in self.run(self.responses.by_prompt(missing)):
                 entries += zip((self.responses.addresses[one].tobytes() for one in chosen), logps, strict=True)
                 if main and time.monotonic() - written_at >= FLUSH_SECONDS:
@@ -221,17 +223,17 @@ class Pass:
             for one, entry, computed in zip(chosen, entries, logps, strict=True):
                 stored = store[entry]
                 allowed = tolerance * np.maximum(1, np.abs(computed))
-                wrong = len(stored) != len(computed) or not (np.abs(stored - computed) <= allowed).all()
-                if wrong and not np.array_equal(stored, computed, equal_nan=True):
-                    distributed.on_main(self._differs, store, int(one), stored, computed)
+                wrong = ~(np.abs(stored - computed) <= allowed) & ~(np.isnan(stored) & np.isnan(computed))
+                if wrong.any():
+                    distributed.on_main(self._differs, store, int(one), stored, computed, int(wrong.argmax()))
         return len(sample)
 
-    def _differs(self, store: LogpsStore, response: int, stored: np.ndarray, computed: np.ndarray) -> None:
+    def _differs(self, store: LogpsStore, response: int, stored: np.ndarray, computed: np.ndarray, token: int):
         name = self.responses.place(response).example().ids[0]
         address = self.responses.addresses[response].tobytes().hex()
         raise UserError(
-            f"the reference log-prob of {name} (entry {address}) is stored as {stored.sum():.6g} and is now "
-            f"{computed.sum():.6g} nats; remove {store.directory}, and all of them are computed again"
+            f"the reference log-prob of token {token} of {name} (entry {address}) is stored as {stored[token]:.6g} and "
+            f"is now {computed[token]:.6g} nats; remove {store.directory}, and all of them are computed again"
         )
 
     @torch.no_grad()
