@@ -28,7 +28,7 @@ def addresses(example: TokenizedExample) -> Iterator[bytes]:
         digest = prompt.copy()
         _update(digest, response)
         if mask is not None and not mask.all():
-            digest.update(np.packbits(mask))
+            digest.update(np.packbits(mask).tobytes())
         yield digest.digest()
 
 

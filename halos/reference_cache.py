@@ -12,7 +12,6 @@ import random
 import time
 from array import array
 from collections.abc import Iterator
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -122,11 +121,11 @@ class Place(NamedTuple):
 
     loader: DataLoader
     row: Row
-    index: int
+    number: int
 
     def example(self) -> TokenizedExample:
         """The response alone after its prompt, as a chosen one, since responses of all roles are computed alike."""
-        return self.loader.tokenized(self.row).only([self.index])._replace(roles=(Role.CHOSEN,))
+        return self.loader.tokenized(self.row).only([self.number])._replace(roles=(Role.CHOSEN,))
 
 
 class Responses:
@@ -166,7 +165,7 @@ class Responses:
     def by_prompt(self, chosen: np.ndarray) -> np.ndarray:
         """Return the chosen responses in such an order that those of a prompt stand together."""
         prompts = (self.place(one).example().prompt for one in chosen)
-        hashes = b"".join(hashlib.blake2b(prompt, digest_size=16).digest() for prompt in prompts)
+        hashes = b"".join(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest() for prompt in prompts)
         _, first, prompt = np.unique(np.frombuffer(hashes, ADDRESS), return_index=True, return_inverse=True)
         return chosen[np.argsort(first[prompt], kind="stable")]
 
@@ -203,17 +202,17 @@ class Pass:
         started = written_at = time.monotonic()
         os.makedirs(directory, exist_ok=True)
         entries: list[tuple[bytes, np.ndarray]] = []
-        with tqdm(
-            desc="reference log-probs", total=len(missing), unit=" responses", delay=3, leave=False, disable=not main
-        ) as bar:
+        shown = {"unit": " responses", "delay": 3, "leave": False, "disable": not main}
+        with tqdm(desc="reference log-probs", total=len(missing), **shown) as bar:
             for chosen, logps, n_tokens in self.run(self.responses.by_prompt(missing)):
-                entries += zip((self.responses.addresses[one].tobytes() for one in chosen), logps, strict=True)
-                if main and time.monotonic() - written_at >= FLUSH_SECONDS:
+                if main:
+                    entries += zip((self.responses.addresses[one].tobytes() for one in chosen), logps, strict=True)
+                if entries and time.monotonic() - written_at >= FLUSH_SECONDS:
                     _add(directory, entries)
                     entries, written_at = [], time.monotonic()
                 bar.set_postfix_str(f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
                 bar.update(len(chosen))
-        if main and entries:
+        if entries:
             _add(directory, entries)
 
     def check(self, store: LogpsStore, sample: np.ndarray, tolerance: float) -> int:
@@ -266,21 +265,24 @@ class Pass:
 
     def _grouped(self, chosen: np.ndarray) -> Iterator[TokenizedExample]:
         """Yield examples with all responses of a prompt that fit into one forward pass."""
-        singles = (self.responses.place(one).example() for one in chosen)
-        for _, of_prompt in groupby(singles, key=lambda example: example.prompt.tobytes()):
-            together = next(of_prompt)
-            for example in of_prompt:
-                joined = _joined(together, example)
-                if joined.n_tokens > self.max_tokens:
-                    yield together
-                    together = example
-                else:
-                    together = joined
+        together: TokenizedExample | None = None
+        for one in chosen:
+            example = self.responses.place(one).example()
+            if together is None:
+                together = example
+            elif (joined := _joined(together, example)) and joined.n_tokens <= self.max_tokens:
+                together = joined
+            else:
+                yield together
+                together = example
+        if together is not None:
             yield together
 
 
-def _joined(one: TokenizedExample, other: TokenizedExample) -> TokenizedExample:
-    """One example with the responses of two, which have the same prompt."""
+def _joined(one: TokenizedExample, other: TokenizedExample) -> TokenizedExample | None:
+    """Return one example with the responses of two; None if their prompts differ."""
+    if not np.array_equal(one.prompt, other.prompt):
+        return None
     return TokenizedExample(
         one.prompt, one.responses + other.responses, one.roles + other.roles, trained=one.masks + other.masks
     )
