@@ -167,15 +167,16 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     """Write eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
     import dataloaders
     import trainers
-    from halos import distributed, loading
+    from halos import distributed, loading, reference_cache
 
     tokenizer = loading.load_tokenizer(config)
     with distributed.first_on_each_node():
         loader = dataloaders.make_loader(config, tokenizer, "test")
     dataloaders.describe(loader, "test")
-    policy, reference = loading.load_policy_and_reference(config, tokenizer, distributed.default_device(), policy_pt)
+    policy, reference, cache = reference_cache.load(config, tokenizer, [loader], policy_pt)
     directory = os.path.dirname(os.path.abspath(args.config))
     trainer = getattr(trainers, config.loss.trainer)(policy, reference, tokenizer, config, None, loader, directory)
+    trainer.reference_cache = cache
     results = trainer.evaluate()
     if not distributed.is_main():
         return

@@ -34,7 +34,7 @@ def run(config: DictConfig) -> None:
     """Train or evaluate, in each process of the run."""
     import dataloaders
     import trainers
-    from halos import checkpoint, distributed, loading, resume, run_dir
+    from halos import checkpoint, distributed, loading, reference_cache, resume, run_dir
     from utils import rank0_print
 
     tokenizer = loading.load_tokenizer(config)
@@ -52,13 +52,14 @@ def run(config: DictConfig) -> None:
             json.dump(counts, file, indent=1)
 
     #### MODELS
-    policy, reference = loading.load_policy_and_reference(config, tokenizer, distributed.default_device())
+    policy, reference, cache = reference_cache.load(config, tokenizer, list(loaders.values()))
     parameters = f"{type(policy.lm).__name__}, {policy.lm.num_parameters():,} parameters"
     rank0_print(f"{parameters}; {policy.description}; {distributed.describe()}")
 
     #### TRAINING
     trainer_class = getattr(trainers, config.loss.trainer)
     trainer = trainer_class(policy, reference, tokenizer, config, loaders.get("train"), loaders["test"], directory)
+    trainer.reference_cache = cache
     if training:
         if state_path:
             trainer.load_state(state_path)

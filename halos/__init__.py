@@ -25,6 +25,9 @@ weight_files.py     safetensors of a base model, checked by their headers
 weights.py          streams of weights into sharded models
 packing.py          examples as one packed sequence with shared prompts; its attention
 packing_check.py    the check at the start of a run that packed equals padded
+reference_cache.py  reference log-probs, computed once for all runs
+reference_key.py    what determines a reference log-prob besides its tokens
+logps_store.py      log-probs of responses on disk, under addresses of their content
 logps.py            log-probs of tokens from hidden states, in chunks
 sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives

@@ -42,8 +42,9 @@ RULES: dict[str, Rule] = {
         (rules.number(above=0, most=1), "top_p"),
         (
             rules.flag,
-            "do_first_eval intermediate_checkpoints overwrite resume strict_data trust_remote_code wandb.enabled"
-            " loss.use_reference_model model.activation_checkpointing model.compile use_fsdp",
+            "cache_reference_logps do_first_eval intermediate_checkpoints overwrite resume strict_data"
+            " trust_remote_code wandb.enabled loss.use_reference_model model.activation_checkpointing model.compile"
+            " use_fsdp",
         ),
         (rules.choice(True, False, "auto"), "model.packing"),
         (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name wandb.project"),

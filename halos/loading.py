@@ -44,16 +44,24 @@ def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
 #### BUILDING
 
 
-def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None = None):
-    """Load the policy, ready to train, and the frozen reference model (None if the loss needs none).
+def load_policy_and_reference(
+    config: DictConfig,
+    tokenizer,
+    device: torch.device,
+    policy_pt: str | None = None,
+    with_reference: bool | None = None,
+):
+    """Load the policy, ready to train, and the frozen reference model (None without one).
 
     Both start from the same weights and compute in the same way, so that training starts at a log-ratio of 0.
 
     policy_pt: a checkpoint to load into the policy instead
+    with_reference: whether to load the reference model; None: if the loss uses one
     """
+    with_reference = config.loss.use_reference_model if with_reference is None else with_reference
     base_dtype = load_config(config).dtype  # the checkpoint's; loading overwrites it in the model's own config
     load = _load_whole if distributed.world_size() == 1 else _load_sharded
-    policy, reference, float32 = load(config, tokenizer, device, policy_pt)
+    policy, reference, float32 = load(config, tokenizer, device, policy_pt, with_reference)
     policy.lm.generation_config = base.generation_settings(config, policy.lm.generation_config)
     export_dtype = config.model.export_dtype or base_dtype
     if export_dtype:
@@ -68,20 +76,20 @@ def load_policy_and_reference(config: DictConfig, tokenizer, device: torch.devic
     return policy, reference
 
 
-def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
+def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None, with_reference: bool):
     """Load on one process. Returns (policy, reference, packing_check.in_float32(policy) or None)."""
     lm = load_lm(config, policy_dtype(config), policy_pt=policy_pt)
     policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt)).to(device)
     checked = packing_check.is_wanted(config.model.packing)
     float32 = packing_check.in_float32(policy) if checked else None  # before the weights are cast
     sharding.prepare_policy(policy, compute_dtype(config, device), **_preparation(config))
-    if not config.loss.use_reference_model:
+    if not with_reference:
         return policy, None, float32
     reference = build(config, load_lm(config, reference_dtype(config, device)), tokenizer).to(device)
     return policy, reference.requires_grad_(False), float32
 
 
-def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None):
+def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None, with_reference: bool):
     """Return the same as `_load_whole` on several ranks, where each rank only ever holds its shards."""
     mesh = sharding.mesh_of(config, device)
     lm_config = load_config(config)
@@ -98,7 +106,7 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
         return policy
 
     reference = None
-    if config.loss.use_reference_model:
+    if with_reference:
         reference = build(config, empty_lm(reference_dtype(config, device)), tokenizer).requires_grad_(False)
         sharding.prepare_reference(reference, config.model.block_name, mesh)
     # If packing is checked, the policy is first built to compute in float32; its shards then move to the model that
@@ -218,6 +226,18 @@ def identity(config: DictConfig, use_load_from: bool = True, policy_pt: str | No
     architecture = OmegaConf.to_container(config.model.architecture) if source is None else None
     seed = config.seed if source is None and not path else None
     return [source, architecture, seed, [[name, found.st_size, found.st_mtime_ns] for name, found in status]]
+
+
+def weights_of_run(config: DictConfig) -> list[str] | None:
+    """Return the files with the weights that the run starts from: none of them if the weights are random.
+
+    None means that there are weights, in files of a format that is unknown here.
+    """
+    path, source = base.load_from_pt(config), base.source(config, use_load_from=True)
+    if path or source is None:
+        return [path] if path else []
+    with base.reading(base.source_key(config, use_load_from=True), source):
+        return weight_files.all_of(base.local(source)) or None
 
 
 def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:

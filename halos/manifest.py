@@ -8,13 +8,16 @@ purpose.
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from halos import locks
 from halos.errors import UserError
-from halos.files import finished, sync_tree
+from halos.files import OLD, UNFINISHED, finished, replace_directory, sync_tree, writing
 
 NAME = "manifest.json"
 BLOCK = 1 << 28  # bytes of a file that have one checksum; the blocks of a large file are read by several threads
@@ -46,6 +49,40 @@ def write(directory: str) -> None:
     }
     with finished(os.path.join(directory, NAME)) as unfinished, open(unfinished, "w") as file:
         json.dump({"block": BLOCK, "files": files}, file, indent=1)
+
+
+@contextmanager
+def written(directory: str) -> Iterator[str]:
+    """Yield a new directory to fill. It then gets a manifest and replaces `directory`, whose lock the caller has.
+
+    If the block fails, the new directory is removed.
+    """
+    unfinished = directory + UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with writing(directory):
+            os.mkdir(unfinished)
+            yield unfinished
+            write(unfinished)
+            replace_directory(unfinished, directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(root: str) -> None:
+    """Remove what processes that were killed have left in a cache of directories, but not what living ones write."""
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        if name.startswith("unfinished-"):  # of earlier versions
+            shutil.rmtree(path, ignore_errors=True)
+        elif name.endswith((UNFINISHED, OLD, ".lock")):
+            entry = os.path.join(root, name.removeprefix(".").removesuffix(".lock"))
+            entry = entry.removesuffix(UNFINISHED).removesuffix(OLD)
+            if not locks.holder(entry):
+                with suppress(locks.Held, FileNotFoundError), locks.take(entry):
+                    for left in (entry + UNFINISHED, entry + OLD):
+                        shutil.rmtree(left, ignore_errors=True)
 
 
 def is_complete(directory: str) -> bool:

@@ -61,10 +61,15 @@ def fix_rotary(lm: PreTrainedModel, max_length: int) -> None:
     generated. vLLM makes the same choice for longrope, with max_model_len. If no sequence can be longer than the
     original context, nothing changes. The config of the model, which is exported, never changes.
     """
-    threshold = _rotary_threshold(lm.config)
-    if threshold is not None and max_length > threshold:
+    if is_fixed(lm.config, max_length):
         for module in _dynamic_modules(lm):
             _fix(module, max_length)
+
+
+def is_fixed(lm_config: PreTrainedConfig, max_length: int) -> bool:
+    """Return whether `fix_rotary` changes a model of this config, so that its log-probs depend on `max_length`."""
+    threshold = _rotary_threshold(lm_config)
+    return threshold is not None and max_length > threshold
 
 
 def _fix(module: Any, max_length: int) -> None:

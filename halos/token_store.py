@@ -6,16 +6,13 @@ takes), and a damaged entry is made again. Processes that start at once tokenize
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
 
 from halos import distributed, locks, manifest
-from halos.files import OLD, UNFINISHED, replace_directory, writing
 from halos.tokens import Encoder
 
 BLOCK = 4096  # texts encoded per call: enough for every thread, few enough for a smooth progress bar
@@ -59,8 +56,9 @@ def tokenize(texts: Sequence[str], encoder: Encoder, kind: str, cache_dir: str, 
             if damage := _damage(directory):  # nobody else has made it meanwhile
                 if os.path.isdir(directory):
                     print(f"{damage}; tokenizing again", flush=True)
-                _write(texts, getattr(encoder, kind), directory, description)
-    _remove_leftovers(os.path.dirname(directory))
+                with manifest.written(directory) as unfinished:
+                    _write_files(texts, getattr(encoder, kind), unfinished, description)
+    manifest.remove_leftovers(os.path.dirname(directory))
     return TokenStore(directory)
 
 
@@ -82,21 +80,6 @@ def _damage(directory: str) -> str | None:
     return None
 
 
-def _write(texts: Sequence[str], encode: Callable, directory: str, description: str) -> None:
-    """Write an entry beside its place and rename it. The caller has its lock."""
-    unfinished = directory + UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        with writing(directory):
-            os.mkdir(unfinished)
-            _write_files(texts, encode, unfinished, description)
-            manifest.write(unfinished)
-            replace_directory(unfinished, directory)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
 def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, description: str) -> None:
     lengths = np.empty(len(texts), np.int64)
     with open(os.path.join(unfinished, "ids.bin"), "wb") as file:
@@ -107,18 +90,3 @@ def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, descri
                 file.write(np.fromiter(chain.from_iterable(encoded), np.int32).tobytes())
                 bar.update(len(encoded))
     np.save(os.path.join(unfinished, "offsets.npy"), np.concatenate(([0], lengths.cumsum())))
-
-
-def _remove_leftovers(root: str) -> None:
-    """Remove what processes that were killed have left in the cache, but not what living ones are writing."""
-    for name in os.listdir(root):
-        path = os.path.join(root, name)
-        if name.startswith("unfinished-"):  # of earlier versions
-            shutil.rmtree(path, ignore_errors=True)
-        elif name.endswith((UNFINISHED, OLD, ".lock")):
-            entry = os.path.join(root, name.removeprefix(".").removesuffix(".lock"))
-            entry = entry.removesuffix(UNFINISHED).removesuffix(OLD)
-            if not locks.holder(entry):
-                with suppress(locks.Held, FileNotFoundError), locks.take(entry):
-                    for left in (entry + UNFINISHED, entry + OLD):
-                        shutil.rmtree(left, ignore_errors=True)

@@ -21,6 +21,7 @@ from halos.errors import UserError
 from halos.files import make_room
 from halos.loader import DataLoader
 from halos.models import PolicyModel
+from halos.reference_cache import ReferenceCache
 from halos.rules import Rule
 from halos.tokens import TokenizedExample
 from halos.train_state import TrainState
@@ -51,6 +52,7 @@ class BasicTrainer:
         self.train_loader: Any = train_loader  # None: evaluation only
         self.eval_loader = eval_loader
         self.run_dir = run_dir
+        self.reference_cache: ReferenceCache | None = None  # then `reference_model` is None
         self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
         self.metrics_bytes: int | None = None  # of metrics.jsonl, that a resumed run keeps
         self.step_started = time.monotonic()
@@ -109,6 +111,8 @@ class BasicTrainer:
     @torch.no_grad()
     def reference_logps(self, examples: list[TokenizedExample]) -> torch.Tensor | None:
         """(n_tokens,) log-probs under the reference model, in nats; None if the loss has none."""
+        if self.reference_cache is not None:
+            return self.reference_cache.logps(examples).to(self.policy.device)
         if self.reference_model is None:
             return None
         return Forward(self.reference_model, examples, self.config.model.max_tokens_per_forward).tokens.logps

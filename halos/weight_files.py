@@ -44,6 +44,14 @@ def files_of(source: str, index: str = SAFE_WEIGHTS_INDEX_NAME, single: str = SA
     return dict.fromkeys(header_of(path), path) if path else {}
 
 
+def all_of(source: str) -> list[str]:
+    """Return the files with the weights of `source`: safetensors, else pickled ones; empty if it has neither."""
+    if found := files_of(source):
+        return sorted(set(found.values()))
+    index, single = (_cached(source, name) for name in (WEIGHTS_INDEX_NAME, WEIGHTS_NAME))
+    return sorted(get_checkpoint_shard_files(source, index)[0]) if index else [single] if single else []
+
+
 def _cached(source: str, file: str) -> str | None:
     """Return the local path of a file of `source`, downloaded if necessary; None if the file does not exist."""
     return cached_file(

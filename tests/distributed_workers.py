@@ -5,10 +5,11 @@ import shutil
 import time
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 import trainers
-from halos import checkpoint, distributed, loading, metrics, sampling, sharding, states, weights
+from halos import checkpoint, distributed, loading, metrics, reference_cache, sampling, sharding, states, weights
 from halos.models import PolicyModel
 from halos.tokens import Encoder
 from helpers import judged, make_config, random_examples
@@ -171,6 +172,16 @@ def everything(folder: str, cases: dict[str, str], directories: dict[str, str], 
     if directories:
         load_architectures(folder, directories)
         load_checkpoints(folder, cache_dir, sources)
+
+
+def fill_reference_cache(folder: str) -> None:
+    """Start a run whose reference log-probs are not on disk yet, in small batches, and again when they are."""
+    config = make_config(folder, "loss=dpo", *SMALL, "model.max_tokens_per_forward=60")
+    for _ in range(2):
+        loaders = [loader_for("dpo", 12, batch_size=4), loader_for("dpo", 4, seed=9, batch_size=4)]
+        policy, reference, cache = reference_cache.load(config, tokenizer(), loaders)
+        assert reference is None and len(cache.store) == 32 and sharding.is_sharded(policy)
+        assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
 
 
 def load_large(folder: str, words: str) -> None:

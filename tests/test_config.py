@@ -171,6 +171,7 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
         "keep_checkpoints": 2,
         "resume": False,
         "on_nonfinite": "stop",
+        "cache_reference_logps": True,
         "intermediate_checkpoints": False,
         "overwrite": False,
         "minimum_log_interval_secs": 1.0,
