@@ -61,9 +61,12 @@ def read_yaml(path: str) -> Any:
 
 
 def _check_structure(text: str) -> None:
-    """Raise ValueError for what makes a small YAML file huge in memory: aliases, and deep nesting."""
+    """Raise ValueError for a file that holds one value alone, and for what makes a small file huge in memory: aliases,
+    and deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.ScalarEvent) and depth == 0:
+            raise ValueError(f"it holds one value alone: {short(event.value)!r}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {event.start_mark.line + 1}: an alias *{event.anchor}, which no run writes")

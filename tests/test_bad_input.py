@@ -127,6 +127,7 @@ SAVED = {
     "a loop": (with_value("samples_dir", "${samples_dir}"), "samples_dir=${samples_dir}"),
     "NUL": (with_value("exp_name", "a\0b"), "has characters that are not text"),
     "tabs": (lambda text: text.replace("  ", "\t"), "cannot be read (line "),
+    "one text": (lambda text: "'true'\n", "it holds one value alone: 'true'"),
     "a cut line": (lambda text: text[: text.index("max_length") + 12], "its last line has no end"),
     "a cut between lines": (lambda text: text[: text.index("  max_length")], "model.max_length is missing"),
     "a cut in a dataset": (lambda text: text[: text.rindex("    prompt_as")], "is missing, which every run has"),
