@@ -159,8 +159,9 @@ def _row(line: str) -> dict | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    numbers = [value for key, value in row.items() if key != "mode"] if isinstance(row, dict) else [""]
-    return row if "examples" in row and all(type(value) in (int, float) for value in numbers) else None
+    if not isinstance(row, dict) or "examples" not in row:
+        return None
+    return row if all(type(value) in (int, float) for key, value in row.items() if key != "mode") else None
 
 
 class NoSink:

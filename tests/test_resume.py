@@ -309,6 +309,7 @@ def test_another_run_is_refused(tmp_path):
     "damage, rows_before, said",
     [
         (lambda data: data.replace(b'"step": 1,', b'"step": \0,'), 1, "1 lines of .* are no rows of a run"),
+        (lambda data: b"null\n" + data[5:], 1, "2 lines of .* are no rows of a run"),
         (lambda data: b"", 0, "has 0 bytes, and the run had written .*: rows are missing"),
         (lambda data: data[:-9], 1, "has .* bytes, and the run had written .*: rows are missing"),
     ],
