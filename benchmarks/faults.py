@@ -25,7 +25,7 @@ from benchmarks.campaign.tally import COUNTS, Case, Tally, markdown
 Run = Callable[[Case], None]
 # What a short run has. The rest takes longer, or is among the project's other tests in the same form.
 SHORT = ["kill train", "kill judge", "two judges"]
-SHORT += [f"malformed {kind}" for kind in ("sample files", "journals", "partial samples", "states", "token caches")]
+SHORT += [f"malformed {kind}" for kind in SHARES]
 SHORT_MALFORMED = 40
 
 
