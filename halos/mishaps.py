@@ -1,4 +1,4 @@
-"""What can go wrong in a training step: a value that is not finite, too little memory. What is said and kept of it."""
+"""Training steps that fail: a value that is not finite, or too little memory. Messages, and the examples to keep."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""What determines a reference log-prob, besides the tokens: a hash of weights, architecture, dtype and engine.
+"""The key of a reference model: a hash of its weights, architecture and dtype, and of the engine's version.
 
 How a batch is run does not count: packed or padded, its size, the number of ranks, the chunks of the head. It changes
 log-probs by rounding only. Change ENGINE_VERSION when the engine computes another number.

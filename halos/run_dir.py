@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from halos import distributed, locks, manifest, secrets
 from halos.errors import UserError
-from halos.files import OLD, UNFINISHED, finish_replacement, finished, set_aside
+from halos.files import OLD, UNFINISHED, finish_replacement, finished, make_room
 from halos.locks import Lock
 
 CONFIG = "config.yaml"
@@ -105,7 +105,7 @@ def create(config: DictConfig) -> str:
         return path
     if os.path.isdir(path) and not os.listdir(path):
         os.rmdir(path)
-    set_aside(path)
+    make_room(path)
     os.makedirs(path)
     settings = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
     try:

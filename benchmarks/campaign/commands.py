@@ -156,7 +156,7 @@ def verdicts_of(folder: str) -> tuple[dict, str]:
 
 
 def calls_of(folder: str) -> list[str]:
-    """What the judge was asked, call by call."""
+    """Return the judge's questions, call by call."""
     path = os.path.join(folder, "asked.txt")
     if not os.path.exists(path):
         return []

@@ -21,7 +21,7 @@ COUNTS = {
 
 @dataclass
 class Tally:
-    """What happened in the cases of one kind."""
+    """Counts of the cases of one kind."""
 
     kind: str
     cases: int = 0

@@ -23,7 +23,7 @@ LONGEST_CHARACTER = 4  # bytes, and so tokens
 
 
 class Kind(StrEnum):
-    """What a token is."""
+    """The kind of a token."""
 
     CONTEXT = "context"  # read by the model and not trained on
     TRAINED = "trained"
