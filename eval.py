@@ -76,7 +76,7 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
     if args.mode == "sample":
         samplers.check(config, args.sample_reference and args.format == "rows")
         check_output(args, config)
-    return config, distributed.gather_objects(distributed.on_main(find_policy_pt, args.config))[0]
+    return config, distributed.from_main(distributed.on_main(find_policy_pt, args.config))
 
 
 def find_policy_pt(config_path: str) -> str:

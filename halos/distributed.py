@@ -232,6 +232,11 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def from_main(value: Any) -> Any:
+    """Return rank 0's value on all ranks."""
+    return gather_objects(value if is_main() else None)[0]
+
+
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Overwrite `tensor` with rank 0's values."""
     if world_size() > 1:

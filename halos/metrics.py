@@ -118,13 +118,8 @@ def progress(loader: Iterable, description: str) -> Iterator:
 
 
 def read_metrics(path: str) -> list[dict]:
-    return list(rows_of(path))
-
-
-def rows_of(path: str) -> Iterator[dict]:
     with open(path) as file:
-        for line in file:
-            yield json.loads(line)
+        return [json.loads(line) for line in file]
 
 
 def cut_rows(path: str, n_bytes: int) -> None:

@@ -65,7 +65,7 @@ def load(config: DictConfig, tokenizer, loaders: list[DataLoader], policy_pt: st
         return *loading.load_policy_and_reference(config, tokenizer, device, policy_pt), None
     responses = Responses(loaders)
     store = _open(directory)
-    missing = _agreed(responses.missing(store))
+    missing = distributed.from_main(responses.missing(store))
     starts_equal = policy_pt is None and starts_as_reference(config, device)
     policy, reference = loading.load_policy_and_reference(
         config, tokenizer, device, policy_pt, with_reference=bool(len(missing)) and not starts_equal
@@ -75,7 +75,7 @@ def load(config: DictConfig, tokenizer, loaders: list[DataLoader], policy_pt: st
     if model is not None:
         filling = Pass(model, responses, config.model.max_tokens_per_forward)
         tolerance = TOLERANCE[loading.reference_dtype(config, device)]
-        checked = filling.check(store, _agreed(responses.sample(missing)), tolerance)
+        checked = filling.check(store, distributed.from_main(responses.sample(missing)), tolerance)
         said += f", {checked:,} of them checked" if checked else ""
         if len(missing):
             started = time.monotonic()
@@ -91,7 +91,7 @@ def _directory(config: DictConfig, device: torch.device) -> str | None:
     """Return where the log-probs are of this run's reference model; None if there is none, or no cache is wanted."""
     if not (config.loss.use_reference_model and config.cache_reference_logps):
         return None
-    key = _agreed(distributed.on_main(reference_key.of_run, config, device))
+    key = distributed.from_main(distributed.on_main(reference_key.of_run, config, device))
     if key is None and distributed.is_main():
         print("reference log-probs: computed in every step, since the files of its weights are not known", flush=True)
     return os.path.join(reference_key.folder(config), key) if key else None
@@ -105,12 +105,7 @@ def starts_as_reference(config: DictConfig, device: torch.device) -> bool:
 
 def _open(directory: str) -> LogpsStore:
     """Open the same segments on all ranks. Others may be added at any time."""
-    return LogpsStore(directory, _agreed(distributed.on_main(segments, directory)))
-
-
-def _agreed(value):
-    """Return the main rank's value."""
-    return distributed.gather_objects(value if distributed.is_main() else None)[0]
+    return LogpsStore(directory, distributed.from_main(distributed.on_main(segments, directory)))
 
 
 #### THE RESPONSES OF A RUN

@@ -58,4 +58,4 @@ def _deciding(config: Any) -> dict[str, Any]:
 def newest_state(config: DictConfig) -> str | None:
     """Return the path of the state to go on from, the same on all ranks; None for a run from the start."""
     found = states.newest(run_dir.path_of(config)) if config.resume and distributed.is_main() else None
-    return distributed.gather_objects(found)[0]
+    return distributed.from_main(found)

@@ -54,7 +54,7 @@ class PartialFile:
             make_room(path)
             self.close()
             self.file, texts = self._open(), {}
-        self.texts: dict[str, str] = distributed.gather_objects(texts)[0]
+        self.texts: dict[str, str] = distributed.from_main(texts)
 
     def _open(self):
         try:

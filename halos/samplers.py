@@ -97,7 +97,7 @@ class Sampler:
             ):
                 record({index: text})
                 texts[index] = text
-        texts = distributed.gather_objects(texts)[0]
+        texts = distributed.from_main(texts)
         return [texts[index] for index in range(len(prompts))]
 
     def _served(self, prompts: Sequence[np.ndarray], done: dict[int, str]) -> Iterator[tuple[int, str]]:

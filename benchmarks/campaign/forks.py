@@ -100,7 +100,7 @@ def run(program, words: list[str], folder: str, prepare=None, limit: float = LIM
 
 
 def _be_the_command(program, words, folder, prepare, pipes) -> None:
-    """What a new interpreter would do, without its imports."""
+    """Run the program as a new interpreter would, without its imports."""
     code = 1
     try:
         os.setpgid(0, 0)

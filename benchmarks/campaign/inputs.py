@@ -302,7 +302,7 @@ def _as_csv(rows: Any) -> bytes:
 
 
 def _as_parquet(rows: Any) -> bytes:
-    """What parquet can hold of the rows: columns whose values have no common type are texts."""
+    """Return the rows as a parquet file. Columns whose values have no common type become texts."""
     rows = rows if isinstance(rows, list) else [rows]
     rows = [row if isinstance(row, dict) else {"odd": row} for row in rows]
     columns = {}

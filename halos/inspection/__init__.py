@@ -1,4 +1,4 @@
-"""What a loader will train on, before any GPU hour: numbers, warnings and coloured tokens. scripts/inspect_data.py.
+"""Reports on the data of a loader, before any GPU hour: numbers, warnings and coloured tokens. scripts/inspect_data.py.
 
     numbers.py    counts of a loader's rows: datasets, truncation, lengths, tokens that packing saves
     pairs.py      length bias, duplicates, contradictions, prompts that training and test share

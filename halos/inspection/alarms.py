@@ -1,4 +1,4 @@
-"""What deserves attention before a run starts, in words. Each function below yields the lines of one matter."""
+"""Warnings about the data, in words. Each function below yields the lines of one matter."""
 
 from collections.abc import Iterator
 

@@ -31,7 +31,7 @@ class Responses:
 
     @property
     def is_first(self) -> np.ndarray:
-        """Whether a response is the first of its row."""
+        """(n_responses,) bool: True for the first response of each row."""
         return np.diff(self.row, prepend=-1) > 0
 
     def of(self, role: Role) -> np.ndarray:

@@ -35,7 +35,7 @@ class LengthBias:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the share is more than two standard errors from one half."""
+        """True if the share is more than two standard errors from one half."""
         decided = self.longer + self.shorter
         return self.share is not None and abs(self.share - 0.5) > 1 / decided**0.5
 
