@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from halos import advice, rules
-from halos.engine import Batch, Outcome, Statistic
+from halos.engine import Batch, Outcome, Statistic, joined
 from halos.errors import UserError
 from halos.trainer import BasicTrainer, wins
 from utils import discounted_sums
@@ -176,7 +176,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def train_step(self, microbatches):
         """One update per PPO epoch, all over the same advantages and returns. The accumulated microbatches are one
         batch, since advantages are normalised over all of its tokens."""
-        examples = sum(microbatches, [])
+        examples = joined(microbatches)
         reference_logps, episode = None, None  # the same in all epochs
         for _ in range(self.config.loss.ppo_epochs):
             forward, batch = self.forward(examples, reference_logps)
@@ -190,10 +190,10 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def total_updates(self):
         return super().total_updates() * self.config.loss.ppo_epochs
 
-    def clip_gradients(self):
+    def gradient_limits(self):
         """The critic's gradient has a limit of its own."""
-        v_head_norm = self.clipped(self.policy.v_head, self.config.model.v_head_max_grad_norm)
-        return super().clip_gradients() | {"v_head_grad_norm": v_head_norm}
+        v_head = self.policy.v_head, self.config.model.v_head_max_grad_norm
+        return super().gradient_limits() | {"v_head_grad_norm": v_head}
 
     @torch.no_grad()
     def episode(self, batch: Batch) -> Episode:

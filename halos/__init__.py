@@ -3,6 +3,8 @@
 trainer.py          the loop: state, train, evaluate, update, save
 train_state.py      everything that changes during training, except for the weights
 engine.py           Batch, Outcome, Forward: one global batch through a model and its gradient back
+prefetch.py         batches prepared one ahead, in a thread
+scalars.py          metrics and times of a step, read from the device in one transfer
 loader.py           batches of tokenized examples as a function of (seed, epoch)
 examples.py         Example, Dataset: what is known of a prompt and its responses
 thinning.py         weights of datasets: which rows an epoch has

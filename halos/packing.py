@@ -166,6 +166,10 @@ def _targets(examples: list[TokenizedExample], predicted_at: list[np.ndarray]) -
     }
 
 
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return tensor.to(device)
+
+
 def _long(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64))
 

@@ -61,7 +61,10 @@ class Batches:
         self.examples_seen = 0
 
     def state_dict(self):
-        return {}
+        return {"examples_seen": self.examples_seen}
+
+    def load_state_dict(self, state):
+        self.examples_seen = state["examples_seen"]
 
 
 @cache

@@ -165,7 +165,7 @@ def make_trainer(config, microbatches: list[list[TokenizedExample]]):
         model.use_packing(True)
     loader = Batches(microbatches)
     trainer = trainer_class(config)(policy, reference, tokenizer, config, loader, loader, "")
-    trainer.check_finite = lambda *args: None  # with fake collectives, log-probs are uninitialised memory
+    trainer.checks.finite = lambda *args: None  # with fake collectives, log-probs are uninitialised memory
     return trainer
 
 

@@ -66,7 +66,7 @@ class Killed(Exception):
 def numbers(trainer) -> list[dict]:
     """All rows of metrics.jsonl, without how fast they were made."""
     rows = metrics.read_metrics(os.path.join(trainer.run_dir, "metrics.jsonl"))
-    return [{key: value for key, value in row.items() if key != "examples_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if not metrics.is_time(key)} for row in rows]
 
 
 def assert_same_run(trainer, other) -> None:
