@@ -115,7 +115,7 @@ class BasicTrainer:
         with self.stopwatch("forward"):
             forward = Forward(self.policy, examples, self.config.model.max_tokens_per_forward, self.uses_entropy)
         if reference_logps is None:
-            with self.stopwatch("reference"):
+            with self.stopwatch("reference_on_disk" if self.reference_cache else "reference"):
                 reference_logps = self.reference_logps(examples)
         return forward, Batch(examples, forward.tokens, reference_logps)
 
