@@ -33,6 +33,7 @@ logps_store.py      log-probs of responses on disk, under addresses of their con
 logps.py            log-probs of tokens from hidden states, in chunks
 sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives
+openmp.py           how OpenMP's threads wait: set before torch is imported
 launch.py           starting the processes of a run and reporting the first failure
 watching.py         the launcher's watch over its processes, and signals to them
 scratch.py          the launcher's temporary folder and semaphores
@@ -65,3 +66,7 @@ judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 inspection/         everything of scripts/inspect_data.py
 """
+
+from halos import openmp
+
+openmp.spin_briefly()
