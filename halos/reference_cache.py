@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from halos import distributed, loading, reference_key, sharding
 from halos.engine import Forward
+from halos.epoch import Row
 from halos.errors import UserError
-from halos.loader import DataLoader, Row
+from halos.loader import DataLoader
 from halos.logps_store import ADDRESS, LogpsStore, add_segment, addresses, segments
 from halos.models import PolicyModel
 from halos.tokens import Role, TokenizedExample

@@ -263,11 +263,42 @@ def test_length(loader, settings, sizes):
     assert [len(batch) for batch in data] == sizes
 
 
+def repeated(n: int) -> list[Example]:
+    """Make n examples, each with three pairs of its four responses."""
+    pairs = [(0, 1), (1, 2), (2, 3)]
+    return [Example(one.prompt, [" a", " b", " c", " d"], pairs=pairs, sft_index=0) for one in numbered(n)]
+
+
 @every_loader
-@pytest.mark.parametrize("settings", [{"n_epochs": 2}, {"n_epochs": None, "n_examples": 51}], ids=str)
+def test_grouped_prompts_are_the_same_rows_in_other_batches(loader, cls):
+    """Six prompts of three pairs in batches of 6: each prompt is in one batch, in another order in each epoch.
+
+    Unpaired rows, six of each prompt, are half chosen and half rejected in each batch, as they are without.
+    """
+    settings = {"batch_size": 6, "n_epochs": 2}
+    plain, grouped = (
+        list(map(shown, loader(cls, repeated(6), **settings, group_prompts=grouped))) for grouped in (False, True)
+    )
+    assert [len(batch) for batch in grouped] == [len(batch) for batch in plain]
+    assert sorted(sum(grouped, [])) == sorted(sum(plain, []))
+    half = len(grouped) // 2
+    assert grouped[:half] != grouped[half:]
+    for epoch in (grouped[:half], grouped[half:]):
+        prompts = [prompt for batch in epoch for prompt in {prompt for prompt, _, _ in batch}]
+        assert len(prompts) == len(set(prompts)) == 6
+    if cls is UnpairedPreferenceDataLoader:
+        assert all(sum(is_chosen for _, _, (is_chosen,) in batch) == 3 for batch in grouped)
+
+
+@every_loader
+@pytest.mark.parametrize(
+    "settings",
+    [{"n_epochs": 2}, {"n_epochs": None, "n_examples": 51}, {"n_epochs": 2, "group_prompts": True}],
+    ids=str,
+)
 def test_resume_gives_exactly_the_rest(loader, cls, settings):
     """From the state after any batch, also at the end of an epoch, iteration gives the rest; also through JSON."""
-    examples = numbered(9)
+    examples = repeated(5) if "group_prompts" in settings else numbered(9)
     data = loader(cls, examples, **settings)
     batches, states = [], [json.dumps(data.state_dict())]
     for batch in data:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from halos.epoch import Row
 from halos.examples import Example, is_empty
 from halos.inspection.pairs import LengthBias, Repetition, length_bias, repetition
-from halos.loader import DataLoader, Row
+from halos.loader import DataLoader
 from halos.tokens import Role
 
 
