@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -107,7 +107,7 @@ class DataLoader:
         self.examples = ExampleTable(self.examples)
         for thinned in self.thinned:
             thinned.originals = {
-                index: replace(example, prompt="", generations=Dropped(len(example.generations)), tools=None)
+                index: replace(example, prompt="", generations=cast(list, Dropped(len(example.generations))), tools=None)
                 for index, example in thinned.originals.items()
             }
 
@@ -210,6 +210,11 @@ class DataLoader:
         """The ids of a row's prompt and responses before truncation. Context in a response is stored as ~id."""
         responses = (self.response_ids[self.first_response[index] + i] for index, i in row.responses)
         return self.prompt_ids[row.example], tuple(responses)
+
+    def are_whole(self, rows: Rows) -> np.ndarray:
+        """(n_rows,) bool: truncation cuts nothing, and all tokens of the responses are trained on."""
+        fits = self._prompt_lengths(rows) + rows.largest(self._response_lengths(rows)) <= self.max_length
+        return fits & (not getattr(self.response_ids, "has_context", True))
 
     def positions_kept(self, row: Row) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """The positions in `whole(row)` of the tokens that truncation leaves."""

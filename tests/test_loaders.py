@@ -10,6 +10,7 @@ import os
 import random
 import string
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ from dataloaders import (
 )
 from halos import locks, token_store
 from halos.errors import UserError
+from halos.example_table import ExampleTable
+from halos.logps_store import addresses
+from halos.reference_cache import Responses
 from halos.token_store import tokenize
 from halos.tokens import Encoder, Role, truncate
 from helpers import PROJECT, make_config
@@ -787,3 +791,75 @@ def test_what_dead_processes_left_is_removed_and_what_living_ones_write_is_not(t
         assert {".alive.lock", "alive.unfinished"} < set(os.listdir(root)) and len(os.listdir(root)) == 3
     tokenize(["ab"], encoder, "prompts", str(tmp_path))
     assert len(os.listdir(root)) == 1
+
+
+#### EXAMPLES WITHOUT THEIR TEXTS
+
+
+def described(example) -> tuple:
+    names = "pairs feedback scores sft_index truncation_mode dataset_name id".split()
+    return (*(getattr(example, name) for name in names), len(example.generations))
+
+
+def test_a_table_reads_as_its_examples():
+    """All but the texts, also of an example that is put into it later; texts are an error with a remedy."""
+    examples = [
+        Example("p", ["a", "b", "c"], [2.5, 1.0, float("inf")], [(0, 1), (2, 0)], dataset_name="x", id="x/12ab"),
+        Example("q", ["a"], feedback=[(0, False), (0, True)], sft_index=0, truncation_mode="keep_start", id="é"),
+        Example("r", id="x/0"),
+    ]
+    table = ExampleTable(examples)
+    assert [described(one) for one in table] == [described(one) for one in examples] and len(table) == 3
+    assert described(table[-1]) == described(examples[2]) and [described(one) for one in table[:2]][1][3] == 0
+    table[1] = examples[0]
+    assert [one.id for one in table] == ["x/12ab", "x/12ab", "x/0"]
+    for read in (lambda: table[0].prompt, lambda: table[0].generations[0], lambda: "a" in table[0].generations):
+        with pytest.raises(UserError, match="keep_texts=True"):
+            read()
+
+
+@every_loader
+@pytest.mark.parametrize("weights", [{}, {"": 1.5}], ids=str)
+def test_batches_are_the_same_without_texts(loader, cls, weights):
+    settings = {"n_epochs": 2, "weights": weights, "batch_size": 3}
+    one, other = (loader(cls, repeated(9), **settings, keep_texts=keep_texts) for keep_texts in (True, False))
+    assert isinstance(other.examples, ExampleTable) and isinstance(one.examples, list)
+    assert list(map(shown, one)) == list(map(shown, other)) and one.fingerprint == other.fingerprint
+
+
+def test_a_loader_that_reads_texts_keeps_them(loader):
+    """A flatten() of before, which asks for texts, works as it did."""
+
+    class Short(SFTDataLoader):
+        def flatten(self, rng):
+            return [row for row in super().flatten(rng) if len(self.examples[row.example].prompt) < 2]
+
+    data = loader(Short, [pair("a", "y", "n"), pair("ab", "y", "n")], keep_texts=False)
+    assert len(data.order(0)) == 1 and data.examples[0].prompt == "a"
+
+
+def test_memory_of_a_pair_without_texts(tmp_path):
+    """A pair takes 60 to 100 bytes in a table, and 26 in an epoch; with its texts, it took 3.6 kB."""
+    n = 20_000
+    examples = [
+        Example(f"{i}", ["y", "n"], pairs=[(0, 1)], sft_index=0, dataset_name="named", id=f"named/{i:012x}")
+        for i in range(n)
+    ]
+    tracemalloc.start()
+    table = ExampleTable(examples)
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(table) == n and used / n < 100
+
+
+@every_loader
+def test_addresses_of_reference_log_probs(loader, cls):
+    """The short way, for rows that truncation leaves whole, finds the addresses of the tokenized rows."""
+    long = [Example("a" * 40, ["b" * 30, "c" * 20], pairs=[(0, 1)], sft_index=0)]
+    data = loader(cls, [*repeated(5), *long], max_length=60, max_prompt_length=30, n_epochs=2)
+    assert 0 < data.are_whole(data.order(0)).sum() < len(data.order(0))
+    found = Responses([data])
+    expected = {one for row in data.order(0) for one in addresses(data.tokenized(row))}
+    assert {one.tobytes() for one in found.addresses} == expected
+    for i in range(len(found)):
+        assert next(addresses(found.place(i).example())) == found.addresses[i].tobytes()
