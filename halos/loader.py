@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -106,10 +106,9 @@ class DataLoader:
     def _drop_texts(self) -> None:
         self.examples = ExampleTable(self.examples)
         for thinned in self.thinned:
-            thinned.originals = {
-                index: replace(example, prompt="", generations=cast(list, Dropped(len(example.generations))), tools=None)
-                for index, example in thinned.originals.items()
-            }
+            for index, example in thinned.originals.items():
+                dropped: Any = Dropped(len(example.generations))
+                thinned.originals[index] = replace(example, prompt="", generations=dropped, tools=None)
 
     def _no_rows(self) -> str:
         if self.dropped_rows:
