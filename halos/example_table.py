@@ -6,6 +6,7 @@ a list of examples does: `table[i].pairs`, `len(table[i].generations)`.
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any, NoReturn
 
@@ -24,12 +25,14 @@ class TextsDropped(UserError):
 
 
 class Dropped(Sequence):
-    """As many generations as there were, without their texts."""
+    """As many generations as there were, without their texts. None: a prompt, of which nothing is known."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int | None):
         self.n = n
 
     def __len__(self) -> int:
+        if self.n is None:
+            raise TextsDropped
         return self.n
 
     def __getitem__(self, index: Any) -> NoReturn:
@@ -37,6 +40,13 @@ class Dropped(Sequence):
 
     def __iter__(self) -> NoReturn:
         raise TextsDropped
+
+
+def without_texts(example: Example) -> Example:
+    """Return a copy of an example that has its pairs, but not its texts."""
+    prompt: Any = Dropped(None)
+    generations: Any = Dropped(len(example.generations))
+    return replace(example, prompt=prompt, generations=generations, tools=None)
 
 
 class Ragged:

@@ -18,7 +18,7 @@ import numpy as np
 from halos.chat import Renderer
 from halos.epoch import CODES, Row, Rows, by_prompt
 from halos.errors import UserError
-from halos.example_table import Dropped, ExampleTable, TextsDropped
+from halos.example_table import ExampleTable, TextsDropped, without_texts
 from halos.examples import Example
 from halos.thinning import repeated
 from halos.token_store import tokenize
@@ -58,8 +58,8 @@ class DataLoader:
         description: str = "",
     ):
         self.seed = seed
-        with_texts, self.thinned = repeated(examples, weights or {})
-        self.examples: Any = with_texts  # a list of Example, or what reads as one
+        self.examples: Any  # a list of Example, or what reads as one
+        self.examples, self.thinned = with_texts = repeated(examples, weights or {})
         self.encoder = Encoder(tokenizer)
         self.renderer = Renderer(tokenizer)
         self.batch_size = batch_size
@@ -82,7 +82,7 @@ class DataLoader:
         try:
             self.rows_per_epoch = len(self.order(0))
         except TextsDropped:
-            self.examples = with_texts
+            self.examples, self.thinned = with_texts
             self.rows_per_epoch = len(self.order(0))
         if not self.rows_per_epoch:
             raise UserError(self._no_rows())
@@ -105,10 +105,10 @@ class DataLoader:
 
     def _drop_texts(self) -> None:
         self.examples = ExampleTable(self.examples)
-        for thinned in self.thinned:
-            for index, example in thinned.originals.items():
-                dropped: Any = Dropped(len(example.generations))
-                thinned.originals[index] = replace(example, prompt="", generations=dropped, tools=None)
+        self.thinned = [
+            replace(one, originals={index: without_texts(example) for index, example in one.originals.items()})
+            for one in self.thinned
+        ]
 
     def _no_rows(self) -> str:
         if self.dropped_rows:

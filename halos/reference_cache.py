@@ -131,9 +131,8 @@ class Responses:
         counts = [np.diff(rows.offsets) for _, rows in self.rows]
         self.first_row = np.cumsum([0, *map(len, counts)])  # of each part of `rows`, among all rows
         self.first_of_row = np.concatenate([[0], *counts]).cumsum()
-        bar = tqdm(total=self.first_row[-1], desc="looking up reference log-probs", unit=" rows", delay=3, leave=False)
-        bar.disable = bar.disable or not distributed.is_main()
-        with bar:
+        shown = {"unit": " rows", "delay": 3, "leave": False, "disable": not distributed.is_main()}
+        with tqdm(desc="looking up reference log-probs", total=self.first_row[-1], **shown) as bar:
             found = b"".join(part for one in self.rows for part in _addresses_of(*one, bar))
         # first: where each one occurs first
         self.addresses, self.first = np.unique(np.frombuffer(found, ADDRESS), return_index=True)
@@ -177,8 +176,8 @@ def rows_of(loader: DataLoader) -> Iterator[Rows]:
         left, epoch = left - len(rows), epoch + 1
         if left > 0 or len(seen):
             keys = rows.keys()
-            rows = rows.take(np.flatnonzero(~np.isin(keys, seen)))
-            seen = np.concatenate((seen, keys))
+            new = np.flatnonzero(~np.isin(keys, seen))
+            rows, seen = rows.take(new), np.concatenate((seen, keys[new]))
         if len(rows):
             yield rows
 

@@ -105,14 +105,13 @@ def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, descri
 def _encoded(texts: Sequence[str], encode: Callable) -> Iterator[list[list[int]]]:
     """Yield the ids of block after block. While one block is in the library, Python is busy with another one.
 
-    Texts with marked characters change the library's settings, so a block with such texts is alone.
+    A block with texts of marked characters changes the library's settings, and so may the first one: these are alone.
     """
-    encode([])  # the settings of all other blocks, before threads share them
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for start in range(0, len(texts), BLOCK):
             block = texts[start : start + BLOCK]
-            is_alone = any(LITERAL in text for text in block)
+            is_alone = not start or any(LITERAL in text for text in block)
             while pending and (is_alone or len(pending) > AT_ONCE):
                 yield pending.popleft().result()
             if is_alone:

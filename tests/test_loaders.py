@@ -4,6 +4,7 @@ Most tests use a tokenizer of single characters, so that ids can be read: <s> is
 a colon 29, and everything else 30.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -834,8 +835,9 @@ def test_a_loader_that_reads_texts_keeps_them(loader):
         def flatten(self, rng):
             return [row for row in super().flatten(rng) if len(self.examples[row.example].prompt) < 2]
 
-    data = loader(Short, [pair("a", "y", "n"), pair("ab", "y", "n")], keep_texts=False)
-    assert len(data.order(0)) == 1 and data.examples[0].prompt == "a"
+    for weights in ({}, {"": 1.5}):
+        data = loader(Short, [pair("a", "y", "n"), pair("ab", "y", "n")], keep_texts=False, weights=weights)
+        assert {data.examples[row.example].prompt for row in data.order(0)} == {"a"}
 
 
 def test_memory_of_a_pair_without_texts(tmp_path):
@@ -863,3 +865,11 @@ def test_addresses_of_reference_log_probs(loader, cls):
     assert {one.tobytes() for one in found.addresses} == expected
     for i in range(len(found)):
         assert next(addresses(found.place(i).example())) == found.addresses[i].tobytes()
+
+
+def test_the_fingerprint_of_earlier_runs_is_still_theirs(loader):
+    """A state of an earlier run is refused if this changes: int64 lengths, then the text of (example, responses)."""
+    data = loader(PairedPreferenceDataLoader, [pair("ab", "y", "nn")])
+    digest = hashlib.blake2b(np.array([2, 2, 3], np.int64).tobytes(), digest_size=16)
+    digest.update(b"(0, ((0, 0), (0, 1)))")
+    assert data.fingerprint == digest.hexdigest()
