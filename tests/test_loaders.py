@@ -33,7 +33,7 @@ from halos.example_table import ExampleTable
 from halos.logps_store import addresses
 from halos.reference_cache import Responses
 from halos.token_store import tokenize
-from halos.tokens import Encoder, Role, truncate
+from halos.tokens import LITERAL, Encoder, Role, truncate
 from helpers import PROJECT, make_config
 
 BOS, EOS = 0, 1
@@ -683,6 +683,17 @@ def test_more_texts_than_a_block(tmp_path, monkeypatch):
     texts = ["abcdefghijkl"[: i + 1] for i in range(10)]
     store = tokenize(texts, Encoder(character_tokenizer()), "prompts", str(tmp_path))
     assert stored(store) == [ids(text) for text in texts]
+
+
+def test_blocks_at_once_have_the_ids_of_blocks_one_by_one(tmp_path, monkeypatch):
+    """Also around texts with control tokens that a person wrote, which change the library's settings for a while."""
+    monkeypatch.setattr(token_store, "BLOCK", 3)
+    encoder = Encoder(tiny_tokenizer())
+    end = encoder.tokenizer.eos_token
+    texts = [f" word {i} {end[0] + LITERAL + end[1:] if i % 7 == 5 else end}" for i in range(100)]
+    expected = [encoder.responses([text])[0] for text in texts]
+    assert stored(tokenize(texts, encoder, "responses", str(tmp_path))) == expected
+    assert len(expected[5]) > len(expected[4])
 
 
 def test_an_interrupted_write_is_not_read(tmp_path, monkeypatch):
