@@ -6,7 +6,9 @@ engine.py           Batch, Outcome, Forward: one global batch through a model an
 prefetch.py         batches prepared one ahead, in a thread
 scalars.py          metrics and times of a step, read from the device in one transfer
 loader.py           batches of tokenized examples as a function of (seed, epoch)
+epoch.py            rows of an epoch as arrays; rows of one prompt in one batch
 examples.py         Example, Dataset: what is known of a prompt and its responses
+example_table.py    examples without their texts, as arrays
 thinning.py         weights of datasets: which rows an epoch has
 sources.py          rows of a known form, from files and hub datasets, as a Dataset
 forms.py            the forms of rows: pairs, feedback, conversations, rankings

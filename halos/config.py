@@ -42,7 +42,7 @@ RULES: dict[str, Rule] = {
         (rules.number(above=0, most=1), "top_p"),
         (
             rules.flag,
-            "cache_reference_logps do_first_eval intermediate_checkpoints overwrite resume strict_data"
+            "cache_reference_logps do_first_eval group_prompts intermediate_checkpoints overwrite resume strict_data"
             " trust_remote_code wandb.enabled loss.use_reference_model model.activation_checkpointing model.compile"
             " use_fsdp",
         ),

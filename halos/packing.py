@@ -12,8 +12,10 @@ Shape suffixes: T tokens of the pack, H heads, G key/value heads, D head size.
 
 import importlib.util
 import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -174,7 +176,30 @@ def _long(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[list[int]]:
+class Unit(NamedTuple):
+    """Examples with equal prompts that stay together, so that their prompt runs once."""
+
+    indices: list[int]  # of the examples, in their order
+    n_tokens: int  # packed tokens; the prompt counts once
+
+
+def units_by_prompt(examples: list[TokenizedExample], max_tokens: int) -> list[Unit]:
+    """Put examples with equal prompts together, up to `max_tokens` packed tokens. Ordered by their first examples."""
+    units: list[Unit] = []
+    open_units: dict[bytes, int] = {}  # prompt -> its last unit, to which more can be added
+    for index, example in enumerate(examples):
+        prompt = example.prompt.tobytes()
+        own = example.n_tokens - len(example.prompt)
+        last = open_units.get(prompt)
+        if last is not None and units[last].n_tokens + own <= max_tokens:
+            units[last] = Unit([*units[last].indices, index], units[last].n_tokens + own)
+        else:
+            open_units[prompt] = len(units)
+            units.append(Unit([index], example.n_tokens))
+    return units
+
+
+def split_by_tokens(examples: Sequence[TokenizedExample | Unit], max_tokens: int) -> list[list[int]]:
     """Split `examples` into groups of at most `max_tokens` packed tokens, as lists of indices.
 
     A longer example is a group of its own.
@@ -190,7 +215,7 @@ def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[l
     return runs
 
 
-def balanced_shares(examples: list[TokenizedExample], n: int) -> list[list[int]]:
+def balanced_shares(examples: Sequence[TokenizedExample | Unit], n: int) -> list[list[int]]:
     """Split `examples` into n shares with nearly equal numbers of tokens. Returns indices, in the examples' order.
 
     The longest example goes first, always to the share with the fewest tokens. The largest share is then at most 4/3 of
@@ -208,16 +233,41 @@ def balanced_shares(examples: list[TokenizedExample], n: int) -> list[list[int]]
 def schedule(examples: list[TokenizedExample], n: int, max_tokens: int) -> list[list[list[int]]]:
     """Plan the forward passes of n ranks: for each rank a list of forward passes, each a list of example indices.
 
-    All ranks take part in every forward pass, so every rank has equally many. A rank with less to do has empty ones at
-    the end.
+    Examples with equal prompts come into one forward pass, where their prompt runs once, if that makes the whole
+    shorter. All ranks take part in every forward pass, so every rank has equally many. A rank with less to do has empty
+    ones at the end.
     """
-    shares = balanced_shares(examples, n)
+    alone = [Unit([index], example.n_tokens) for index, example in enumerate(examples)]
+    # A unit larger than a rank's part would keep one rank busy while the others wait.
+    part = -(-sum(unit.n_tokens for unit in units_by_prompt(examples, max_tokens)) // n)
+    plans = [_plan(units, n, max_tokens) for units in (alone, units_by_prompt(examples, min(part, max_tokens)))]
+    return min(plans, key=lambda plan: _duration(examples, plan))
+
+
+def _plan(units: list[Unit], n: int, max_tokens: int) -> list[list[list[int]]]:
+    shares = [[units[i] for i in share] for share in balanced_shares(units, n)]
     runs = [
-        [[share[i] for i in run] for run in split_by_tokens([examples[i] for i in share], max_tokens)]
+        [[index for i in run for index in share[i].indices] for run in split_by_tokens(share, max_tokens)]
         for share in shares
     ]
     most = max(map(len, runs))
     return [own + [[]] * (most - len(own)) for own in runs]
+
+
+def _duration(examples: list[TokenizedExample], plan: list[list[list[int]]]) -> int:
+    """Number of tokens of the longest rank in each forward pass, summed: the others wait for it."""
+    passes = zip(*plan, strict=True)
+    return sum(max(packed_tokens(examples[i] for i in run) for run in of_ranks) for of_ranks in passes)
+
+
+def packed_tokens(examples: Iterable[TokenizedExample]) -> int:
+    """Number of tokens of one forward pass: equal prompts count once."""
+    prompts: dict[bytes, int] = {}
+    own = 0
+    for example in examples:
+        prompts[example.prompt.tobytes()] = len(example.prompt)
+        own += example.n_tokens - len(example.prompt)
+    return own + sum(prompts.values())
 
 
 #### ATTENTION

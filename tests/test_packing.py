@@ -12,7 +12,7 @@ import torch
 from halos import models, packing, sharding
 from halos.errors import UserError
 from halos.models import PolicyModel
-from halos.packing import Layout, balanced_shares, pack, pad, schedule, split_by_tokens
+from halos.packing import Layout, balanced_shares, pack, packed_tokens, pad, schedule, split_by_tokens
 from halos.packing_check import cast_weights, choose, in_float32, probe_logps
 from helpers import ARCHITECTURES, VOCAB, example, random_examples, tiny_lm, tiny_policy
 
@@ -162,7 +162,7 @@ def test_a_schedule_has_as_many_forwards_everywhere():
 
     A rank with fewer examples has empty forward passes at its end.
     """
-    examples = [example(list(range(n)), [9]) for n in (20, 3, 3, 3, 3, 3, 3)]
+    examples = [example([i] * n, [9]) for i, n in enumerate((20, 3, 3, 3, 3, 3, 3))]
     for n in (1, 2, 3, 5, 9):
         per_process = schedule(examples, n, max_tokens=6)
         assert len(per_process) == n and len({len(runs) for runs in per_process}) == 1
@@ -173,6 +173,30 @@ def test_a_schedule_has_as_many_forwards_everywhere():
             assert all(sum(examples[i].n_tokens for i in run) <= 6 or run == [0] for run in runs)
     # Two ranks: one has the long example, 20 tokens in one forward pass; the other has six of 3 tokens, in pairs.
     assert schedule(examples, 2, max_tokens=6) == [[[0], [], []], [[1, 2], [3, 4], [5, 6]]]
+
+
+def test_equal_prompts_stay_together_where_that_is_shorter():
+    """Four examples of 10 + 2 tokens with one prompt are 18 tokens together, and 24 in two forward passes.
+
+    In 24 tokens, all are one forward pass with the two others, of 6 tokens each. With room for 15, two of them share
+    a prompt: 14 tokens. On two ranks, 2 x 14 beside each other are shorter than 18 and 12. Without equal prompts,
+    nothing changes: the examples of 6 tokens come in their order.
+    """
+    together = [example(list(range(10)), [i, i, i]) for i in range(4)]
+    others = [example([20 + i] * 4, [i, i, i]) for i in range(2)]
+    mixed = [together[0], others[0], together[1], together[2], others[1], together[3]]
+    assert schedule(mixed, 1, max_tokens=30) == [[[0, 2, 3, 5, 1, 4]]]
+    assert schedule(mixed, 1, max_tokens=15) == [[[0, 2], [1], [3, 5], [4]]]
+    assert schedule(together, 2, max_tokens=30) == [[[0, 2]], [[1, 3]]]
+    assert packed_tokens(mixed) == pack(mixed).input_ids.shape[1] == 30
+    assert schedule(others, 1, max_tokens=30) == [[[0, 1]]]
+
+
+def test_a_shared_prompt_does_not_leave_ranks_idle():
+    """Eight examples of one prompt are divided over four ranks: 16 tokens each, where one rank would have 64."""
+    examples = [example([1] * 8, [i] * 8) for i in range(8)]
+    tokens = [sum(packed_tokens(examples[i] for i in run) for run in runs) for runs in schedule(examples, 4, 1000)]
+    assert max(tokens) == 8 + 2 * 7
 
 
 def test_split_by_tokens_of_nothing():
