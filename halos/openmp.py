@@ -2,7 +2,7 @@
 
 A thread that waits at a barrier spins, and libgomp lets it spin for some milliseconds. If another process needs the
 core meanwhile, it is held up, and so is the thread that everybody waits for: two training processes on two cores then
-run at a seventh of their speed each, instead of half. With short spins a waiting thread sleeps, and gives the core away.
+run at a seventh of their speed each, instead of half. A short spin ends in sleep, and gives the core away.
 """
 
 import os
