@@ -11,7 +11,6 @@ Shape suffixes: T tokens of the pack, H heads, G key/value heads, D head size.
 """
 
 import importlib.util
-import inspect
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -39,9 +38,10 @@ class Inputs:
     n_rows: int  # number of responses
 
     def to(self, device: torch.device | str) -> "Inputs":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor | Layout) else v for k, v in moved.items()}
-        return replace(self, **moved)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: moved(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        layout = self.layout.to(device) if self.layout is not None else None
+        return replace(self, **tensors, layout=layout)
 
     def sum_by_row(self, per_token: torch.Tensor) -> torch.Tensor:
         """Sum over the tokens of each response: (n_targets,) -> (n_responses,)."""
@@ -83,10 +83,17 @@ class Layout:
     def key_index(self) -> torch.Tensor:
         """(n_keys,) positions of the keys: for each segment its prefix, then the segment itself."""
         parts = [np.arange(*span) for start, end, ps, pe in self.segments for span in ((ps, pe), (start, end))]
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return moved(torch.from_numpy(np.concatenate(parts)), self.device)
 
     def _cumulative(self, lengths: list[int]) -> torch.Tensor:
-        return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=self.device)
+        return moved(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), self.device)
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device. A copy to a GPU is queued there, and the CPU does not wait for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(examples: list[TokenizedExample]) -> Inputs:
@@ -298,14 +305,10 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scaling, "window_size": (left, 0)}
-    if q_THD.shape[1] != k_THD.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:
-            groups = q_THD.shape[1] // k_THD.shape[1]
-            k_THD, v_THD = k_THD.repeat_interleave(groups, dim=1), v_THD.repeat_interleave(groups, dim=1)
-    return varlen_attn(q_THD, k_THD, v_THD, *lengths, **options)
+    is_grouped = q_THD.shape[1] != k_THD.shape[1]
+    return varlen_attn(
+        q_THD, k_THD, v_THD, *lengths, scale=scaling, window_size=(left, 0), enable_gqa=is_grouped
+    )
 
 
 def keep_attention_uncompiled() -> None:

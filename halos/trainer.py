@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from halos import advice, checkpoint, distributed, metrics, mishaps, sharding, states, stopping
+from halos import advice, checkpoint, distributed, metrics, mishaps, optimizers, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome
 from halos.errors import UserError
 from halos.files import make_room
@@ -231,7 +231,7 @@ class BasicTrainer:
         norms = self.clip_gradients()
         for norm in norms.values():
             mishaps.check_finite(norm, "the gradient", examples)
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = float(state.optimizer.param_groups[0]["lr"])  # torchao keeps a tensor, which the scheduler changes
         state.optimizer.step()
         state.scheduler.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -262,12 +262,8 @@ class BasicTrainer:
         return distributed.whole(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The configured class of torch.optim. Weight decay spares vectors (norms and biases)."""
         kwargs: Any = OmegaConf.to_container(self.config.optimizer_kwargs)
-        matrices = [p for p in self.policy.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in self.policy.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return getattr(torch.optim, self.config.optimizer)(groups, lr=self.config.lr, **kwargs)
+        return optimizers.make(self.policy, self.config.optimizer, self.config.lr, kwargs)
 
     def lr_factor(self, update: int) -> float:
         """Factor of the peak learning rate: linear warm-up, then constant, or cosine or linear down to 0."""
