@@ -43,10 +43,11 @@ RULES: dict[str, Rule] = {
         (
             rules.flag,
             "cache_reference_logps do_first_eval intermediate_checkpoints overwrite resume strict_data"
-            " trust_remote_code wandb.enabled loss.use_reference_model model.activation_checkpointing model.compile"
+            " trust_remote_code wandb.enabled loss.use_reference_model model.compile"
             " use_fsdp",
         ),
         (rules.choice(True, False, "auto"), "model.packing"),
+        (rules.choice(True, False, "selective"), "model.activation_checkpointing"),
         (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name wandb.project"),
         (
             rules.text.or_null(),

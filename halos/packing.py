@@ -306,9 +306,7 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
     from torch.nn.attention.varlen import varlen_attn
 
     is_grouped = q_THD.shape[1] != k_THD.shape[1]
-    return varlen_attn(
-        q_THD, k_THD, v_THD, *lengths, scale=scaling, window_size=(left, 0), enable_gqa=is_grouped
-    )
+    return varlen_attn(q_THD, k_THD, v_THD, *lengths, scale=scaling, window_size=(left, 0), enable_gqa=is_grouped)
 
 
 def keep_attention_uncompiled() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from halos import advice, checkpoint, distributed, metrics, mishaps, optimizers, sharding, states, stopping
+from halos import advice, checkpoint, distributed, loading, metrics, mishaps, optimizers, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome
 from halos.errors import UserError
 from halos.files import make_room
@@ -288,7 +288,7 @@ class BasicTrainer:
         if self.policy.export_dtype != self.policy.lm.dtype and self.config.optimizer != "SGD":
             matrices = (distributed.local(p.detach()) for p in self.policy.lm.parameters() if p.ndim > 1)
             lines += advice.export_rounding(self.policy.export_dtype, matrices, lr, updates)
-        return lines
+        return lines + advice.slow_dtypes(loading.compute_dtypes(self.config, self.policy.device), self.policy.device)
 
     def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
         """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""

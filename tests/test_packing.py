@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # private: see halos/plan/measure.py
 
 from halos import models, packing, sharding
 from halos.errors import UserError
@@ -274,6 +275,33 @@ def test_packed_is_padded(name, checkpointing):
     assert_same(values_and_gradients(policy, EXAMPLES), padded)
     if checkpointing:
         assert runs["inside"] == 2 * 2  # both layers, twice each
+
+
+class CountsAttention(TorchDispatchMode):
+    """Counts calls of the kernels of attention that go forward."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.calls += name.startswith("aten::_scaled_dot_product_") and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral"])
+def test_selective_checkpointing_runs_attention_once(name):
+    """Values and gradients are equal bit by bit, and the attention is not computed again in the backward pass."""
+    results, calls = [], []
+    for checkpointing in (False, True, "selective"):
+        policy = tiny_policy(name, packs=True)
+        sharding.prepare_policy(policy, torch.float32, activation_checkpointing=checkpointing)
+        with CountsAttention() as counter:
+            results.append(values_and_gradients(policy, EXAMPLES))
+        calls.append(counter.calls)
+    assert calls[1] == 2 * calls[0] and calls[2] == calls[0] > 0
+    for values, gradients in results[1:]:
+        assert torch.equal(values, results[0][0])
+        assert all(torch.equal(gradients[key], results[0][1][key]) for key in gradients)
 
 
 @every_architecture
