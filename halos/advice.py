@@ -68,7 +68,7 @@ def slow_dtypes(dtypes: dict[str, torch.dtype], device: torch.device) -> list[st
         return []
     rates = {dtype: product_rate(dtype) for dtype in (torch.float32, *slow.values())}
     return [
-        f"warning: {key}={str(dtype).removeprefix('torch.')}: this CPU multiplies at {rates[dtype]:,.1f} GFLOP/s in it, "
+        f"warning: {key}={str(dtype).removeprefix('torch.')}: this CPU multiplies at {rates[dtype]:,.1f} GFLOP/s in it "
         f"and at {rates[torch.float32]:,.1f} in float32; use {key}=float32"
         for key, dtype in slow.items()
         if rates[dtype] < rates[torch.float32]

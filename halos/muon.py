@@ -15,8 +15,8 @@ from halos import distributed
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic that torch.optim.Muon iterates, too
 
-# How the lr of a matrix follows from lr and its shape. With match_rms_adamw (https://arxiv.org/abs/2502.16982) an update
-# is as large as one of AdamW, so that both can have the same lr and weight decay.
+# How the lr of a matrix follows from lr and its shape. With match_rms_adamw (https://arxiv.org/abs/2502.16982) an
+# update is as large as one of AdamW, so that both can have the same lr and weight decay.
 ADJUSTMENTS = {
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),

@@ -887,7 +887,7 @@ def test_a_dtype_that_is_slow_on_this_cpu_is_a_warning(tmp_path, monkeypatch):
     dtypes = loading.compute_dtypes(make_config(tmp_path, "loss=dpo", *words), CPU)
     lines = advice.slow_dtypes(dtypes, CPU)
     assert lines == [
-        f"warning: model.{key}=bfloat16: this CPU multiplies at 0.9 GFLOP/s in it, and at 120.0 in float32; use "
+        f"warning: model.{key}=bfloat16: this CPU multiplies at 0.9 GFLOP/s in it and at 120.0 in float32; use "
         f"model.{key}=float32"
         for key in ("fsdp_policy_mp", "reference_dtype")
     ]
