@@ -82,7 +82,8 @@ class Muon(torch.optim.AdamW):
             if "momentum_buffer" not in state:
                 state["step"] = torch.zeros(())  # not used: AdamW looks for it in every state that it loads
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            gradient, mean = distributed.local(parameter.grad), distributed.local(state["momentum_buffer"])
+            gradient: Any = parameter.grad
+            gradient, mean = distributed.local(gradient), distributed.local(state["momentum_buffer"])
             mean.lerp_(gradient, 1 - self.momentum)
             direction = gradient.lerp(mean, self.momentum) if self.nesterov else mean
             yield distributed.with_local(parameter, direction)
@@ -91,8 +92,8 @@ class Muon(torch.optim.AdamW):
 def orthogonalized(matrices: Iterator[torch.Tensor], steps: int) -> Iterator[torch.Tensor]:
     """The whole update of each matrix, on all ranks: each rank computes every n-th, and sends it to the others."""
     rank, n = distributed.rank(), distributed.world_size()
+    own: Any = None
     while group := list(islice(matrices, n)):
-        own = None
         for owner, matrix in enumerate(group):  # every rank must reach this: gathering is a collective
             whole = distributed.whole(matrix.to(compute_dtype(matrix)))
             if owner == rank:

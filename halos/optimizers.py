@@ -20,7 +20,7 @@ NOT_IN_TORCH = ("Muon", *OF_TORCHAO)
 CHOICES_OF_KERNEL = {"fused", "foreach", "differentiable"}  # arguments by which a user chooses
 
 
-def class_of(name: str) -> type[torch.optim.Optimizer]:
+def class_of(name: str) -> Any:
     """Return the class that `optimizer: name` stands for."""
     if name == "Muon":
         return Muon

@@ -13,6 +13,7 @@ Shape suffixes: T tokens of the pack, H heads, G key/value heads, D head size.
 import importlib.util
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +39,9 @@ class Inputs:
     n_rows: int  # number of responses
 
     def to(self, device: torch.device | str) -> "Inputs":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: moved(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        layout = self.layout.to(device) if self.layout is not None else None
-        return replace(self, **tensors, layout=layout)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: moved(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **values | {"layout": self.layout and self.layout.to(device)})
 
     def sum_by_row(self, per_token: torch.Tensor) -> torch.Tensor:
         """Sum over the tokens of each response: (n_targets,) -> (n_responses,)."""

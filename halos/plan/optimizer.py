@@ -63,9 +63,8 @@ def _nbytes(value: Any) -> int:
     """Bytes of a tensor, those of its parts if it is quantized; 0 for a single number."""
     if not isinstance(value, torch.Tensor) or not value.ndim:
         return 0
-    if type(value) is torch.Tensor:
-        return value.nbytes
-    return sum(_nbytes(getattr(value, part)) for part in value.__tensor_flatten__()[0])
+    parts: Any = getattr(value, "__tensor_flatten__", None)
+    return sum(_nbytes(getattr(value, part)) for part in parts()[0]) if parts else value.nbytes
 
 
 def _with_matrices(
