@@ -96,8 +96,9 @@ def orthogonalized(matrices: Iterator[torch.Tensor], steps: int) -> Iterator[tor
     while group := list(islice(matrices, n)):
         for owner, matrix in enumerate(group):  # every rank must reach this: gathering is a collective
             whole = distributed.whole(matrix.to(compute_dtype(matrix)))
-            if owner == rank:
-                own = orthogonal(whole, steps)
+            own = whole if owner == rank else own
+        if rank < len(group):  # only now, else the ranks would compute one after the other
+            own = orthogonal(own, steps)
         for owner, matrix in enumerate(group):
             yield distributed.broadcast(own if owner == rank else _empty_whole(matrix), owner)
 
