@@ -11,8 +11,9 @@ Shape suffixes: T tokens of the pack, H heads, G key/value heads, D head size.
 """
 
 import importlib.util
+import inspect
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -305,8 +306,18 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    is_grouped = q_THD.shape[1] != k_THD.shape[1]
-    return varlen_attn(q_THD, k_THD, v_THD, *lengths, scale=scaling, window_size=(left, 0), enable_gqa=is_grouped)
+    groups = q_THD.shape[1] // k_THD.shape[1]
+    options = {"enable_gqa": groups > 1} if _varlen_takes_groups() else {}
+    if groups > 1 and not options:
+        k_THD, v_THD = k_THD.repeat_interleave(groups, dim=1), v_THD.repeat_interleave(groups, dim=1)
+    return varlen_attn(q_THD, k_THD, v_THD, *lengths, scale=scaling, window_size=(left, 0), **options)
+
+
+@cache
+def _varlen_takes_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def keep_attention_uncompiled() -> None:
