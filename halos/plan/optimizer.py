@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: see halos/plan/make.py
 from torch.utils._pytree import tree_leaves
 
 from halos import optimizers
@@ -74,6 +75,7 @@ def _with_matrices(
     shapes = [shape for block in model.blocks for shape in block.shapes if len(shape) == 2]
     hidden, all_elements = sum(shape.numel() for shape in shapes), sum(group.elements for group in model.groups)
     largest = max(shapes, key=lambda shape: shape.numel())
-    found = _measured(Muon, kwargs, largest, dtype, hidden=True)
+    with FakeTensorMode():  # it may be large
+        found = _measured(Muon, kwargs, largest, dtype, hidden=True)
     state = (found.state * hidden + rest.state * (all_elements - hidden)) / all_elements
     return replace(rest, state=state, matrix=round(found.step * largest.numel() * dtype.itemsize))
