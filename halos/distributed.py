@@ -237,10 +237,10 @@ def from_main(value: Any) -> Any:
     return gather_objects(value if is_main() else None)[0]
 
 
-def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite `tensor` with rank 0's values."""
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """Overwrite `tensor` with the values of the rank `source`."""
     if world_size() > 1:
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, source)
     return tensor
 
 

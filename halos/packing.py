@@ -14,8 +14,8 @@ import importlib.util
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ class Inputs:
     n_rows: int  # number of responses
 
     def to(self, device: torch.device | str) -> "Inputs":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor | Layout) else v for k, v in moved.items()}
-        return replace(self, **moved)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: moved(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **values | {"layout": self.layout and self.layout.to(device)})
 
     def sum_by_row(self, per_token: torch.Tensor) -> torch.Tensor:
         """Sum over the tokens of each response: (n_targets,) -> (n_responses,)."""
@@ -85,10 +85,17 @@ class Layout:
     def key_index(self) -> torch.Tensor:
         """(n_keys,) positions of the keys: for each segment its prefix, then the segment itself."""
         parts = [np.arange(*span) for start, end, ps, pe in self.segments for span in ((ps, pe), (start, end))]
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return moved(torch.from_numpy(np.concatenate(parts)), self.device)
 
     def _cumulative(self, lengths: list[int]) -> torch.Tensor:
-        return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=self.device)
+        return moved(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), self.device)
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device. A copy to a GPU is queued there, and the CPU does not wait for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(examples: list[TokenizedExample]) -> Inputs:
@@ -166,10 +173,6 @@ def _targets(examples: list[TokenizedExample], predicted_at: list[np.ndarray]) -
         "rows": _long(rows),
         "n_rows": len(responses),
     }
-
-
-def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return tensor.to(device)
 
 
 def _long(array: np.ndarray) -> torch.Tensor:
@@ -352,14 +355,18 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scaling, "window_size": (left, 0)}
-    if q_THD.shape[1] != k_THD.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:
-            groups = q_THD.shape[1] // k_THD.shape[1]
-            k_THD, v_THD = k_THD.repeat_interleave(groups, dim=1), v_THD.repeat_interleave(groups, dim=1)
-    return varlen_attn(q_THD, k_THD, v_THD, *lengths, **options)
+    groups = q_THD.shape[1] // k_THD.shape[1]
+    options = {"enable_gqa": groups > 1} if _varlen_takes_groups() else {}
+    if groups > 1 and not options:
+        k_THD, v_THD = k_THD.repeat_interleave(groups, dim=1), v_THD.repeat_interleave(groups, dim=1)
+    return varlen_attn(q_THD, k_THD, v_THD, *lengths, scale=scaling, window_size=(left, 0), **options)
+
+
+@cache
+def _varlen_takes_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def keep_attention_uncompiled() -> None:

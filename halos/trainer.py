@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import get_total_norm
 
-from halos import advice, checkpoint, distributed, metrics, mishaps, sharding, states, stopping
+from halos import advice, checkpoint, distributed, loading, metrics, mishaps, optimizers, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome, Planned, joined, planned
 from halos.errors import UserError
 from halos.files import make_room
@@ -269,7 +269,7 @@ class BasicTrainer:
         examples: what they were computed from
         """
         state = self.state
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = float(state.optimizer.param_groups[0]["lr"])  # torchao keeps a tensor, which the scheduler changes
         with self.stopwatch("optimizer"):
             norms = self.clip_gradients(sum(len(outcome.losses) for outcome in outcomes), examples)
             state.optimizer.step()
@@ -311,12 +311,8 @@ class BasicTrainer:
         return {"grad_norm": (self.policy.lm, self.config.model.max_grad_norm)}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The configured class of torch.optim. Weight decay spares vectors (norms and biases)."""
         kwargs: Any = OmegaConf.to_container(self.config.optimizer_kwargs)
-        matrices = [p for p in self.policy.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in self.policy.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return getattr(torch.optim, self.config.optimizer)(groups, lr=self.config.lr, **kwargs)
+        return optimizers.make(self.policy, self.config.optimizer, self.config.lr, kwargs)
 
     def lr_factor(self, update: int) -> float:
         """Factor of the peak learning rate: linear warm-up, then constant, or cosine or linear down to 0."""
@@ -341,7 +337,7 @@ class BasicTrainer:
         if self.policy.export_dtype != self.policy.lm.dtype and self.config.optimizer != "SGD":
             matrices = (distributed.local(p.detach()) for p in self.policy.lm.parameters() if p.ndim > 1)
             lines += advice.export_rounding(self.policy.export_dtype, matrices, lr, updates)
-        return lines
+        return lines + advice.slow_dtypes(loading.compute_dtypes(self.config, self.policy.device), self.policy.device)
 
     def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
         """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""

@@ -38,6 +38,7 @@ CASES = {loss: f"{loss} {COMMON}" for loss in LOSSES} | {
     "tied": f"dpo {COMMON} ++model.architecture.tie_word_embeddings=true",
     "replicated": f"kto {COMMON} use_fsdp=false",
     "adamw": f"dpo {COMMON} optimizer=AdamW ++optimizer_kwargs.weight_decay=0.1 ++optimizer_kwargs.eps=1e-4",
+    "muon": f"ppo {COMMON} optimizer=Muon ++optimizer_kwargs.eps=1e-4",
 }
 IN_BFLOAT16 = {"bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16"}
 MORE = {"hsdp": f"ppo {COMMON} hsdp_replicas=2"}  # on 4 processes

@@ -94,7 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, loss, words):
     assert_same_run(last, whole)
 
 
-@pytest.mark.parametrize("name", ["RMSprop", "SGD", "Adafactor", "NAdam", "Adagrad"])
+@pytest.mark.parametrize("name", ["RMSprop", "SGD", "Adafactor", "NAdam", "Adagrad", "Muon"])
 def test_every_optimizer_goes_on_where_it_was(tmp_path, name):
     words = (f"optimizer={name}", *(["++optimizer_kwargs.momentum=0.9"] if name in ("RMSprop", "SGD") else []))
     whole = trainer_of(tmp_path / "whole", "dpo", *words)
