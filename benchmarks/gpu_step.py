@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,9 +192,9 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     trainer = make_trainer(args, batches, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    warm_up = [seconds(lambda: trainer.train_step([b]), device) for b in batches]
+    warm_up = [seconds(partial(trainer.train_step, [batch]), device) for batch in batches]
     turns = [batches[i % 3] for i in range(3 if args.small else args.steps)]
-    times = [seconds(lambda: trainer.train_step([b]), device) for b in turns]
+    times = [seconds(partial(trainer.train_step, [batch]), device) for batch in turns]
     live = args.reference == "live"
     flops = sum(floor_flops(trainer.policy, batch, live) for batch in turns)
     notes = [f"first step {warm_up[0]:.0f} s"] if args.compile == "true" else []
