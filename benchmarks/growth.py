@@ -5,7 +5,7 @@
 A 35M-parameter Llama in float32 takes whole steps (`trainer.train_step`, with AdamW and the reference log-probs cached)
 packed, as the project trains, and padded: one row per response, logits of all positions. Each point is measured in a
 process of its own, for its peak memory. The floor is the arithmetic that no step can leave out, at the rate of matrix
-products that was measured in the same process. Writes `assets/growth.png` and `docs/growth.json`; with --table it only
+products that was measured in the same process. Writes `assets/growth.png` and `assets/growth.json`; with --table it only
 prints the numbers as Markdown. --panel measures one panel again and keeps the others.
 """
 
@@ -33,7 +33,7 @@ from halos.tokens import Role, TokenizedExample
 from halos.train_state import TrainState
 from trainers import DPOTrainer
 
-NUMBERS = os.path.join(PROJECT, "docs", "growth.json")
+NUMBERS = os.path.join(PROJECT, "assets", "growth.json")
 PICTURE = os.path.join(PROJECT, "assets", "growth.png")
 PANELS = {  # panel -> the values of its axis
     "batch": (1, 2, 4, 8, 16),
@@ -48,6 +48,7 @@ AXES = {
     "processes": "processes on 2 cores (8 SHP-like pairs)",
 }
 WAYS = ("packed", "padded")
+UNITS = ("seconds", "mib"), ("seconds per step", "MiB above the model")
 STEPS = 3
 
 
@@ -88,7 +89,9 @@ def floor_flops(examples: list[TokenizedExample], body: int, head: int, hidden: 
     prompts = {example.prompt.tobytes(): len(example.prompt) for example in examples}
     n_response = sum(sum(lengths) for lengths in responses.values())
     n_tokens = sum(prompts.values()) + n_response
-    attended = sum(p * (p + 1) // 2 + sum(r * p + r * (r + 1) // 2 for r in responses[key]) for key, p in prompts.items())
+    attended = sum(
+        p * (p + 1) // 2 + sum(r * p + r * (r + 1) // 2 for r in responses[key]) for key, p in prompts.items()
+    )
     return 6 * body * n_tokens + 6 * head * n_response + 12 * layers * hidden * attended
 
 
@@ -167,7 +170,10 @@ def in_own_process(panel: str, value: int, way: str) -> dict[str, float]:
     with open(path) as file:
         found = json.load(file)
     os.remove(path)
-    print(f"{panel} {value} {way}: {found['seconds']:.2f} s, floor {found['floor']:.2f} s, +{found['mib']:.0f} MiB", flush=True)
+    print(
+        f"{panel} {value} {way}: {found['seconds']:.2f} s, floor {found['floor']:.2f} s, +{found['mib']:.0f} MiB",
+        flush=True,
+    )
     return found
 
 
@@ -183,7 +189,9 @@ def draw(rows: list[dict], path: str) -> None:
     figure = Figure(figsize=(3.4 * len(panels), 5.6), dpi=110, facecolor="white")
     axes = figure.subplots(2, len(panels), squeeze=False)
     for column, panel in enumerate(panels):
-        for axis, what, unit in zip(axes[:, column], ("seconds", "mib"), ("seconds per step", "MiB above the model"), strict=True):
+        for axis, what, unit in zip(
+            axes[:, column], ("seconds", "mib"), ("seconds per step", "MiB above the model"), strict=True
+        ):
             for way, color in zip(WAYS, ("C0", "C3"), strict=True):
                 points = [(row["value"], row[what]) for row in rows if (row["panel"], row["way"]) == (panel, way)]
                 axis.plot(*zip(*points, strict=True), "o-", color=color, label=way) if points else None
@@ -222,7 +230,9 @@ def main() -> None:
         from benchmarks.growth import write_point as importable
 
         panel, value, way, path = args.point
-        return launch(importable, path, panel, int(value), way, nproc_per_node=int(value) if panel == "processes" else 1)
+        return launch(
+            importable, path, panel, int(value), way, nproc_per_node=int(value) if panel == "processes" else 1
+        )
     rows = []
     if os.path.exists(NUMBERS):
         with open(NUMBERS) as file:

@@ -30,9 +30,14 @@ def test_a_point_and_its_picture(tmp_path):
     rows = []
     for way in growth.WAYS:
         found = growth.measure("responses", 4, way, steps=1, **small)
-        assert found["seconds"] > 0 and found["mib"] >= 0 and found["floor"] == pytest.approx(
-            growth.floor_flops(growth.examples_of("responses", 4, 64), found_body(small), 64 * 64, 64, 1)
-            / (found["gflops"] * 1e9)
+        assert (
+            found["seconds"] > 0
+            and found["mib"] >= 0
+            and found["floor"]
+            == pytest.approx(
+                growth.floor_flops(growth.examples_of("responses", 4, 64), found_body(small), 64 * 64, 64, 1)
+                / (found["gflops"] * 1e9)
+            )
         )
         rows.append({"panel": "responses", "value": 4, "way": way, **found})
     growth.draw(rows, str(tmp_path / "growth.png"))
