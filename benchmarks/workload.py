@@ -1,5 +1,7 @@
 """The workload of the benchmarks: Llamas with random weights, and preference pairs with the lengths of real ones."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,19 +31,39 @@ def body_parameters(policy: PolicyModel) -> int:
     return sum(p.numel() for p in policy.parameters() if p.ndim == 2 and id(p) not in ends)
 
 
-def shp_like_pairs(n: int, vocab_size: int, seed: int = 0, max_length: int = 2048) -> list[TokenizedExample]:
-    """Pairs with log-normal lengths: medians of 180 tokens for prompts (a tenth have over 600), 70 for responses."""
+class Shape(NamedTuple):
+    """Log-normal lengths in tokens: a median and the standard deviation of its logarithm each."""
+
+    prompt: tuple[float, float]
+    response: tuple[float, float]
+    longest_response: int = 500
+
+
+SHAPES = {
+    "shp": Shape((180, 0.95), (70, 0.9)),  # a tenth of the prompts have over 600 tokens
+    "hh": Shape((130, 0.8), (40, 0.9)),  # dialogues, and short replies
+    "ultrafeedback": Shape((90, 1.1), (260, 0.7), 1024),  # instructions, and long answers
+}
+
+
+def pairs_like(shape: str, n: int, vocab_size: int, seed: int = 0, max_length: int = 2048) -> list[TokenizedExample]:
+    """Return pairs of random tokens with the lengths of `SHAPES[shape]`."""
     rng = np.random.default_rng(seed)
+    lengths = SHAPES[shape]
 
     def ids(median: float, sigma: float, most: int) -> np.ndarray:
         length = int(np.clip(rng.lognormal(np.log(median), sigma), 8, most))
         return rng.integers(0, vocab_size, length).astype(np.int32)
 
+    def response() -> np.ndarray:
+        return ids(*lengths.response, lengths.longest_response)
+
     roles = (Role.CHOSEN, Role.REJECTED)
-    return [
-        TokenizedExample(ids(180, 0.95, max_length // 2), (ids(70, 0.9, 500), ids(70, 0.9, 500)), roles)
-        for _ in range(n)
-    ]
+    return [TokenizedExample(ids(*lengths.prompt, max_length // 2), (response(), response()), roles) for _ in range(n)]
+
+
+def shp_like_pairs(n: int, vocab_size: int, seed: int = 0, max_length: int = 2048) -> list[TokenizedExample]:
+    return pairs_like("shp", n, vocab_size, seed, max_length)
 
 
 def dpo_backward(policy: PolicyModel, examples: list[TokenizedExample]) -> torch.Tensor:
