@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from halos.tokens import TokenizedExample
 
@@ -378,6 +378,6 @@ def _flash_attn_is_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+# No mask is registered under this name, so that transformers makes none and does not look for one in position_ids. It
+# would take the jump at a second response for a new document, and wait for the device to know.
 AttentionInterface.register(ATTENTION, packed_attention)
-# No mask: transformers would take the jump of position_ids at a second response for a new document, and build one.
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)

@@ -1,10 +1,12 @@
 """A global batch as a loss sees it, its forward and backward passes by role, and the state of training."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # private: see halos/plan/measure.py
 
 import trainers
 from halos import metrics
@@ -124,7 +126,7 @@ def test_pieces_partition_the_tokens_of_the_batch():
     """Forward passes of trained and of unrelated responses together contain every token of the batch once."""
     device = torch.device("cpu")
     trained, untrained = frozenset({Role.CHOSEN, Role.REJECTED}), frozenset({Role.UNRELATED})
-    found = [pieces(MIXED, roles, 8, device) for roles in (trained, untrained)]
+    found = [pieces(MIXED, roles, 6, device) for roles in (trained, untrained)]
     positions = torch.cat([piece.positions for part in found for piece in part])
     assert sorted(positions.tolist()) == list(range(sum(len(r) for one in MIXED for r in one.responses)))
     assert len(found[0]) > 1
@@ -299,3 +301,45 @@ def test_what_a_trainer_keeps_is_part_of_the_state(tmp_path):
     again = make_trainer(tmp_path / "again", "sft", train_loader=loader_for("sft", 16, batch_size=8))
     again.state.load_state_dict(trainer.state.state_dict())
     assert again.state.own == {"mean": 0.25}
+
+
+#### THE HOST DOES NOT WAIT
+
+# What reads values of tensors on the host, or needs them to know a shape. On a GPU the host waits for each.
+WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "repeat_interleave"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that a host with a GPU waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in WAITING or masks:
+            self.found[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", losses())
+def test_a_step_reads_the_device_once(tmp_path, loss):
+    """A step has no operation of WAITING: all that the host needs is in one `tolist` before the update, which is none.
+
+    The line of metrics.jsonl comes after the step. SGD, since AdamW reads its own count of steps, which is on the CPU.
+    """
+    trainer = make_trainer(tmp_path, loss)
+    trainer.log = metrics.NoLog()
+    batch = trainer.train_loader.batches[0]
+    with Waits() as waits:
+        trainer.train_step([batch])
+    assert trainer.state.updates == 1 and not waits.found
+
+
+def test_waits_are_found():
+    with Waits() as waits:
+        x = torch.arange(4.0)
+        x[x > 1], bool(x.sum() > 1), x.repeat_interleave(torch.tensor([1, 0, 2, 1]))
+    assert set(waits.found) >= {"index", "_local_scalar_dense", "repeat_interleave"}
