@@ -113,6 +113,7 @@ class _FusedLogps(torch.autograd.Function):
                     grad_weight += torch.mm(grad.T, hidden[rows], out_dtype=torch.float32)
                 else:
                     grad_weight += grad.T @ hidden[rows]
+            del grad  # else it would be in memory beside the next chunk
         grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None else None
         grad_bias = grad_bias.to(bias.dtype) if grad_bias is not None else None
         return grad_hidden, grad_weight, None, grad_bias, None, None, None
