@@ -136,13 +136,13 @@ def _grad_logits(logits, lse, targets, upstream, softcap, scale) -> torch.Tensor
 def _blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return views of some rows each, small enough for the caches."""
     n, vocab = logits.shape
-    return logits.split(max(1, BLOCK_ELEMENTS[logits.device.type] // vocab)) if n else ()
+    return logits.split(max(1, BLOCK_ELEMENTS[_kind(logits)] // vocab)) if n else ()
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
     """Return equal slices of the entries of `hidden`, each with at most CHUNK_ELEMENTS logits."""
     n = len(hidden)
-    elements = CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
+    elements = CHUNK_ELEMENTS[_kind(hidden)]
     most = max(1, elements // len(weight))
     size = -(-n // max(1, -(-n // most)))
     return [slice(start, min(start + size, n)) for start in range(0, n, max(1, size))]
@@ -163,3 +163,7 @@ def _logits(hidden, weight, bias, softcap, scale) -> torch.Tensor:
     if scale != 1:
         logits *= scale  # in place: else two chunks would be in memory
     return softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "cuda"
