@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from halos import demo, sources
 from halos.chat import Renderer
 from halos.dataset_specs import base_spec, spec_of
+from halos.epoch import Row
 from halos.examples import Dataset, Example, Text, merge
 from halos.hub import hub_rows
-from halos.loader import DataLoader, Row
+from halos.loader import DataLoader
 from halos.turns import messages_of, messages_of_turns, same_but_blanks, split_reply, text_of
 from utils import rank0_print
 
@@ -281,7 +282,7 @@ def read_datasets(config, split: str) -> list[Dataset]:
     return [read_dataset(name, split, spec_of(config, name), config.strict_data) for name in config.datasets]
 
 
-def make_loader(config, tokenizer, split: str) -> DataLoader:
+def make_loader(config, tokenizer, split: str, keep_texts: bool = False) -> DataLoader:
     """Build the loader `config.loss.dataloader` over the training or test split of all `config.datasets`.
 
     Every evaluation uses the same examples: the first `n_eval_examples` of a seeded shuffle. Weights of datasets apply
@@ -300,6 +301,8 @@ def make_loader(config, tokenizer, split: str) -> DataLoader:
         n_epochs=config.n_epochs if training else 1,
         n_examples=config.n_examples if training else config.n_eval_examples,
         weights={dataset.name: spec_of(config, dataset.name).weight for dataset in datasets} if training else {},
+        group_prompts=training and config.group_prompts,
+        keep_texts=keep_texts,
         description=split,
     )
     loader.account = [dataset.account() for dataset in datasets]

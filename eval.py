@@ -14,7 +14,7 @@ import os
 from omegaconf import DictConfig, OmegaConf
 
 from halos import locks, rules, saved_config, secrets
-from halos.commands import FlagParser, boolean, report_user_errors
+from halos.commands import FlagParser, boolean, importing, report_user_errors
 from halos.config import NAME_SPARE, validate
 from halos.config_keys import short
 from halos.errors import UserError
@@ -199,8 +199,11 @@ def write_json(path: str, content) -> None:
 def main() -> None:
     with report_user_errors():
         args = arguments()
-        from halos import loading
-        from halos.launch import joined, launch
+        with importing():
+            import dataloaders  # noqa: F401  imported here, once, for the functions above
+            import trainers  # noqa: F401
+            from halos import loading, samplers  # noqa: F401
+            from halos.launch import joined, launch
 
         with joined():
             config, policy_pt = load_run(args)

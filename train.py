@@ -9,20 +9,20 @@ import os
 
 from omegaconf import DictConfig
 
-from halos.commands import hydra_main
+from halos.commands import hydra_main, importing
 from halos.config import validate
 from halos.files import finished
 
 
 @hydra_main("config", "config")
 def main(config: DictConfig) -> None:
-    import dataloaders
-    import trainers
+    with importing():
+        import dataloaders
+        import trainers
+        from halos import distributed, loading, resume, run_dir
+        from halos.launch import joined, launch
 
     validate(config, trainers, dataloaders)
-    from halos import distributed, loading, resume, run_dir
-    from halos.launch import joined, launch
-
     with joined(), run_dir.locked(config) as lock:
         distributed.on_main(resume.check_same, config)
         loading.check_positions(config)
@@ -32,10 +32,11 @@ def main(config: DictConfig) -> None:
 
 def run(config: DictConfig) -> None:
     """Train or evaluate, in each process of the run."""
-    import dataloaders
-    import trainers
-    from halos import checkpoint, distributed, loading, reference_cache, resume, run_dir
-    from utils import rank0_print
+    with importing():  # again, for processes that `launch` has started
+        import dataloaders
+        import trainers
+        from halos import checkpoint, distributed, loading, reference_cache, resume, run_dir
+        from utils import rank0_print
 
     tokenizer = loading.load_tokenizer(config)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from halos import advice, rules
-from halos.engine import Batch, Outcome, Statistic
+from halos.engine import Batch, Outcome, Statistic, joined
 from halos.errors import UserError
 from halos.trainer import BasicTrainer, wins
 from utils import discounted_sums
@@ -176,7 +176,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def train_step(self, microbatches):
         """One update per PPO epoch, all over the same advantages and returns. The accumulated microbatches are one
         batch, since advantages are normalised over all of its tokens."""
-        examples = sum(microbatches, [])
+        examples = joined(microbatches)
         reference_logps, episode = None, None  # the same in all epochs
         for _ in range(self.config.loss.ppo_epochs):
             forward, batch = self.forward(examples, reference_logps)
@@ -190,23 +190,24 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def total_updates(self):
         return super().total_updates() * self.config.loss.ppo_epochs
 
-    def clip_gradients(self):
+    def gradient_limits(self):
         """The critic's gradient has a limit of its own."""
-        v_head_norm = self.clipped(self.policy.v_head, self.config.model.v_head_max_grad_norm)
-        return super().clip_gradients() | {"v_head_grad_norm": v_head_norm}
+        v_head = self.policy.v_head, self.config.model.v_head_max_grad_norm
+        return super().gradient_limits() | {"v_head_grad_norm": v_head}
 
     @torch.no_grad()
     def episode(self, batch: Batch) -> Episode:
         """Advantages and returns of a batch, from the values of the policy before its first update."""
         lengths, values = batch.lengths[:, None], batch.policy.values
-        token = torch.arange(int(lengths.max()), device=values.device)
+        longest = max(n for example in batch.examples for n in example.n_targets)  # not of `lengths`: no wait for a GPU
+        token = torch.arange(longest, device=values.device)
         mask, is_last = token < lengths, token == lengths - 1
         rewards = is_last * torch.where(batch.chosen, 1.0, -1.0)[:, None]
         values = values.new_zeros(mask.shape).masked_scatter(mask, values)
-        advantages, returns = self.advantages_and_returns(values, rewards)
-        advantages = advantages[mask]
+        at = mask.flatten().nonzero_static(size=len(batch.policy.values))[:, 0]  # entries of `mask`, row after row
+        advantages, returns = (x.flatten()[at] for x in self.advantages_and_returns(values, rewards))
         advantages = (advantages - advantages.mean()) * torch.rsqrt(advantages.var(correction=0) + 1e-8)
-        return Episode(advantages, returns[mask])
+        return Episode(advantages, returns)
 
     def advantages_and_returns(
         self, values: torch.Tensor, rewards: torch.Tensor
@@ -263,6 +264,5 @@ def variance(x: torch.Tensor) -> torch.Tensor:
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
     """Share of the returns' variance that the values explain; NaN if the returns are all equal."""
-    if not variance(returns) > 0:
-        return returns.new_tensor(float("nan"))
-    return 1 - variance(returns - values) / variance(returns)
+    explained = 1 - variance(returns - values) / variance(returns)
+    return torch.where(variance(returns) > 0, explained, float("nan"))

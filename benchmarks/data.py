@@ -1,8 +1,11 @@
 """Tokens per second of the data path, from texts to batches: cold (nothing cached) and warm.
 
     python -m benchmarks.data
+    python -m benchmarks.data --data DIR --tokenizer DIR
 
-Pairs of SHP-like lengths in made-up words, tokenized with a 32k byte-level BPE that is trained on the same words.
+Without a source of natural text: pairs of SHP-like lengths in made-up words, tokenized with a 32k byte-level BPE that
+is trained on the same words. Tokenization alone is compared with what the tokenizers library does with the responses
+as plain texts, in blocks of several sizes.
 """
 
 import argparse
@@ -12,10 +15,13 @@ import tempfile
 import time
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dataloaders import PairedPreferenceDataLoader
-from halos.examples import Example
+from dataloaders import PairedPreferenceDataLoader, get_local
+from halos.chat import Renderer
+from halos.examples import Example, merge
+from halos.token_store import BLOCK, tokenize
+from halos.tokens import Encoder
 
 
 def words(rng: random.Random, n: int = 20000) -> list[str]:
@@ -44,14 +50,45 @@ def large_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
+def tokenization(examples: list[Example], tokenizer) -> None:
+    """Print the speed of rendering and of tokenization, and that of the library."""
+    renderer, encoder, started = Renderer(tokenizer), Encoder(tokenizer), time.perf_counter()
+    texts = {
+        "prompts": [renderer.prompt(example) for example in examples],
+        "responses": [response for example in examples for response in renderer.responses(example)],
+    }
+    rendered = time.perf_counter() - started
+    print(f"rendering: {1e6 * rendered / sum(map(len, texts.values())):.0f} microseconds a text")
+    for _ in range(2):
+        n_tokens, started = 0, time.perf_counter()
+        with tempfile.TemporaryDirectory() as cache_dir:
+            for kind, of_kind in texts.items():
+                n_tokens += int(tokenize(of_kind, encoder, kind, cache_dir).lengths.sum())
+            seconds = time.perf_counter() - started
+        print(f"tokenization: {n_tokens / seconds:,.0f} tokens/s ({n_tokens:,} tokens)")
+    plain = [text for example in examples for text in example.generations if isinstance(text, str)]
+    for block in (256, BLOCK, 4096):
+        n_tokens, started = 0, time.perf_counter()
+        for start in range(0, len(plain), block):
+            encoded = tokenizer.backend_tokenizer.encode_batch_fast(plain[start : start + block])
+            n_tokens += sum(map(len, encoded))
+        print(f"library, {block} texts at once: {n_tokens / (time.perf_counter() - started):,.0f} tokens/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n_pairs", type=int, default=20000)
+    parser.add_argument("--n_pairs", type=int, default=20000, help="of made-up words")
+    parser.add_argument("--data", help="a source that `datasets` can name, instead of made-up words")
+    parser.add_argument("--tokenizer", help="a directory with a tokenizer; needed with --data")
     args = parser.parse_args()
-    rng = random.Random(0)
-    examples = pairs(rng, words(rng), args.n_pairs)
-    tokenizer = large_tokenizer([example.prompt for example in examples[:2000]])
-    print(f"{os.cpu_count()} processors, {args.n_pairs} pairs")
+    if args.data and args.tokenizer:
+        examples, tokenizer = merge([get_local(args.data, "train")]), AutoTokenizer.from_pretrained(args.tokenizer)
+    else:
+        rng = random.Random(0)
+        examples = pairs(rng, words(rng), args.n_pairs)
+        tokenizer = large_tokenizer([example.prompt for example in examples[:2000]])
+    print(f"{os.cpu_count()} processors, {sum(len(example.pairs) for example in examples)} pairs")
+    tokenization(examples, tokenizer)
     with tempfile.TemporaryDirectory() as cache_dir:
         for state in ("cold", "warm"):
             started = time.perf_counter()

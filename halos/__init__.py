@@ -3,8 +3,12 @@
 trainer.py          the loop: state, train, evaluate, update, save
 train_state.py      everything that changes during training, except for the weights
 engine.py           Batch, Outcome, Forward: one global batch through a model and its gradient back
+prefetch.py         batches prepared one ahead, in a thread
+scalars.py          metrics and times of a step, read from the device in one transfer
 loader.py           batches of tokenized examples as a function of (seed, epoch)
+epoch.py            rows of an epoch as arrays; rows of one prompt in one batch
 examples.py         Example, Dataset: what is known of a prompt and its responses
+example_table.py    examples without their texts, as arrays
 thinning.py         weights of datasets: which rows an epoch has
 sources.py          rows of a known form, from files and hub datasets, as a Dataset
 forms.py            the forms of rows: pairs, feedback, conversations, rankings
@@ -29,8 +33,11 @@ reference_cache.py  reference log-probs, computed once for all runs
 reference_key.py    what determines a reference log-prob besides its tokens
 logps_store.py      log-probs of responses on disk, under addresses of their content
 logps.py            log-probs of tokens from hidden states, in chunks
+optimizers.py       the optimizer: of torch.optim, Muon, or of torchao; which parameters it treats how
+muon.py             Muon for hidden matrices, on any number of ranks, and AdamW for the rest
 sharding.py         activation checkpointing, compilation and FSDP
 distributed.py      ranks, devices and collectives
+openmp.py           how OpenMP's threads wait: set before torch is imported
 launch.py           starting the processes of a run and reporting the first failure
 watching.py         the launcher's watch over its processes, and signals to them
 scratch.py          the launcher's temporary folder and semaphores
@@ -63,3 +70,7 @@ judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 inspection/         everything of scripts/inspect_data.py
 """
+
+from halos import openmp
+
+openmp.spin_briefly()

@@ -1,6 +1,7 @@
 """Lines that are worth reading before the first update, for `BasicTrainer.advice` and its overrides."""
 
 import math
+import time
 from collections.abc import Iterable
 
 import torch
@@ -55,3 +56,31 @@ def balance(n_desirable: int, n_undesirable: int, desirable_weight: float, undes
         else f"loss.undesirable_weight from {down * 3 / 4:.3g} to {down:.3g}"
     )
     return f"{found}; for these the KTO paper recommends {remedy} (the other weight 1), not {setting}"
+
+
+def slow_dtypes(dtypes: dict[str, torch.dtype], device: torch.device) -> list[str]:
+    """Warn of computing on a CPU in a dtype whose matrix products are slow there.
+
+    dtypes: key of the config -> the dtype that it asks for
+    """
+    slow = {key: dtype for key, dtype in dtypes.items() if dtype != torch.float32}
+    if device.type != "cpu" or not slow:
+        return []
+    rates = {dtype: product_rate(dtype) for dtype in (torch.float32, *slow.values())}
+    return [
+        f"warning: {key}={str(dtype).removeprefix('torch.')}: this CPU multiplies at {rates[dtype]:,.1f} GFLOP/s in it "
+        f"and at {rates[torch.float32]:,.1f} in float32; use {key}=float32"
+        for key, dtype in slow.items()
+        if rates[dtype] < rates[torch.float32]
+    ]
+
+
+def product_rate(dtype: torch.dtype, size: int = 128) -> float:
+    """Measure GFLOP/s of a small matrix product: the best of three, after one that starts the library."""
+    a = torch.ones(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds[1:]) / 1e9

@@ -48,6 +48,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.special = special_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
+        self.last: tuple[Example, Messages, str] | None = None  # whose prompt was rendered last, the prompt, its text
 
     #### WHAT IS RENDERED
 
@@ -55,7 +56,7 @@ class Renderer:
         """Return a prompt as `Encoder.prompts` takes it: text as it is, messages with the call for a reply."""
         if isinstance(example.prompt, str):
             return example.prompt
-        text = self.conversation(self.literal(example.prompt), example, calls_for_reply=True)
+        text = self._rendered_prompt(example, self.literal(example.prompt))
         return TEMPLATED + text if self.tokenizer.chat_template else text
 
     def responses(self, example: Example) -> list[str]:
@@ -67,8 +68,14 @@ class Renderer:
             self.counts["examples with control tokens in their texts"] += 1
         if is_text:
             return [str(generation) for generation in marked]
-        before = self.conversation(prompt, example, calls_for_reply=True)
+        before = self._rendered_prompt(example, prompt)
         return [self._response(example, prompt, before, generation) for generation in marked]
+
+    def _rendered_prompt(self, example: Example, prompt: Messages) -> str:
+        """Render a prompt with the call for a reply. The last one is kept: its responses are rendered next."""
+        if self.last is None or self.last[0] is not example or self.last[1] != prompt:
+            self.last = example, prompt, self.conversation(prompt, example, calls_for_reply=True)
+        return self.last[2]
 
     def has_control_tokens(self, example: Example) -> bool:
         """Return whether control tokens are written in the messages or the responses, and encoded as characters."""

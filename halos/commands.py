@@ -6,6 +6,7 @@ program that Hydra configures (train.py), and `report_user_errors` with `FlagPar
 
 import argparse
 import functools
+import gc
 import inspect
 import os
 import re
@@ -29,6 +30,23 @@ from halos.errors import Stopped, UserError, did_you_mean, disk_full, first_line
 
 MOST_DIGITS = 6  # of a script's own numbers
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable; with the value 1, a user's mistake shows its traceback too
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries in this block, without searching their objects for garbage, now or later.
+
+    torch and transformers make 370,000 objects that stay to the end. Python would search them again and again while
+    they are made, and then while data is read.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -42,11 +42,12 @@ RULES: dict[str, Rule] = {
         (rules.number(above=0, most=1), "top_p"),
         (
             rules.flag,
-            "cache_reference_logps do_first_eval intermediate_checkpoints overwrite resume strict_data"
-            " trust_remote_code wandb.enabled loss.use_reference_model model.activation_checkpointing model.compile"
+            "cache_reference_logps do_first_eval group_prompts intermediate_checkpoints overwrite resume strict_data"
+            " trust_remote_code wandb.enabled loss.use_reference_model model.compile"
             " use_fsdp",
         ),
         (rules.choice(True, False, "auto"), "model.packing"),
+        (rules.choice(True, False, "selective"), "model.activation_checkpointing"),
         (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name wandb.project"),
         (
             rules.text.or_null(),
@@ -357,8 +358,12 @@ def _check_optimizer(values: dict[str, Any]) -> None:
     """Check that the optimizer exists, accepts its arguments, and can take a step on an ordinary parameter."""
     import torch
 
+    from halos import optimizers
+
     name, kwargs = values["optimizer"], values.get("optimizer_kwargs") or {}
-    cls = component(torch.optim, name, torch.optim.Optimizer, "optimizer")
+    if name not in optimizers.NOT_IN_TORCH:
+        component(torch.optim, name, torch.optim.Optimizer, "optimizer")
+    cls = optimizers.class_of(name)
     if "lr" in kwargs:
         raise UserError(f"optimizer_kwargs.lr={shown(kwargs['lr'])} is the key lr; use lr={shown(kwargs['lr'])}")
     known = set(inspect.signature(cls).parameters) - {"params", "lr"}
@@ -366,7 +371,7 @@ def _check_optimizer(values: dict[str, Any]) -> None:
         if key not in known:
             nearest = did_you_mean(key, known)
             raise UserError(f"optimizer_kwargs.{key}={shown(value)} is not an argument of {name}; {nearest}")
-    if not kwargs and name in ("AdamW", "RMSprop"):
+    if not kwargs and name in ("AdamW", "RMSprop") or name in optimizers.OF_TORCHAO:
         return  # known to work; building the first optimizer of a process takes torch 2 s
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)

@@ -151,7 +151,8 @@ def device_mesh(device_type: str, replicas: int = 1) -> DeviceMesh:
     FSDP needs a process group even for one process. In that case the group is made here, without a launcher or a port.
     """
     if not dist.is_initialized():
-        backend = "nccl" if device_type == "cuda" else "gloo"
+        # gloo beside NCCL: states are written from main memory, and torch refuses to without a group for the CPU.
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if replicas == 1:
         return init_device_mesh(device_type, (world_size(),))
@@ -237,10 +238,10 @@ def from_main(value: Any) -> Any:
     return gather_objects(value if is_main() else None)[0]
 
 
-def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite `tensor` with rank 0's values."""
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """Overwrite `tensor` with the values of the rank `source`."""
     if world_size() > 1:
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, source)
     return tensor
 
 

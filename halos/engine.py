@@ -17,7 +17,8 @@ import torch
 from halos import distributed
 from halos.errors import UserError
 from halos.models import PerToken, PolicyModel
-from halos.packing import schedule
+from halos.packing import Inputs, moved, schedule
+from halos.scalars import Scalars
 from halos.tokens import Role, TokenizedExample
 
 # Run by a rank that has nothing left to do in a forward pass that all ranks take part in.
@@ -48,7 +49,7 @@ class Batch:
     @cached_property
     def lengths(self) -> torch.Tensor:
         """(n_responses,) number of tokens of each response, without those of turns that are not trained on."""
-        return self._per_response([n for example in self.examples for n in example.n_targets])
+        return self._moved([n for example in self.examples for n in example.n_targets])
 
     @cached_property
     def chosen(self) -> torch.Tensor:
@@ -69,12 +70,12 @@ class Batch:
     def scores(self) -> torch.Tensor:
         """(n_responses,) float32 scores that the data gives the responses; NaN where it gives none."""
         nested = [example.scores or (float("nan"),) * len(example.responses) for example in self.examples]
-        return self._per_response([float(score) for scores in nested for score in scores])
+        return self._moved([float(score) for scores in nested for score in scores])
 
     @cached_property
     def margins(self) -> torch.Tensor:
         """(n_pairs,) score of the chosen response minus that of the rejected one. Paired data only."""
-        return self.scores[self.chosen] - self.scores[self.rejected]
+        return self.of_role(self.scores, Role.CHOSEN) - self.of_role(self.scores, Role.REJECTED)
 
     @property
     def ids(self) -> list[str]:
@@ -88,14 +89,29 @@ class Batch:
 
     def sum_by_response(self, per_token: torch.Tensor) -> torch.Tensor:
         """(n_tokens,) -> (n_responses,): the sum over each response's tokens."""
-        response = torch.arange(len(self.lengths), device=per_token.device).repeat_interleave(self.lengths)
-        return per_token.new_zeros(len(self.lengths)).index_add(0, response, per_token)
+        return per_token.new_zeros(len(self.lengths)).index_add(0, self._response_of_token, per_token)
+
+    def of_role(self, values: torch.Tensor, role: Role) -> torch.Tensor:
+        """(n_responses,) -> (n_of_this_role,). Unlike a mask, this does not wait for a GPU."""
+        return values.index_select(0, self._numbers[role])
+
+    @cached_property
+    def _numbers(self) -> dict[Role, torch.Tensor]:
+        """Role -> (n,) numbers of the responses that have it."""
+        roles = [role for example in self.examples for role in example.roles]
+        return {role: self._moved([i for i, one in enumerate(roles) if one is role], torch.long) for role in Role}
+
+    @cached_property
+    def _response_of_token(self) -> torch.Tensor:
+        """(n_tokens,) number of the response that each token belongs to."""
+        lengths = [n for example in self.examples for n in example.n_targets]
+        return moved(torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)), self.policy.logps.device)
 
     def _has_role(self, role: Role) -> torch.Tensor:
-        return self._per_response([one is role for example in self.examples for one in example.roles])
+        return self._moved([one is role for example in self.examples for one in example.roles])
 
-    def _per_response(self, values: list) -> torch.Tensor:
-        return torch.tensor(values, device=self.policy.logps.device)
+    def _moved(self, values: list, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return moved(torch.tensor(values, dtype=dtype), self.policy.logps.device)
 
 
 @dataclass(frozen=True)
@@ -143,32 +159,31 @@ class Outcome:
         parts["metrics"] = {name: _join([o.metrics[name] for o in outcomes if name in o.metrics]) for name in names}
         return cls(**parts)
 
-    def summary(self, accuracy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], mode: str) -> dict[str, float]:
+    def summary(self, accuracy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], mode: str) -> Scalars:
         """Metrics by their names in the log. What cannot be computed, such as a mean of nothing, is left out.
 
         accuracy: of chosen and rejected rewards
         mode: train or eval
         """
-        values = {f"loss/{mode}": self.losses.mean()}
+        values = Scalars()
+        values.add(f"loss/{mode}", self.losses.mean())
         for side in ("chosen", "rejected"):
             rewards, logps = getattr(self, f"{side}_rewards"), getattr(self, f"{side}_logps")
             if len(logps):
-                values[f"rewards_{mode}/{side}"] = rewards.mean()
-                values[f"logps_{mode}/{side}"] = logps.mean()
+                values.add(f"rewards_{mode}/{side}", rewards.mean())
+                values.add(f"logps_{mode}/{side}", logps.mean())
         if len(self.chosen_logps) and len(self.rejected_logps):
-            values[f"rewards_{mode}/accuracies"] = accuracy(self.chosen_rewards, self.rejected_rewards)
-            values[f"rewards_{mode}/margins"] = self.chosen_rewards.mean() - self.rejected_rewards.mean()
+            values.add(f"rewards_{mode}/accuracies", accuracy(self.chosen_rewards, self.rejected_rewards))
+            values.add(f"rewards_{mode}/margins", self.chosen_rewards.mean() - self.rejected_rewards.mean())
         suffix = "" if mode == "train" else f"_{mode}"
         for name, metric in self.metrics.items():
             group, slash, rest = name.partition("/")
+            name = f"{group}{suffix}{slash}{rest}"
             if isinstance(metric, Statistic):
-                value = metric.value()
-                undefined = bool(value.isnan())
-            else:
-                value, undefined = metric.float().mean(), not len(metric)
-            if not undefined:
-                values[f"{group}{suffix}{slash}{rest}"] = value
-        return {name: value.item() for name, value in values.items()}
+                values.add(name, metric.value(), undefined_if_nan=True)
+            elif len(metric):
+                values.add(name, metric.float().mean())
+        return values
 
 
 def _cat(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -188,6 +203,45 @@ class Piece:
 
     examples: list[TokenizedExample]
     positions: torch.Tensor  # (n,) where its response tokens stand in the batch; empty for the dummy
+    laid_out: dict[bool, Inputs] = field(default_factory=dict)  # packed and padded, as they were needed
+
+    def inputs(self, model: PolicyModel) -> Inputs:
+        """Return the model's inputs: the same for policy and reference, and for all passes over a batch."""
+        if model.packs not in self.laid_out:
+            self.laid_out[model.packs] = model.inputs(self.examples)
+        return self.laid_out[model.packs]
+
+
+class Planned(list[TokenizedExample]):
+    """The examples of a global batch, and this rank's forward passes over them.
+
+    trained: those over responses that are trained on, which have a backward pass
+    untrained: those over unrelated responses
+    """
+
+    def __init__(self, examples: list[TokenizedExample], max_tokens: int, device: torch.device):
+        super().__init__(examples)
+        self.max_tokens = max_tokens
+        self.trained = pieces(examples, TRAINED, max_tokens, device)
+        self.untrained = pieces(examples, UNTRAINED, max_tokens, device)
+
+    def lay_out(self, model: PolicyModel) -> Self:
+        """Prepare the inputs of all forward passes."""
+        for piece in self.trained + self.untrained:
+            piece.inputs(model)
+        return self
+
+
+def planned(examples: list[TokenizedExample], max_tokens: int, device: torch.device) -> Planned:
+    """Plan the forward passes over a batch, unless that is done."""
+    if isinstance(examples, Planned) and examples.max_tokens == max_tokens:
+        return examples
+    return Planned(examples, max_tokens, device)
+
+
+def joined(microbatches: list[list[TokenizedExample]]) -> list[TokenizedExample]:
+    """Return all examples of some microbatches. Those of one are returned as they are, with their plan."""
+    return microbatches[0] if len(microbatches) == 1 else [one for batch in microbatches for one in batch]
 
 
 class Forward:
@@ -210,8 +264,8 @@ class Forward:
         self.model = model
         self.with_entropy = with_entropy
         trains = torch.is_grad_enabled()
-        self.pieces = pieces(examples, TRAINED, max_tokens, model.device)
-        without_graph = pieces(examples, UNTRAINED, max_tokens, model.device)
+        plan = planned(examples, max_tokens, model.device)
+        self.pieces, without_graph = plan.trained, plan.untrained
         keeps_graph = trains and len(self.pieces) == 1
         with torch.set_grad_enabled(keeps_graph):
             outputs = [self._run(piece) for piece in self.pieces]
@@ -224,7 +278,7 @@ class Forward:
 
     def _run(self, piece: Piece) -> torch.Tensor:
         """(n, columns): what `PerToken` has of each response token of a piece, in its order."""
-        output = self.model(self.model.inputs(piece.examples), with_entropy=self.with_entropy)
+        output = self.model(piece.inputs(self.model), with_entropy=self.with_entropy)
         columns = [column for column in output if column is not None]
         return torch.stack(columns, dim=1)[: len(piece.positions)]
 
@@ -234,15 +288,19 @@ class Forward:
         has_value = self.model.v_head is not None
         return PerToken(next(columns), next(columns) if has_value else None, next(columns, None))
 
+    def misuse(self) -> tuple[torch.Tensor, UserError] | None:
+        """Return whether the loss has differentiated the entropy (a bool on the device), and the error if it has."""
+        if not self.with_entropy or self.leaf.grad is None:
+            return None
+        return self.leaf.grad[:, -1].any(), UserError(
+            "the loss differentiates batch.policy.entropy, which has no gradient: that term would train nothing; "
+            "use batch.policy.entropy.detach(), or leave the term out"
+        )
+
     def backward(self) -> None:
         """Send the gradient of `tokens` into the model's parameters."""
         # FSDP averages gradients over ranks, and each rank has those of its own tokens: hence the factor.
         assert self.leaf.grad is not None, "the loss must be differentiated first"
-        if self.with_entropy and self.leaf.grad[:, -1].any():
-            raise UserError(
-                "the loss differentiates batch.policy.entropy, which has no gradient: that term would train nothing; "
-                "use batch.policy.entropy.detach(), or leave the term out"
-            )
         upstream = self.leaf.grad * distributed.world_size()
         for piece in self.pieces:
             output = self.graph if self.graph is not None else self._run(piece)
@@ -262,7 +320,7 @@ def pieces(
     return [
         Piece(
             [selected[i] for i in run] or [DUMMY],
-            torch.from_numpy(np.concatenate([nothing, *(positions[i] for i in run)])).to(device),
+            moved(torch.from_numpy(np.concatenate([nothing, *(positions[i] for i in run)])), device),
         )
         for run in runs
     ]

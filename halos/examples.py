@@ -29,7 +29,7 @@ def key_of(prompt: Text, tools: list[dict] | None = None) -> str:
     return prompt if isinstance(prompt, str) else repr(prompt)
 
 
-@dataclass
+@dataclass(slots=True)
 class Example:
     """One prompt, its distinct responses, and what people thought of them."""
 

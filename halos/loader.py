@@ -6,40 +6,23 @@ which order; everything else about batches is here. Tokens are in `halos/tokens.
 
 import hashlib
 import math
-import operator
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from halos.chat import Renderer
+from halos.epoch import CODES, Row, Rows, by_prompt
 from halos.errors import UserError
+from halos.example_table import ExampleTable, TextsDropped, without_texts
 from halos.examples import Example
 from halos.thinning import repeated
 from halos.token_store import tokenize
 from halos.tokens import Encoder, Role, TokenizedExample, truncate
-
-
-class Row(NamedTuple):
-    """Responses to one prompt that a loss sees together. A pair has two, the chosen one first; other rows have one."""
-
-    example: int  # whose prompt it is: index into DataLoader.examples
-    responses: tuple[tuple[int, int], ...]  # (example, generation) each; of the same example unless unrelated
-    roles: tuple[Role, ...]  # one per response
-
-    @classmethod
-    def of(cls, example: int, *, chosen: int | None = None, rejected: int | None = None) -> "Row":
-        """A row of one example's generations, given by their indices: `Row.of(7, chosen=0, rejected=2)`."""
-        given = ((Role.CHOSEN, chosen), (Role.REJECTED, rejected))
-        responses = {role: (example, generation) for role, generation in given if generation is not None}
-        return cls(example, tuple(responses.values()), tuple(responses))
-
-    def with_unrelated(self, other: "Row") -> "Row":
-        """The row with the first response of another row beside its own: scored after this prompt, not trained on."""
-        return self._replace(responses=(*self.responses, other.responses[0]), roles=(*self.roles, Role.UNRELATED))
 
 
 class DataLoader:
@@ -51,6 +34,8 @@ class DataLoader:
     batch_size: rows per batch over all GPUs
     n_epochs, n_examples: stop after so many, whichever comes first; None for no limit
     weights: name of a dataset -> times that its rows are seen per epoch; 1 where it is not named (halos/thinning.py)
+    group_prompts: put the rows of a prompt into one batch, where their prompt runs once
+    keep_texts: whether the examples keep their texts in memory; without, they do if `flatten` reads them
     """
 
     data_format: str | None = None  # what a trainer's data_format is compared with: sft, unpaired, paired
@@ -68,10 +53,13 @@ class DataLoader:
         n_epochs: int | None = 1,
         n_examples: int | None = None,
         weights: dict[str, float] | None = None,
+        group_prompts: bool = False,
+        keep_texts: bool = True,
         description: str = "",
     ):
         self.seed = seed
-        self.examples, self.thinned = repeated(examples, weights or {})
+        self.examples: Any  # a list of Example, or what reads as one
+        self.examples, self.thinned = with_texts = repeated(examples, weights or {})
         self.encoder = Encoder(tokenizer)
         self.renderer = Renderer(tokenizer)
         self.batch_size = batch_size
@@ -79,15 +67,23 @@ class DataLoader:
         self.max_prompt_length = max_prompt_length
         self.n_epochs = n_epochs
         self.n_examples = n_examples
+        self.group_prompts = group_prompts
         self.epoch = 0
         self.position = 0  # rows of this epoch already given out
         self.examples_seen = 0
         self.account: list[dict[str, Any]] = []  # of each dataset: what was read and dropped
         self._tokenize(tokenizer, cache_dir, description)
-        self.prompt_lengths = self.prompt_ids.lengths.tolist()
-        self.response_lengths = self.response_ids.lengths.tolist()
+        self.prompt_lengths = self.prompt_ids.lengths
+        self.response_lengths = self.response_ids.lengths
         self.dropped_rows = 0  # of one epoch, since their responses are equal after truncation
-        self.rows_per_epoch = len(self.order(0))
+        self.ordered: tuple[int, Rows] | None = None  # the epoch that was asked for last
+        if not keep_texts:
+            self._drop_texts()
+        try:
+            self.rows_per_epoch = len(self.order(0))
+        except TextsDropped:
+            self.examples, self.thinned = with_texts
+            self.rows_per_epoch = len(self.order(0))
         if not self.rows_per_epoch:
             raise UserError(self._no_rows())
 
@@ -98,13 +94,21 @@ class DataLoader:
     def _tokenize(self, tokenizer, cache_dir: str, description: str) -> None:
         prompts: list[str] = []
         responses: list[str] = []
-        self.first_response: list[int] = []  # index of an example's first generation among all of them
+        first_response = []
         for example in self.examples:
             prompts.append(self.renderer.prompt(example))
-            self.first_response.append(len(responses))
+            first_response.append(len(responses))
             responses.extend(self.renderer.responses(example))
+        self.first_response = np.array(first_response)  # index of an example's first generation among all of them
         self.prompt_ids = tokenize(prompts, self.encoder, "prompts", cache_dir, f"{description} prompts")
         self.response_ids = tokenize(responses, self.encoder, "responses", cache_dir, f"{description} responses")
+
+    def _drop_texts(self) -> None:
+        self.examples = ExampleTable(self.examples)
+        self.thinned = [
+            replace(one, originals={index: without_texts(example) for index, example in one.originals.items()})
+            for one in self.thinned
+        ]
 
     def _no_rows(self) -> str:
         if self.dropped_rows:
@@ -122,14 +126,22 @@ class DataLoader:
         names = ", ".join(sorted({example.dataset_name for example in self.examples})) or "the datasets"
         return f"{names}: no row for {type(self).__name__} ({found}); use data of the form it needs, or another loss"
 
-    def order(self, epoch: int) -> list[Row]:
+    def order(self, epoch: int) -> Rows:
         """The rows of an epoch in the order in which they are trained on."""
+        if self.ordered is None or self.ordered[0] != epoch:
+            self.ordered = None  # two epochs need not be in memory
+            self.ordered = epoch, self._order(epoch)
+        return self.ordered[1]
+
+    def _order(self, epoch: int) -> Rows:
         for thinned in self.thinned:
             thinned.take(self.examples, self.seed, epoch)
-        rows = self.flatten(random.Random(f"{self.seed}-{epoch}"))
-        kept = [row for row in rows if not self.is_one_response(row)]
-        self.dropped_rows = len(rows) - len(kept)
-        return kept
+        rows = Rows.of(self.flatten(random.Random(f"{self.seed}-{epoch}")))
+        cut = np.flatnonzero(self._prompt_lengths(rows) + rows.largest(self._response_lengths(rows)) > self.max_length)
+        dropped = [position for position in cut.tolist() if self.is_one_response(rows[position])]
+        self.dropped_rows = len(dropped)
+        rows = rows.take(np.delete(np.arange(len(rows)), dropped)) if dropped else rows
+        return by_prompt(rows, self.batch_size) if self.group_prompts else rows
 
     def is_one_response(self, row: Row) -> bool:
         """Return whether truncation leaves the same of all of a row's trained responses: there is nothing to prefer."""
@@ -139,6 +151,14 @@ class DataLoader:
             return False
         responses = self.tokenized(row).responses
         return len({responses[i].tobytes() for i in trained}) < len(trained)
+
+    def _prompt_lengths(self, rows: Rows) -> np.ndarray:
+        """(n_rows,) tokens of the prompt of each row."""
+        return self.prompt_lengths[rows.examples]
+
+    def _response_lengths(self, rows: Rows) -> np.ndarray:
+        """(n_responses,) tokens of each response of all rows."""
+        return self.response_lengths[self.first_response[rows.responses[:, 0]] + rows.responses[:, 1]]
 
     def __len__(self) -> int:
         """Batches from the start to the end of training."""
@@ -190,6 +210,11 @@ class DataLoader:
         responses = (self.response_ids[self.first_response[index] + i] for index, i in row.responses)
         return self.prompt_ids[row.example], tuple(responses)
 
+    def are_whole(self, rows: Rows) -> np.ndarray:
+        """(n_rows,) bool: truncation cuts nothing, and all tokens of the responses are trained on."""
+        fits = self._prompt_lengths(rows) + rows.largest(self._response_lengths(rows)) <= self.max_length
+        return fits & (not getattr(self.response_ids, "has_context", True))
+
     def positions_kept(self, row: Row) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """The positions in `whole(row)` of the tokens that truncation leaves."""
         prompt, responses = self.whole(row)
@@ -216,7 +241,7 @@ class DataLoader:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the lengths of all texts and of the rows of the first epoch: a resumed run knows its data by it."""
-        lengths = np.array([*self.prompt_lengths, *self.response_lengths], np.int64)
+        lengths = np.concatenate((self.prompt_lengths, self.response_lengths)).astype(np.int64)
         digest = hashlib.blake2b(lengths.tobytes(), digest_size=16)
         for row in self.order(0):
             digest.update(repr(row[:2]).encode())
@@ -224,21 +249,21 @@ class DataLoader:
 
     def class_counts(self) -> tuple[int, int]:
         """Return how many responses of one epoch are chosen (or desirable), and how many rejected."""
-        roles = Counter(role for row in self.order(0) for role in row.roles)
-        return roles[Role.CHOSEN], roles[Role.REJECTED]
+        counts = np.bincount(self.order(0).roles, minlength=len(CODES))
+        return int(counts[CODES[Role.CHOSEN]]), int(counts[CODES[Role.REJECTED]])
 
     def counts(self) -> dict[str, int]:
         """Exact counts of one epoch: rows, tokens, and what truncation did to them."""
-        counts = Counter(rows=0, tokens=0, truncated_prompts=0, truncated_responses=0)
-        for row in self.order(0):
-            prompt = self.prompt_lengths[row.example]
-            responses = [self.response_lengths[self.first_response[index] + i] for index, i in row.responses]
-            trained = [n for n, role in zip(responses, row.roles, strict=True) if role is not Role.UNRELATED]
-            if prompt > self.max_prompt_length and prompt + max(trained) > self.max_length:
-                prompt = self.max_prompt_length
-                counts["truncated_prompts"] += 1
-            kept = [min(response, self.max_length - prompt) for response in responses]
-            counts["truncated_responses"] += sum(map(operator.lt, kept, responses))
-            counts["tokens"] += prompt + sum(kept)
-            counts["rows"] += 1
-        return {"examples": len(self.examples), **counts}
+        rows = self.order(0)
+        prompts, responses = self._prompt_lengths(rows), self._response_lengths(rows)
+        longest = rows.largest(np.where(rows.roles == CODES[Role.UNRELATED], 0, responses))
+        is_cut = (prompts > self.max_prompt_length) & (prompts + longest > self.max_length)
+        prompts = np.where(is_cut, self.max_prompt_length, prompts)
+        kept = np.minimum(responses, self.max_length - prompts[rows.row_of_response])
+        return {
+            "examples": len(self.examples),
+            "rows": len(rows),
+            "tokens": int(prompts.sum() + kept.sum()),
+            "truncated_prompts": int(is_cut.sum()),
+            "truncated_responses": int((kept < responses).sum()),
+        }

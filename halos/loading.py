@@ -41,6 +41,15 @@ def reference_dtype(config: DictConfig, device: torch.device) -> torch.dtype:
     return compute_dtype(config, device)
 
 
+def compute_dtypes(config: DictConfig, device: torch.device) -> dict[str, torch.dtype]:
+    """Return what computes in which dtype, by the key of the config that decides it."""
+    key = "fsdp_policy_mp" if config.model.fsdp_policy_mp else "policy_dtype"
+    dtypes = {f"model.{key}": compute_dtype(config, device)}
+    if config.loss.use_reference_model and config.model.reference_dtype:
+        dtypes["model.reference_dtype"] = reference_dtype(config, device)
+    return dtypes
+
+
 #### BUILDING
 
 

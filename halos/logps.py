@@ -111,6 +111,8 @@ class _FusedLogps(torch.autograd.Function):
             if grad_weight is not None:
                 if grad.dtype == torch.float32:
                     grad_weight.addmm_(grad.T, hidden[rows])
+                elif grad.is_cuda:  # else each chunk would be rounded before the sum
+                    grad_weight += torch.mm(grad.T, hidden[rows], out_dtype=torch.float32)
                 else:
                     grad_weight += grad.T @ hidden[rows]
         grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None else None

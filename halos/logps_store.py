@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -29,6 +29,16 @@ def addresses(example: TokenizedExample) -> Iterator[bytes]:
         _update(digest, response)
         if mask is not None and not mask.all():
             digest.update(np.packbits(mask).tobytes())
+        yield digest.digest()
+
+
+def addresses_of_ids(prompt: np.ndarray, responses: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """Yield the same for the ids of a prompt and of responses of which all tokens are trained on."""
+    shared = hashlib.blake2b(digest_size=ADDRESS.itemsize)
+    _update(shared, prompt)
+    for response in responses:
+        digest = shared.copy()
+        _update(digest, response)
         yield digest.digest()
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -23,12 +23,21 @@ class MetricsLog:
     total_examples: examples of the whole run, for the progress bar
     interval: least seconds between two refreshes of the bar, and between two lines in the sink
     sink: the result of `open_wandb`
+    late: write the line of an update at the next one, so that nothing waits for its numbers
     examples, n_bytes: of a resumed run: examples before, and what metrics.jsonl had then. Later lines are cut off: they
         are of steps that are made again.
     """
 
     def __init__(
-        self, run_dir: str, total_examples: int, interval: float, sink, examples: int = 0, n_bytes: int | None = None
+        self,
+        run_dir: str,
+        total_examples: int,
+        interval: float,
+        sink,
+        *,
+        late: bool = False,
+        examples: int = 0,
+        n_bytes: int | None = None,
     ):
         self.run_dir = run_dir
         path = os.path.join(run_dir, "metrics.jsonl")
@@ -39,6 +48,8 @@ class MetricsLog:
         self.interval = interval
         self.sink = sink
         self.last_shown = -float("inf")
+        self.late = late
+        self.pending: Callable[[], None] | None = None
         self.bar = tqdm(
             total=total_examples, initial=examples, unit="ex", desc="training", mininterval=interval, smoothing=0.1
         )
@@ -52,6 +63,7 @@ class MetricsLog:
 
     def flush(self) -> int:
         """Make sure that the lines so far survive a power cut. Returns the size of metrics.jsonl, in bytes."""
+        self.settle()
         with writing(self.file.name):
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -60,7 +72,22 @@ class MetricsLog:
     def draw_curves(self, title: str) -> None:
         draw_curves(self.run_dir, title, self.series)
 
-    def training_step(self, step: int, examples: int, metrics: dict[str, float], tokens_per_second: float) -> None:
+    def training_step(
+        self, step: int, examples: int, read: Callable[[], dict[str, float]], tokens_per_second: float
+    ) -> None:
+        """Log an update. read: returns its metrics, and may wait for the device"""
+        self.settle()
+        self.pending = lambda: self._training_step(step, examples, read(), tokens_per_second)
+        if not self.late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Write the line of the last update, if it is not written yet."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending()
+
+    def _training_step(self, step: int, examples: int, metrics: dict[str, float], tokens_per_second: float) -> None:
         self.write(step, examples, "train", metrics)
         self.bar.update(examples - self.bar.n)
         now = time.monotonic()
@@ -74,6 +101,7 @@ class MetricsLog:
             self.sink.log(metrics, step=step)
 
     def evaluation(self, step: int, examples: int, metrics: dict[str, float]) -> None:
+        self.settle()
         self.write(step, examples, "eval", metrics)
         self.sink.log(metrics, step=step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -101,6 +129,9 @@ class NoLog:
     def say(self, line: str) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
     def flush(self) -> int:
         return 0
 
@@ -111,10 +142,15 @@ class NoLog:
         pass
 
 
-def progress(loader: Iterable, description: str) -> Iterator:
-    """Iterate over the loader's batches with a progress bar. The bar appears only after 3 seconds."""
+def progress(batches: Iterable, description: str, total: int) -> Iterator:
+    """Iterate over the batches with a progress bar. The bar appears only after 3 seconds."""
     quiet = not distributed.is_main()
-    return iter(tqdm(loader, desc=description, unit="batch", delay=3, leave=False, disable=quiet))
+    return iter(tqdm(batches, desc=description, total=total, unit="batch", delay=3, leave=False, disable=quiet))
+
+
+def is_time(name: str) -> bool:
+    """Return whether a metric is a time or a speed, which is another one in an equal run."""
+    return name == "examples_per_second" or name.startswith("time/")
 
 
 def read_metrics(path: str) -> list[dict]:

@@ -24,9 +24,30 @@ class NotFinite(Exception):
         self.examples = examples
 
 
-def check_finite(values: torch.Tensor, what: str, examples: list[TokenizedExample]) -> None:
-    if not torch.isfinite(values).all():
-        raise NotFinite(what, examples)
+class Checks:
+    """What must hold before the weights change. All of it is asked for in one transfer from the device."""
+
+    def __init__(self):
+        self.fails: list[torch.Tensor] = []
+        self.errors: list[Exception] = []
+
+    def add(self, fails: torch.Tensor, error: Exception) -> None:
+        """Raise this error at `settle` if `fails`, a bool of one value, is True."""
+        self.fails.append(fails)
+        self.errors.append(error)
+
+    def finite(self, values: torch.Tensor, what: str, examples: list[TokenizedExample]) -> None:
+        self.add(~torch.isfinite(values.detach()).all(), NotFinite(what, examples))
+
+    def settle(self, *numbers: torch.Tensor) -> list[float]:
+        """Raise the first error whose condition holds; return these numbers as floats. Waits for the device."""
+        fails, errors = self.fails, self.errors
+        self.fails, self.errors = [], []
+        read = torch.stack([value.double() for value in (*fails, *numbers)]).tolist()
+        for failed, error in zip(read, errors, strict=False):
+            if failed:
+                raise error
+        return read[len(fails) :]
 
 
 def write_examples(path: str, examples: list[TokenizedExample], tokenizer) -> None:

@@ -12,13 +12,15 @@ Shape suffixes: T tokens of the pack, H heads, G key/value heads, D head size.
 
 import importlib.util
 import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from halos.tokens import TokenizedExample
 
@@ -39,9 +41,9 @@ class Inputs:
     n_rows: int  # number of responses
 
     def to(self, device: torch.device | str) -> "Inputs":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor | Layout) else v for k, v in moved.items()}
-        return replace(self, **moved)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: moved(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **values | {"layout": self.layout and self.layout.to(device)})
 
     def sum_by_row(self, per_token: torch.Tensor) -> torch.Tensor:
         """Sum over the tokens of each response: (n_targets,) -> (n_responses,)."""
@@ -83,10 +85,17 @@ class Layout:
     def key_index(self) -> torch.Tensor:
         """(n_keys,) positions of the keys: for each segment its prefix, then the segment itself."""
         parts = [np.arange(*span) for start, end, ps, pe in self.segments for span in ((ps, pe), (start, end))]
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return moved(torch.from_numpy(np.concatenate(parts)), self.device)
 
     def _cumulative(self, lengths: list[int]) -> torch.Tensor:
-        return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=self.device)
+        return moved(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), self.device)
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device. A copy to a GPU is queued there, and the CPU does not wait for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(examples: list[TokenizedExample]) -> Inputs:
@@ -170,7 +179,30 @@ def _long(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[list[int]]:
+class Unit(NamedTuple):
+    """Examples with equal prompts that stay together, so that their prompt runs once."""
+
+    indices: list[int]  # of the examples, in their order
+    n_tokens: int  # packed tokens; the prompt counts once
+
+
+def units_by_prompt(examples: list[TokenizedExample], max_tokens: int) -> list[Unit]:
+    """Put examples with equal prompts together, up to `max_tokens` packed tokens. Ordered by their first examples."""
+    units: list[Unit] = []
+    open_units: dict[bytes, int] = {}  # prompt -> its last unit, to which more can be added
+    for index, example in enumerate(examples):
+        prompt = example.prompt.tobytes()
+        own = example.n_tokens - len(example.prompt)
+        last = open_units.get(prompt)
+        if last is not None and units[last].n_tokens + own <= max_tokens:
+            units[last] = Unit([*units[last].indices, index], units[last].n_tokens + own)
+        else:
+            open_units[prompt] = len(units)
+            units.append(Unit([index], example.n_tokens))
+    return units
+
+
+def split_by_tokens(examples: Sequence[TokenizedExample | Unit], max_tokens: int) -> list[list[int]]:
     """Split `examples` into groups of at most `max_tokens` packed tokens, as lists of indices.
 
     A longer example is a group of its own.
@@ -186,7 +218,7 @@ def split_by_tokens(examples: list[TokenizedExample], max_tokens: int) -> list[l
     return runs
 
 
-def balanced_shares(examples: list[TokenizedExample], n: int) -> list[list[int]]:
+def balanced_shares(examples: Sequence[TokenizedExample | Unit], n: int) -> list[list[int]]:
     """Split `examples` into n shares with nearly equal numbers of tokens. Returns indices, in the examples' order.
 
     The longest example goes first, always to the share with the fewest tokens. The largest share is then at most 4/3 of
@@ -204,16 +236,41 @@ def balanced_shares(examples: list[TokenizedExample], n: int) -> list[list[int]]
 def schedule(examples: list[TokenizedExample], n: int, max_tokens: int) -> list[list[list[int]]]:
     """Plan the forward passes of n ranks: for each rank a list of forward passes, each a list of example indices.
 
-    All ranks take part in every forward pass, so every rank has equally many. A rank with less to do has empty ones at
-    the end.
+    Examples with equal prompts come into one forward pass, where their prompt runs once, if that makes the whole
+    shorter. All ranks take part in every forward pass, so every rank has equally many. A rank with less to do has empty
+    ones at the end.
     """
-    shares = balanced_shares(examples, n)
+    alone = [Unit([index], example.n_tokens) for index, example in enumerate(examples)]
+    # A unit larger than a rank's part would keep one rank busy while the others wait.
+    part = -(-sum(unit.n_tokens for unit in units_by_prompt(examples, max_tokens)) // n)
+    plans = [_plan(units, n, max_tokens) for units in (alone, units_by_prompt(examples, min(part, max_tokens)))]
+    return min(plans, key=lambda plan: _duration(examples, plan))
+
+
+def _plan(units: list[Unit], n: int, max_tokens: int) -> list[list[list[int]]]:
+    shares = [[units[i] for i in share] for share in balanced_shares(units, n)]
     runs = [
-        [[share[i] for i in run] for run in split_by_tokens([examples[i] for i in share], max_tokens)]
+        [[index for i in run for index in share[i].indices] for run in split_by_tokens(share, max_tokens)]
         for share in shares
     ]
     most = max(map(len, runs))
     return [own + [[]] * (most - len(own)) for own in runs]
+
+
+def _duration(examples: list[TokenizedExample], plan: list[list[list[int]]]) -> int:
+    """Number of tokens of the longest rank in each forward pass, summed: the others wait for it."""
+    passes = zip(*plan, strict=True)
+    return sum(max(packed_tokens(examples[i] for i in run) for run in of_ranks) for of_ranks in passes)
+
+
+def packed_tokens(examples: Iterable[TokenizedExample]) -> int:
+    """Number of tokens of one forward pass: equal prompts count once."""
+    prompts: dict[bytes, int] = {}
+    own = 0
+    for example in examples:
+        prompts[example.prompt.tobytes()] = len(example.prompt)
+        own += example.n_tokens - len(example.prompt)
+    return own + sum(prompts.values())
 
 
 #### ATTENTION
@@ -298,14 +355,18 @@ def _varlen(query, key, value, layout, scaling, sliding_window, softcap):
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scaling, "window_size": (left, 0)}
-    if q_THD.shape[1] != k_THD.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:
-            groups = q_THD.shape[1] // k_THD.shape[1]
-            k_THD, v_THD = k_THD.repeat_interleave(groups, dim=1), v_THD.repeat_interleave(groups, dim=1)
-    return varlen_attn(q_THD, k_THD, v_THD, *lengths, **options)
+    groups = q_THD.shape[1] // k_THD.shape[1]
+    options = {"enable_gqa": groups > 1} if _varlen_takes_groups() else {}
+    if groups > 1 and not options:
+        k_THD, v_THD = k_THD.repeat_interleave(groups, dim=1), v_THD.repeat_interleave(groups, dim=1)
+    return varlen_attn(q_THD, k_THD, v_THD, *lengths, scale=scaling, window_size=(left, 0), **options)
+
+
+@cache
+def _varlen_takes_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def keep_attention_uncompiled() -> None:
@@ -317,6 +378,6 @@ def _flash_attn_is_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+# No mask is registered under this name, so that transformers makes none and does not look for one in position_ids. It
+# would take the jump at a second response for a new document, and wait for the device to know.
 AttentionInterface.register(ATTENTION, packed_attention)
-# No mask: transformers would take the jump of position_ids at a second response for a new document, and build one.
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)

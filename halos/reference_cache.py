@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import time
-from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,9 +20,10 @@ from tqdm import tqdm
 
 from halos import distributed, loading, reference_key, sharding
 from halos.engine import Forward
+from halos.epoch import BLOCK, Row, Rows
 from halos.errors import UserError
-from halos.loader import DataLoader, Row
-from halos.logps_store import ADDRESS, LogpsStore, add_segment, addresses, segments
+from halos.loader import DataLoader
+from halos.logps_store import ADDRESS, LogpsStore, add_segment, addresses, addresses_of_ids, segments
 from halos.models import PolicyModel
 from halos.tokens import Role, TokenizedExample
 
@@ -127,16 +127,15 @@ class Responses:
     """All different responses that a run will see, after their prompts, by address."""
 
     def __init__(self, loaders: list[DataLoader]):
-        self.rows = [(loader, row) for loader in loaders for row in rows_of(loader)]
-        found, counts = bytearray(), array("i")
-        bar = tqdm(self.rows, "looking up reference log-probs", delay=3, leave=False, disable=not distributed.is_main())
-        for loader, row in bar:
-            of_row = b"".join(addresses(loader.tokenized(row)))
-            found += of_row
-            counts.append(len(of_row) // ADDRESS.itemsize)
-        everything = np.frombuffer(bytes(found), ADDRESS)
-        self.first_of_row = np.cumsum([0, *counts])
-        self.addresses, self.first = np.unique(everything, return_index=True)  # first: where each one occurs first
+        self.rows = [(loader, rows) for loader in loaders for rows in rows_of(loader)]
+        counts = [np.diff(rows.offsets) for _, rows in self.rows]
+        self.first_row = np.cumsum([0, *map(len, counts)])  # of each part of `rows`, among all rows
+        self.first_of_row = np.concatenate([[0], *counts]).cumsum()
+        shown = {"unit": " rows", "delay": 3, "leave": False, "disable": not distributed.is_main()}
+        with tqdm(desc="looking up reference log-probs", total=self.first_row[-1], **shown) as bar:
+            found = b"".join(part for one in self.rows for part in _addresses_of(*one, bar))
+        # first: where each one occurs first
+        self.addresses, self.first = np.unique(np.frombuffer(found, ADDRESS), return_index=True)
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -155,7 +154,9 @@ class Responses:
     def place(self, response: int) -> Place:
         where = self.first[response]
         row = int(np.searchsorted(self.first_of_row, where, side="right")) - 1
-        return Place(*self.rows[row], int(where - self.first_of_row[row]))
+        part = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        loader, rows = self.rows[part]
+        return Place(loader, rows[row - int(self.first_row[part])], int(where - self.first_of_row[row]))
 
     def by_prompt(self, chosen: np.ndarray) -> np.ndarray:
         """Return the chosen responses in such an order that those of a prompt stand together."""
@@ -165,15 +166,30 @@ class Responses:
         return chosen[np.argsort(first[prompt], kind="stable")]
 
 
-def rows_of(loader: DataLoader) -> list[Row]:
-    """Return the different rows of all epochs of the run."""
-    rows: dict[Row, None] = {}
+def rows_of(loader: DataLoader) -> Iterator[Rows]:
+    """Yield the rows of all epochs of the run, without those that an earlier epoch had."""
+    seen = np.empty(0, ADDRESS)
     left, epoch = loader.total_examples, 0
     while left > 0:
-        of_epoch = loader.order(epoch)[:left]
-        rows.update(dict.fromkeys(of_epoch))
-        left, epoch = left - len(of_epoch), epoch + 1
-    return list(rows)
+        rows = loader.order(epoch)
+        rows = rows if left >= len(rows) else rows.take(np.arange(left))
+        left, epoch = left - len(rows), epoch + 1
+        if left > 0 or len(seen):
+            keys = rows.keys()
+            new = np.flatnonzero(~np.isin(keys, seen))
+            rows, seen = rows.take(new), np.concatenate((seen, keys[new]))
+        if len(rows):
+            yield rows
+
+
+def _addresses_of(loader: DataLoader, rows: Rows, bar: tqdm) -> Iterator[bytes]:
+    """Yield the addresses of the responses of each row."""
+    whole = loader.are_whole(rows)
+    for start in range(0, len(rows), BLOCK):
+        part = rows[start : start + BLOCK]
+        for row, is_whole in zip(part, whole[start : start + BLOCK].tolist(), strict=True):
+            yield from addresses_of_ids(*loader.whole(row)) if is_whole else addresses(loader.tokenized(row))
+        bar.update(len(part))
 
 
 #### THE PASS

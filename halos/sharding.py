@@ -1,10 +1,12 @@
 """Prepare a model for training: activation checkpointing, compilation, and FSDP, in the order that they require."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from halos import distributed, packing
@@ -32,7 +34,7 @@ def prepare_policy(
     policy: Any,
     compute_dtype: torch.dtype,
     *,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | str = False,
     block_name: str | None = None,
     compile: bool = False,
     mesh: DeviceMesh | None = None,
@@ -42,13 +44,12 @@ def prepare_policy(
     FSDP shards the stored weights over the mesh and casts them to `compute_dtype` in each forward pass. It reduces
     gradients in float32 for the optimizer. So one process uses FSDP as well, for mixed precision.
 
+    activation_checkpointing: True recomputes blocks; "selective" recomputes all of a block but its attention
     policy: a `models.PolicyModel` on its device, or with parameters on the meta device that are filled later
     mesh: None for one process, which needs FSDP only to compute in another dtype than the weights are stored in
     """
     if activation_checkpointing:
-        # Older versions of transformers have only the second name.
-        enable = getattr(policy.lm, "activation_checkpointing_enable", None) or policy.lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_blocks(policy.lm, keeps_attention=activation_checkpointing == "selective")
     if mesh is None and policy.lm.dtype != compute_dtype:
         mesh = distributed.device_mesh(policy.lm.device.type)
     blocks = find_blocks(policy.lm, block_name) if block_name or compile or mesh is not None else []
@@ -64,6 +65,24 @@ def prepare_policy(
             fully_shard(policy.v_head, mesh=mesh, mp_policy=MixedPrecisionPolicy())
         fully_shard(policy, mesh=mesh, mp_policy=precision)
     policy.train()
+
+
+def checkpoint_blocks(lm: PreTrainedModel, keeps_attention: bool) -> None:
+    """Recompute each block in the backward pass, all of it or all but the output of its attention."""
+    # There is no dropout, so no state of a random generator has to be copied for every block.
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if keeps_attention:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+    # Older versions of transformers have only the second name.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable(settings)
+
+
+def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what kernels of attention return: one call for each segment of a pack on a CPU, one for all on a GPU."""
+    name = operator.name()
+    is_attention = name.startswith("aten::_scaled_dot_product_") or name == "torch_attn::_varlen_attn"
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def prepare_reference(reference: Any, block_name: str | None, mesh: DeviceMesh) -> None:

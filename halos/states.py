@@ -139,7 +139,8 @@ def load(path: str, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> di
     progress = torch.load(os.path.join(path, PROGRESS), weights_only=True)
     tensors, _ = _split(policy, optimizer)
     dcp.load(tensors, checkpoint_id=path, no_dist=distributed.world_size() == 1)
-    own = {"state": tensors["optimizer"], "param_groups": progress.pop("optimizer")}
+    state: Any = get_optimizer_state_dict(policy, optimizer)["state"]
+    own: Any = {"state": _filled(state, tensors["optimizer"]), "param_groups": progress.pop("optimizer")}
     set_optimizer_state_dict(policy, optimizer, own)
     rngs = progress.pop("rng")
     if distributed.rank() < len(rngs):
@@ -154,7 +155,29 @@ def _split(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> tuple[dict[
     """
     weights = {id(tensor): (name, tensor.detach()) for name, tensor in policy.state_dict(keep_vars=True).items()}
     state: Any = get_optimizer_state_dict(policy, optimizer)
-    return {"policy": dict(weights.values()), "optimizer": state["state"]}, state["param_groups"]
+    numbers = {name: {key: _as_floats(x) for key, x in own.items()} for name, own in state["state"].items()}
+    return {"policy": dict(weights.values()), "optimizer": numbers}, state["param_groups"]
+
+
+def _is_quantized(value: Any) -> bool:
+    """Return whether this is a state of torchao's optimizers, of 8 or 4 bits a number."""
+    return isinstance(value, torch.Tensor) and type(distributed.local(value)).__name__.startswith("OptimState")
+
+
+def _as_floats(value: Any) -> Any:
+    """Return quantized numbers as floats, from which they can be quantized again without loss."""
+    return distributed.with_local(value, distributed.local(value).dequantize()) if _is_quantized(value) else value
+
+
+def _filled(state: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+    """Return what was loaded, quantized where the optimizer's state is."""
+    for name, own in state.items():
+        for key, value in own.items():
+            if _is_quantized(value):
+                distributed.local(value).copy_(distributed.local(loaded[name][key]))
+            else:
+                own[key] = loaded[name][key]
+    return state
 
 
 def rng_state() -> dict[str, Any]:

@@ -10,6 +10,7 @@ imitates are counted separately. An example that several datasets share has the 
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 from halos.examples import Example
 
@@ -24,7 +25,7 @@ class Thinned:
     originals: dict[int, Example]  # by their index in the loader
     share: float  # between 0 and 1
 
-    def take(self, examples: list[Example], seed: int, epoch: int) -> None:
+    def take(self, examples: Any, seed: int, epoch: int) -> None:
         """Put the examples into their places with the rows of one epoch only."""
         chosen: dict[int, dict] = {index: {"pairs": [], "feedback": [], "sft_index": None} for index in self.originals}
         for kind in KINDS:

@@ -6,16 +6,20 @@ takes), and a damaged entry is made again. Processes that start at once tokenize
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
 
 from halos import distributed, locks, manifest
-from halos.tokens import Encoder
+from halos.tokens import LITERAL, Encoder
 
-BLOCK = 4096  # texts encoded per call: enough for every thread, few enough for a smooth progress bar
+BLOCK = 1024  # texts encoded per call: enough for every thread, and few enough to stay in the caches of a CPU
+AT_ONCE = 2  # blocks that are encoded at once
 
 
 class TokenStore:
@@ -33,6 +37,11 @@ class TokenStore:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @cached_property
+    def has_context(self) -> bool:
+        """Whether any response has tokens that are not trained on, which are stored as ~id."""
+        return bool(len(self.ids)) and bool(self.ids.min() < 0)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -82,11 +91,32 @@ def _damage(directory: str) -> str | None:
 
 def _write_files(texts: Sequence[str], encode: Callable, unfinished: str, description: str) -> None:
     lengths = np.empty(len(texts), np.int64)
-    with open(os.path.join(unfinished, "ids.bin"), "wb") as file:
-        with tqdm(total=len(texts), desc=f"tokenizing {description}", unit=" texts", delay=2, leave=False) as bar:
-            for start in range(0, len(texts), BLOCK):
-                encoded = encode(texts[start : start + BLOCK])
-                lengths[start : start + len(encoded)] = [len(ids) for ids in encoded]
-                file.write(np.fromiter(chain.from_iterable(encoded), np.int32).tobytes())
-                bar.update(len(encoded))
+    done = 0
+    bar = tqdm(total=len(texts), desc=f"tokenizing {description}", unit=" texts", delay=2, leave=False)
+    with bar, open(os.path.join(unfinished, "ids.bin"), "wb") as file:
+        for encoded in _encoded(texts, encode):
+            lengths[done : done + len(encoded)] = [len(ids) for ids in encoded]
+            file.write(np.fromiter(chain.from_iterable(encoded), np.int32).tobytes())
+            done += len(encoded)
+            bar.update(len(encoded))
     np.save(os.path.join(unfinished, "offsets.npy"), np.concatenate(([0], lengths.cumsum())))
+
+
+def _encoded(texts: Sequence[str], encode: Callable) -> Iterator[list[list[int]]]:
+    """Yield the ids of block after block. While one block is in the library, Python is busy with another one.
+
+    A block with texts of marked characters changes the library's settings, and so may the first one: these are alone.
+    """
+    pending: deque[Future] = deque()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for start in range(0, len(texts), BLOCK):
+            block = texts[start : start + BLOCK]
+            is_alone = not start or any(LITERAL in text for text in block)
+            while pending and (is_alone or len(pending) > AT_ONCE):
+                yield pending.popleft().result()
+            if is_alone:
+                yield encode(block)
+            else:
+                pending.append(pool.submit(encode, block))
+        while pending:
+            yield pending.popleft().result()

@@ -177,9 +177,13 @@ class Encoder:
         if backend is None:
             options = {"add_special_tokens": False, "split_special_tokens": self.reads_characters}
             return self.tokenizer(texts, **options)["input_ids"] if texts else []
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = self.reads_characters
+        # Set only where it differs: nothing may be set while another thread encodes.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens != self.reads_characters:
+            backend.encode_special_tokens = self.reads_characters
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_literal(self, text: str) -> list[int]:

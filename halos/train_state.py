@@ -24,19 +24,24 @@ class TrainState:
     skipped_in_a_row: int = 0
     eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     own: dict[str, Any] = field(default_factory=dict)  # what a trainer keeps between updates, such as a running mean
+    position: dict[str, int] = field(default_factory=dict)  # after the last batch used; the loader itself is ahead
+
+    def __post_init__(self):
+        self.position = self.loader.state_dict()
 
     @property
     def examples(self) -> int:
         """Training examples that were used, on all ranks together."""
-        return self.loader.examples_seen
+        return self.position["examples_seen"]
 
     def progress(self) -> dict[str, Any]:
         """Everything but the optimizer, whose tensors are as large as the weights and are saved beside them."""
         plain = {name: getattr(self, name) for name in PLAIN}
-        return {"loader": self.loader.state_dict(), "scheduler": self.scheduler.state_dict(), **plain}
+        return {"loader": self.position, "scheduler": self.scheduler.state_dict(), **plain}
 
     def load_progress(self, progress: dict[str, Any]) -> None:
-        self.loader.load_state_dict(progress["loader"])
+        self.position = dict(progress["loader"])
+        self.loader.load_state_dict(self.position)
         self.scheduler.load_state_dict(progress["scheduler"])
         for name in PLAIN:
             setattr(self, name, progress[name])

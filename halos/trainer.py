@@ -8,22 +8,27 @@ override. What one batch goes through is in `halos/engine.py`.
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.utils import get_total_norm
 
-from halos import advice, checkpoint, distributed, metrics, mishaps, sharding, states, stopping
-from halos.engine import Batch, Forward, Outcome
+from halos import advice, checkpoint, distributed, loading, metrics, mishaps, optimizers, sharding, states, stopping
+from halos.engine import Batch, Forward, Outcome, Planned, joined, planned
 from halos.errors import UserError
 from halos.files import make_room
 from halos.loader import DataLoader
 from halos.models import PolicyModel
+from halos.packing import moved
+from halos.prefetch import ahead
 from halos.reference_cache import ReferenceCache
 from halos.rules import Rule
-from halos.tokens import TokenizedExample
+from halos.scalars import Stopwatch
+from halos.tokens import Role, TokenizedExample
 from halos.train_state import TrainState
 
 
@@ -56,6 +61,9 @@ class BasicTrainer:
         self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
         self.metrics_bytes: int | None = None  # of metrics.jsonl, that a resumed run keeps
         self.step_started = time.monotonic()
+        self.stopwatch = Stopwatch(distributed.default_device())
+        self.checks = mishaps.Checks()  # of the batches since the last update
+        self.divisor = 0  # what the gradients since the last update are divided by; 0: there are none
         if train_loader is not None:
             optimizer = self.make_optimizer()
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
@@ -91,7 +99,7 @@ class BasicTrainer:
         YAML says `average_log_prob: true`."""
         values = batch.sum_by_response(per_token)
         values = values / batch.lengths if self.config.loss.get("average_log_prob", False) else values
-        return values[batch.chosen], values[batch.rejected]
+        return batch.of_role(values, Role.CHOSEN), batch.of_role(values, Role.REJECTED)
 
     def accuracy(self, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
         """Share of (chosen, rejected) combinations in which chosen has the higher reward; ties are half."""
@@ -103,16 +111,19 @@ class BasicTrainer:
         self, examples: list[TokenizedExample], reference_logps: torch.Tensor | None = None
     ) -> tuple[Forward, Batch]:
         """Run the policy on a global batch, and the reference model unless its log-probs are given."""
-        forward = Forward(self.policy, examples, self.config.model.max_tokens_per_forward, self.uses_entropy)
+        examples = self.planned(examples)
+        with self.stopwatch("forward"):
+            forward = Forward(self.policy, examples, self.config.model.max_tokens_per_forward, self.uses_entropy)
         if reference_logps is None:
-            reference_logps = self.reference_logps(examples)
+            with self.stopwatch("reference_on_disk" if self.reference_cache else "reference"):
+                reference_logps = self.reference_logps(examples)
         return forward, Batch(examples, forward.tokens, reference_logps)
 
     @torch.no_grad()
     def reference_logps(self, examples: list[TokenizedExample]) -> torch.Tensor | None:
         """(n_tokens,) log-probs under the reference model, in nats; None if the loss has none."""
         if self.reference_cache is not None:
-            return self.reference_cache.logps(examples).to(self.policy.device)
+            return moved(self.reference_cache.logps(examples), self.policy.device)
         if self.reference_model is None:
             return None
         return Forward(self.reference_model, examples, self.config.model.max_tokens_per_forward).tokens.logps
@@ -123,16 +134,25 @@ class BasicTrainer:
         return self.backward(self.batch_loss(batch), forward, examples)
 
     def backward(self, outcome: Outcome, forward: Forward, examples: list[TokenizedExample]) -> Outcome:
-        """Send the gradient of the summed losses into the policy; `update` divides by their number."""
+        """Send the gradient of the summed losses into the policy, divided by `divisor`; `update` does the rest."""
         if outcome.losses.ndim != 1:
             raise UserError(
                 f"the loss of {type(self).__name__} has the shape {tuple(outcome.losses.shape)}; return a vector, one "
                 "loss per pair, response or token, so that microbatches of different sizes weigh as they should"
             )
-        mishaps.check_finite(outcome.losses, "the loss", examples)
-        outcome.losses.sum().backward()
-        forward.backward()
+        self.checks.finite(outcome.losses, "the loss", examples)
+        # Gradients become those of a mean here, where they are small, and not as those of all weights.
+        self.divisor = self.divisor or len(outcome.losses)
+        with self.stopwatch("backward"):
+            (outcome.losses.sum() / self.divisor).backward()
+            if misuse := forward.misuse():
+                self.checks.add(*misuse)
+            forward.backward()
         return outcome.detach()
+
+    def planned(self, examples: list[TokenizedExample]) -> Planned:
+        """The batch with this rank's forward passes over it."""
+        return planned(examples, self.config.model.max_tokens_per_forward, self.policy.device)
 
     #### TRAINING
 
@@ -160,15 +180,36 @@ class BasicTrainer:
             self.log_evaluation()
         # A state can be from before the evaluation that followed its step: a resumed run begins with that.
         if starts or self.after_step():
-            for microbatches in _groups(self.train_loader, self.config.model.gradient_accumulation_steps):
-                self.guarded_step(microbatches)
-                if not self.after_step():
-                    break
+            with closing(self.steps()) as steps:
+                for microbatches in self.stopwatch.waiting("data", steps):
+                    self.guarded_step(microbatches)
+                    if not self.after_step():
+                        break
         if state.evaluated_at < state.examples:
             self.log_evaluation()
             self.save()
         if state.saved_at < state.examples:
             self.save_state()
+        self.log.settle()
+
+    def steps(self) -> Generator[list[list[TokenizedExample]]]:
+        """The microbatches of each training step. Those of the next one are prepared meanwhile, in a thread."""
+        loader, state = self.train_loader, self.state
+        if self.config.keep_checkpoints:
+            _ = loader.fingerprint  # which a state will name: not to be computed while the thread uses the loader
+        n = self.config.model.gradient_accumulation_steps
+        try:
+            with closing(ahead(self.positioned_batches(), self.policy.device)) as batches:
+                while group := list(islice(batches, n)):
+                    state.position = group[-1][1]
+                    yield [microbatch for microbatch, _ in group]
+        finally:
+            loader.load_state_dict(state.position)
+
+    def positioned_batches(self) -> Iterator[tuple[Planned, dict[str, int]]]:
+        """Batches of the training data, and the loader's position after each."""
+        for examples in self.train_loader:
+            yield self.planned(examples).lay_out(self.policy), self.train_loader.state_dict()
 
     def after_step(self) -> bool:
         """Evaluate and save what is due, and stop if a signal asked for it. Returns whether training goes on."""
@@ -195,7 +236,7 @@ class BasicTrainer:
     def guarded_step(self, microbatches: list[list[TokenizedExample]]) -> None:
         """A training step, or the end of the run, or none if the loss or the gradient is not finite."""
         try:
-            with mishaps.explained_out_of_memory(self.config, sum(microbatches, []), "model.batch_size"):
+            with mishaps.explained_out_of_memory(self.config, joined(microbatches), "model.batch_size"):
                 self.train_step(microbatches)
         except mishaps.NotFinite as problem:
             self.skip(problem)
@@ -206,6 +247,7 @@ class BasicTrainer:
         """Leave the weights as they are and go on, or end the run if `on_nonfinite` says so or this happens often."""
         state = self.state
         state.optimizer.zero_grad(set_to_none=True)
+        self.divisor = 0
         sharding.reshard(self.policy)
         state.skipped += 1
         state.skipped_in_a_row += 1
@@ -218,7 +260,7 @@ class BasicTrainer:
     def train_step(self, microbatches: list[list[TokenizedExample]]) -> None:
         """Accumulate the gradients of the microbatches, and update once."""
         outcomes = [self.forward_backward(examples) for examples in microbatches]
-        self.update(outcomes, sum(microbatches, []))
+        self.update(outcomes, joined(microbatches))
 
     def update(self, outcomes: list[Outcome], examples: list[TokenizedExample]) -> None:
         """Clip, step, schedule, zero, log. Raises before the weights change if the gradient is not finite.
@@ -227,16 +269,14 @@ class BasicTrainer:
         examples: what they were computed from
         """
         state = self.state
-        self.average_gradients(sum(len(outcome.losses) for outcome in outcomes))
-        norms = self.clip_gradients()
-        for norm in norms.values():
-            mishaps.check_finite(norm, "the gradient", examples)
-        lr = state.optimizer.param_groups[0]["lr"]
-        state.optimizer.step()
-        state.scheduler.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        lr = float(state.optimizer.param_groups[0]["lr"])  # torchao keeps a tensor, which the scheduler changes
+        with self.stopwatch("optimizer"):
+            norms = self.clip_gradients(sum(len(outcome.losses) for outcome in outcomes), examples)
+            state.optimizer.step()
+            state.scheduler.step()
+            state.optimizer.zero_grad(set_to_none=True)
         state.updates += 1
-        self.log_step(outcomes, examples, {name: norm.item() for name, norm in norms.items()} | {"lr": lr})
+        self.log_step(outcomes, examples, {**norms, "lr": lr})
 
     def should_stop(self) -> bool:
         """Asked after every training step, on every rank: training ends if the answer is True on any of them.
@@ -247,27 +287,32 @@ class BasicTrainer:
         """
         return False
 
-    @torch.no_grad()
-    def average_gradients(self, n_losses: int) -> None:
-        """Divide by the number of losses: the gradient of their sum becomes that of their mean."""
-        for parameter in self.policy.parameters():
-            if parameter.grad is not None:
-                distributed.local(parameter.grad).div_(n_losses)
+    def clip_gradients(self, n_losses: int, examples: list[TokenizedExample]) -> dict[str, float]:
+        """Make the gradients those of the mean of n_losses losses, and scale them down to their largest allowed norms.
 
-    def clip_gradients(self) -> dict[str, torch.Tensor]:
-        """Scale gradients down to their largest allowed norm. Returns the norms before, by their name in the log."""
-        return {"grad_norm": self.clipped(self.policy.lm, self.config.model.max_grad_norm)}
+        Returns the norms before that, by their names in the log. Raises NotFinite, and does what `checks` has. This is
+        the one place of a step where the host waits for the device.
+        """
+        limits = self.gradient_limits()
+        factor = self.divisor / max(1, n_losses)
+        on_device = [distributed.whole(get_total_norm(_gradients(module))) * factor for module, _ in limits.values()]
+        for norm in on_device:
+            self.checks.finite(norm, "the gradient", examples)
+        self.divisor = 0
+        norms = dict(zip(limits, self.checks.settle(*on_device), strict=True))
+        for name, (module, limit) in limits.items():
+            scale = factor * min(1.0, limit / (norms[name] + 1e-6))
+            if scale != 1.0:
+                torch._foreach_mul_([distributed.local(gradient) for gradient in _gradients(module)], scale)
+        return norms
 
-    def clipped(self, module: torch.nn.Module, max_norm: float) -> torch.Tensor:
-        return distributed.whole(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+    def gradient_limits(self) -> dict[str, tuple[torch.nn.Module, float]]:
+        """Return modules and the largest norm of the gradient of each, by the name of that norm in the log."""
+        return {"grad_norm": (self.policy.lm, self.config.model.max_grad_norm)}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The configured class of torch.optim. Weight decay spares vectors (norms and biases)."""
         kwargs: Any = OmegaConf.to_container(self.config.optimizer_kwargs)
-        matrices = [p for p in self.policy.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in self.policy.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return getattr(torch.optim, self.config.optimizer)(groups, lr=self.config.lr, **kwargs)
+        return optimizers.make(self.policy, self.config.optimizer, self.config.lr, kwargs)
 
     def lr_factor(self, update: int) -> float:
         """Factor of the peak learning rate: linear warm-up, then constant, or cosine or linear down to 0."""
@@ -292,11 +337,12 @@ class BasicTrainer:
         if self.policy.export_dtype != self.policy.lm.dtype and self.config.optimizer != "SGD":
             matrices = (distributed.local(p.detach()) for p in self.policy.lm.parameters() if p.ndim > 1)
             lines += advice.export_rounding(self.policy.export_dtype, matrices, lr, updates)
-        return lines
+        return lines + advice.slow_dtypes(loading.compute_dtypes(self.config, self.policy.device), self.policy.device)
 
     def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
         """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""
         directory = os.path.join(self.run_dir, "not_finite")
+        self.log.settle()
         if distributed.is_main():
             make_room(directory)
         self.write_checkpoint([directory])
@@ -323,7 +369,8 @@ class BasicTrainer:
         self.eval_loader.restart()
         started = time.monotonic()
         outcomes = []
-        for examples in metrics.progress(self.eval_loader, "evaluating"):
+        coming = ahead(map(self.planned, self.eval_loader), self.policy.device)
+        for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
             with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
                 _, batch = self.forward(examples)
                 outcomes.append(self.batch_loss(batch))
@@ -338,6 +385,7 @@ class BasicTrainer:
         if not math.isfinite(state.eval_metrics["loss/eval"]):
             self.give_up(mishaps.NotFinite("the loss on the test examples", []))
         self.log.evaluation(state.updates, state.examples, state.eval_metrics)
+        self.stopwatch.lap()
         self.step_started = time.monotonic()
 
     #### METRICS
@@ -347,21 +395,24 @@ class BasicTrainer:
 
         mode: train or eval
         """
-        return Outcome.concatenate(outcomes).summary(self.accuracy, mode)
+        return Outcome.concatenate(outcomes).summary(self.accuracy, mode).read()
 
     def log_step(self, outcomes: list[Outcome], examples: list[TokenizedExample], update: dict[str, float]) -> None:
         state, now = self.state, time.monotonic()
         seconds, self.step_started = now - self.step_started, now
         n_tokens = sum(example.n_tokens for example in examples)
-        values = {
-            **self.summarize(outcomes, "train"),
+        known = {
             **update,
             "examples_per_second": len(examples) / seconds,
             "counters/examples": state.examples,
             "counters/updates": state.updates,
         }
-        values |= {"counters/skipped": state.skipped} if state.skipped else {}
-        self.log.training_step(state.updates, state.examples, values, n_tokens / seconds)
+        known |= {"counters/skipped": state.skipped} if state.skipped else {}
+        sent = Outcome.concatenate(outcomes).summary(self.accuracy, "train").send()
+        lap = self.stopwatch.lap()
+        self.log.training_step(
+            state.updates, state.examples, lambda: {**sent.read(), **known, **lap.read()}, n_tokens / seconds
+        )
 
     def open_log(self) -> metrics.MetricsLog | metrics.NoLog:
         if not distributed.is_main():
@@ -369,7 +420,15 @@ class BasicTrainer:
         settings: Any = OmegaConf.to_container(self.config, resolve=True)
         sink = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
         interval, total = self.config.minimum_log_interval_secs, self.train_loader.total_examples
-        return metrics.MetricsLog(self.run_dir, total, interval, sink, self.state.examples, self.metrics_bytes)
+        return metrics.MetricsLog(
+            self.run_dir,
+            total,
+            interval,
+            sink,
+            late=self.policy.device.type == "cuda",
+            examples=self.state.examples,
+            n_bytes=self.metrics_bytes,
+        )
 
     #### SAVING
 
@@ -427,8 +486,5 @@ def wins(rewards: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return ((rewards > others).float() + 0.5 * (rewards == others).float()).mean()
 
 
-def _groups(batches: Iterable[list[TokenizedExample]], n: int) -> Iterator[list[list[TokenizedExample]]]:
-    """n batches at a time; the last group has what is left."""
-    iterator = iter(batches)
-    while group := list(islice(iterator, n)):
-        yield group
+def _gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

@@ -75,7 +75,7 @@ def inspect(config: DictConfig, splits: list[str], n_shown: int, wanted: str, pa
     from halos.inspection.report import make_report
 
     tokenizer = loading.load_tokenizer(config)
-    loaders = {split: dataloaders.make_loader(config, tokenizer, split) for split in splits}
+    loaders = {split: dataloaders.make_loader(config, tokenizer, split, keep_texts=True) for split in splits}
     weights = {name: spec_of(config, name).weight for name in config.datasets}
     report = make_report(loaders, weights, n_shown, wanted)
     make_room(path)

@@ -23,9 +23,9 @@ sys.path.insert(0, PROJECT)
 
 from halos.commands import report_user_errors, take_words, whole_number  # noqa: E402  found in the project
 from halos.errors import UserError  # noqa: E402
+from halos.metrics import is_time  # noqa: E402
 
 OWN = {"kill_after": "", "tolerance": "0", "resume_with": ""}
-SPEEDS = ("examples_per_second",)
 
 
 def command(folder: str, name: str, words: list[str]) -> list[str]:
@@ -56,7 +56,7 @@ def rows_of(path: str) -> list[dict]:
     """Return the whole lines of metrics.jsonl, without speeds. A run that is killed can leave half a line."""
     with open(path) as file:
         rows = [json.loads(line) for line in file if line.endswith("\n")]
-    return [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
+    return [{key: value for key, value in row.items() if not is_time(key)} for row in rows]
 
 
 def last_update(path: str) -> int:

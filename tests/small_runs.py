@@ -61,7 +61,10 @@ class Batches:
         self.examples_seen = 0
 
     def state_dict(self):
-        return {}
+        return {"examples_seen": self.examples_seen}
+
+    def load_state_dict(self, state):
+        self.examples_seen = state["examples_seen"]
 
 
 @cache
@@ -104,7 +107,7 @@ class _OfTokens:
     def _tokenize(self, *args):
         self.prompt_ids = _Ids(one.prompt for one in self.drawn)
         self.response_ids = _Ids(response for one in self.drawn for response in one.responses)
-        self.first_response = [2 * i for i in range(len(self.drawn))]
+        self.first_response = np.arange(0, 2 * len(self.drawn), 2)
 
 
 class _Ids(list):

@@ -105,7 +105,7 @@ def test_counts_are_those_of_the_loader_and_of_packing(kind, max_length, tmp_pat
     words = ["model.max_prompt_length=20", "dataset.demo.keep.n_prompts=90", "n_eval_examples=null"]
     config = make_config(tmp_path, f"model.max_length={max_length}", *words)
     config.loss.dataloader = kind.__name__
-    loader = make_loader(config, make_tokenizer(CHATML), "test")
+    loader = make_loader(config, make_tokenizer(CHATML), "test", keep_texts=True)
     split = numbers.inspect(loader, "test")
     counts = loader.counts()
     (demo,) = split.datasets

@@ -4,12 +4,14 @@ Most tests use a tokenizer of single characters, so that ids can be read: <s> is
 a colon 29, and everything else 30.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import string
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -27,8 +29,11 @@ from dataloaders import (
 )
 from halos import locks, token_store
 from halos.errors import UserError
+from halos.example_table import ExampleTable
+from halos.logps_store import addresses
+from halos.reference_cache import Responses
 from halos.token_store import tokenize
-from halos.tokens import Encoder, Role, truncate
+from halos.tokens import LITERAL, Encoder, Role, truncate
 from helpers import PROJECT, make_config
 
 BOS, EOS = 0, 1
@@ -263,11 +268,42 @@ def test_length(loader, settings, sizes):
     assert [len(batch) for batch in data] == sizes
 
 
+def repeated(n: int) -> list[Example]:
+    """Make n examples, each with three pairs of its four responses."""
+    pairs = [(0, 1), (1, 2), (2, 3)]
+    return [Example(one.prompt, [" a", " b", " c", " d"], pairs=pairs, sft_index=0) for one in numbered(n)]
+
+
 @every_loader
-@pytest.mark.parametrize("settings", [{"n_epochs": 2}, {"n_epochs": None, "n_examples": 51}], ids=str)
+def test_grouped_prompts_are_the_same_rows_in_other_batches(loader, cls):
+    """Six prompts of three pairs in batches of 6: each prompt is in one batch, in another order in each epoch.
+
+    Unpaired rows, six of each prompt, are half chosen and half rejected in each batch, as they are without.
+    """
+    settings = {"batch_size": 6, "n_epochs": 2}
+    plain, grouped = (
+        list(map(shown, loader(cls, repeated(6), **settings, group_prompts=grouped))) for grouped in (False, True)
+    )
+    assert [len(batch) for batch in grouped] == [len(batch) for batch in plain]
+    assert sorted(sum(grouped, [])) == sorted(sum(plain, []))
+    half = len(grouped) // 2
+    assert grouped[:half] != grouped[half:]
+    for epoch in (grouped[:half], grouped[half:]):
+        prompts = [prompt for batch in epoch for prompt in {prompt for prompt, _, _ in batch}]
+        assert len(prompts) == len(set(prompts)) == 6
+    if cls is UnpairedPreferenceDataLoader:
+        assert all(sum(is_chosen for _, _, (is_chosen,) in batch) == 3 for batch in grouped)
+
+
+@every_loader
+@pytest.mark.parametrize(
+    "settings",
+    [{"n_epochs": 2}, {"n_epochs": None, "n_examples": 51}, {"n_epochs": 2, "group_prompts": True}],
+    ids=str,
+)
 def test_resume_gives_exactly_the_rest(loader, cls, settings):
     """From the state after any batch, also at the end of an epoch, iteration gives the rest; also through JSON."""
-    examples = numbered(9)
+    examples = repeated(5) if "group_prompts" in settings else numbered(9)
     data = loader(cls, examples, **settings)
     batches, states = [], [json.dumps(data.state_dict())]
     for batch in data:
@@ -649,6 +685,17 @@ def test_more_texts_than_a_block(tmp_path, monkeypatch):
     assert stored(store) == [ids(text) for text in texts]
 
 
+def test_blocks_at_once_have_the_ids_of_blocks_one_by_one(tmp_path, monkeypatch):
+    """Also around texts with control tokens that a person wrote, which change the library's settings for a while."""
+    monkeypatch.setattr(token_store, "BLOCK", 3)
+    encoder = Encoder(tiny_tokenizer())
+    end = encoder.tokenizer.eos_token
+    texts = [f" word {i} {end[0] + LITERAL + end[1:] if i % 7 == 5 else end}" for i in range(100)]
+    expected = [encoder.responses([text])[0] for text in texts]
+    assert stored(tokenize(texts, encoder, "responses", str(tmp_path))) == expected
+    assert len(expected[5]) > len(expected[4])
+
+
 def test_an_interrupted_write_is_not_read(tmp_path, monkeypatch):
     """Tokenization that was killed halfway starts again; a half-written store is not read."""
     texts = [string.ascii_lowercase[i] for i in range(10)]
@@ -756,3 +803,84 @@ def test_what_dead_processes_left_is_removed_and_what_living_ones_write_is_not(t
         assert {".alive.lock", "alive.unfinished"} < set(os.listdir(root)) and len(os.listdir(root)) == 3
     tokenize(["ab"], encoder, "prompts", str(tmp_path))
     assert len(os.listdir(root)) == 1
+
+
+#### EXAMPLES WITHOUT THEIR TEXTS
+
+
+def described(example) -> tuple:
+    names = "pairs feedback scores sft_index truncation_mode dataset_name id".split()
+    return (*(getattr(example, name) for name in names), len(example.generations))
+
+
+def test_a_table_reads_as_its_examples():
+    """All but the texts, also of an example that is put into it later; texts are an error with a remedy."""
+    examples = [
+        Example("p", ["a", "b", "c"], [2.5, 1.0, float("inf")], [(0, 1), (2, 0)], dataset_name="x", id="x/12ab"),
+        Example("q", ["a"], feedback=[(0, False), (0, True)], sft_index=0, truncation_mode="keep_start", id="é"),
+        Example("r", id="x/0"),
+    ]
+    table = ExampleTable(examples)
+    assert [described(one) for one in table] == [described(one) for one in examples] and len(table) == 3
+    assert described(table[-1]) == described(examples[2]) and [described(one) for one in table[:2]][1][3] == 0
+    table[1] = examples[0]
+    assert [one.id for one in table] == ["x/12ab", "x/12ab", "x/0"]
+    for read in (lambda: table[0].prompt, lambda: table[0].generations[0], lambda: "a" in table[0].generations):
+        with pytest.raises(UserError, match="keep_texts=True"):
+            read()
+
+
+@every_loader
+@pytest.mark.parametrize("weights", [{}, {"": 1.5}], ids=str)
+def test_batches_are_the_same_without_texts(loader, cls, weights):
+    settings = {"n_epochs": 2, "weights": weights, "batch_size": 3}
+    one, other = (loader(cls, repeated(9), **settings, keep_texts=keep_texts) for keep_texts in (True, False))
+    assert isinstance(other.examples, ExampleTable) and isinstance(one.examples, list)
+    assert list(map(shown, one)) == list(map(shown, other)) and one.fingerprint == other.fingerprint
+
+
+def test_a_loader_that_reads_texts_keeps_them(loader):
+    """A flatten() of before, which asks for texts, works as it did."""
+
+    class Short(SFTDataLoader):
+        def flatten(self, rng):
+            return [row for row in super().flatten(rng) if len(self.examples[row.example].prompt) < 2]
+
+    for weights in ({}, {"": 1.5}):
+        data = loader(Short, [pair("a", "y", "n"), pair("ab", "y", "n")], keep_texts=False, weights=weights)
+        assert {data.examples[row.example].prompt for row in data.order(0)} == {"a"}
+
+
+def test_memory_of_a_pair_without_texts(tmp_path):
+    """A pair takes 60 to 100 bytes in a table, and 26 in an epoch; with its texts, it took 3.6 kB."""
+    n = 20_000
+    examples = [
+        Example(f"{i}", ["y", "n"], pairs=[(0, 1)], sft_index=0, dataset_name="named", id=f"named/{i:012x}")
+        for i in range(n)
+    ]
+    tracemalloc.start()
+    table = ExampleTable(examples)
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(table) == n and used / n < 100
+
+
+@every_loader
+def test_addresses_of_reference_log_probs(loader, cls):
+    """The short way, for rows that truncation leaves whole, finds the addresses of the tokenized rows."""
+    long = [Example("a" * 40, ["b" * 30, "c" * 20], pairs=[(0, 1)], sft_index=0)]
+    data = loader(cls, [*repeated(5), *long], max_length=60, max_prompt_length=30, n_epochs=2)
+    assert 0 < data.are_whole(data.order(0)).sum() < len(data.order(0))
+    found = Responses([data])
+    expected = {one for row in data.order(0) for one in addresses(data.tokenized(row))}
+    assert {one.tobytes() for one in found.addresses} == expected
+    for i in range(len(found)):
+        assert next(addresses(found.place(i).example())) == found.addresses[i].tobytes()
+
+
+def test_the_fingerprint_of_earlier_runs_is_still_theirs(loader):
+    """A state of an earlier run is refused if this changes: int64 lengths, then the text of (example, responses)."""
+    data = loader(PairedPreferenceDataLoader, [pair("ab", "y", "nn")])
+    digest = hashlib.blake2b(np.array([2, 2, 3], np.int64).tobytes(), digest_size=16)
+    digest.update(b"(0, ((0, 0), (0, 1)))")
+    assert data.fingerprint == digest.hexdigest()

@@ -8,11 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: see halos/plan/make.py
+from torch.utils._python_dispatch import TorchDispatchMode  # private: see halos/plan/measure.py
 
 from halos import models, packing, sharding
 from halos.errors import UserError
 from halos.models import PolicyModel
-from halos.packing import Layout, balanced_shares, pack, pad, schedule, split_by_tokens
+from halos.packing import Layout, balanced_shares, pack, packed_tokens, pad, schedule, split_by_tokens
 from halos.packing_check import cast_weights, choose, in_float32, probe_logps
 from helpers import ARCHITECTURES, VOCAB, example, random_examples, tiny_lm, tiny_policy
 
@@ -162,7 +164,7 @@ def test_a_schedule_has_as_many_forwards_everywhere():
 
     A rank with fewer examples has empty forward passes at its end.
     """
-    examples = [example(list(range(n)), [9]) for n in (20, 3, 3, 3, 3, 3, 3)]
+    examples = [example([i] * n, [9]) for i, n in enumerate((20, 3, 3, 3, 3, 3, 3))]
     for n in (1, 2, 3, 5, 9):
         per_process = schedule(examples, n, max_tokens=6)
         assert len(per_process) == n and len({len(runs) for runs in per_process}) == 1
@@ -173,6 +175,30 @@ def test_a_schedule_has_as_many_forwards_everywhere():
             assert all(sum(examples[i].n_tokens for i in run) <= 6 or run == [0] for run in runs)
     # Two ranks: one has the long example, 20 tokens in one forward pass; the other has six of 3 tokens, in pairs.
     assert schedule(examples, 2, max_tokens=6) == [[[0], [], []], [[1, 2], [3, 4], [5, 6]]]
+
+
+def test_equal_prompts_stay_together_where_that_is_shorter():
+    """Four examples of 10 + 2 tokens with one prompt are 18 tokens together, and 24 in two forward passes.
+
+    In 24 tokens, all are one forward pass with the two others, of 6 tokens each. With room for 15, two of them share
+    a prompt: 14 tokens. On two ranks, 2 x 14 beside each other are shorter than 18 and 12. Without equal prompts,
+    nothing changes: the examples of 6 tokens come in their order.
+    """
+    together = [example(list(range(10)), [i, i, i]) for i in range(4)]
+    others = [example([20 + i] * 4, [i, i, i]) for i in range(2)]
+    mixed = [together[0], others[0], together[1], together[2], others[1], together[3]]
+    assert schedule(mixed, 1, max_tokens=30) == [[[0, 2, 3, 5, 1, 4]]]
+    assert schedule(mixed, 1, max_tokens=15) == [[[0, 2], [1], [3, 5], [4]]]
+    assert schedule(together, 2, max_tokens=30) == [[[0, 2]], [[1, 3]]]
+    assert packed_tokens(mixed) == pack(mixed).input_ids.shape[1] == 30
+    assert schedule(others, 1, max_tokens=30) == [[[0, 1]]]
+
+
+def test_a_shared_prompt_does_not_leave_ranks_idle():
+    """Eight examples of one prompt are divided over four ranks: 16 tokens each, where one rank would have 64."""
+    examples = [example([1] * 8, [i] * 8) for i in range(8)]
+    tokens = [sum(packed_tokens(examples[i] for i in run) for run in runs) for runs in schedule(examples, 4, 1000)]
+    assert max(tokens) == 8 + 2 * 7
 
 
 def test_split_by_tokens_of_nothing():
@@ -274,6 +300,71 @@ def test_packed_is_padded(name, checkpointing):
     assert_same(values_and_gradients(policy, EXAMPLES), padded)
     if checkpointing:
         assert runs["inside"] == 2 * 2  # both layers, twice each
+
+
+class Recorded(TorchDispatchMode):
+    """Records the arguments of `varlen_attn` and of its backward pass, by the name of the operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "varlen" in func.name():
+            self.calls[func.name()] = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_call_of_the_kernel_for_packs(window):
+    """On fake tensors, as a GPU would run it: a prompt of 3 with responses of 4 and 3 inputs, and another of 5.
+
+    Queries: 7 + 3 + 5. Keys: 7, then 3 of the prompt and 3, then 5.
+    """
+    layout = Layout([(0, 7, 0, 0), (7, 10, 0, 3), (10, 15, 0, 0)])
+    assert layout.cu_seq_q.tolist() == [0, 7, 10, 15] and layout.cu_seq_k.tolist() == [0, 7, 13, 18]
+    with FakeTensorMode(allow_non_fake_inputs=True), Recorded() as recorded:
+        query = torch.empty(1, 4, 15, 64, dtype=torch.bfloat16, requires_grad=True)
+        key, value = (torch.empty(1, 2, 15, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        out = packing._varlen(query, key, value, layout, 0.125, window, None)
+        assert out.shape == (15, 4, 64) and out.dtype == torch.bfloat16
+        out.sum().backward()
+        assert all(x.grad.shape == x.shape for x in (query, key, value))
+    q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale, windows, grouped, *_ = recorded.calls[
+        "torch_attn::_varlen_attn"
+    ]
+    assert q.shape == (15, 4, 64) and k.shape == v.shape == (18, 2, 64)
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.shape == cu_k.shape == (4,)
+    assert (max_q, max_k, scale, grouped) == (7, 7, 0.125, True)
+    assert (is_causal, list(windows)) == ((True, [-1, 0]) if window is None else (False, [4, 0]))
+    assert "torch_attn::_varlen_attn_backward" in recorded.calls
+
+
+class CountsAttention(TorchDispatchMode):
+    """Counts calls of the kernels of attention that go forward."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.calls += name.startswith("aten::_scaled_dot_product_") and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral"])
+def test_selective_checkpointing_runs_attention_once(name):
+    """Values and gradients are equal bit by bit, and the attention is not computed again in the backward pass."""
+    results, calls = [], []
+    for checkpointing in (False, True, "selective"):
+        policy = tiny_policy(name, packs=True)
+        sharding.prepare_policy(policy, torch.float32, activation_checkpointing=checkpointing)
+        with CountsAttention() as counter:
+            results.append(values_and_gradients(policy, EXAMPLES))
+        calls.append(counter.calls)
+    assert calls[1] == 2 * calls[0] and calls[2] == calls[0] > 0
+    for values, gradients in results[1:]:
+        assert torch.equal(values, results[0][0])
+        assert all(torch.equal(gradients[key], results[0][1][key]) for key in gradients)
 
 
 @every_architecture

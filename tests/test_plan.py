@@ -165,7 +165,7 @@ def make_trainer(config, microbatches: list[list[TokenizedExample]]):
         model.use_packing(True)
     loader = Batches(microbatches)
     trainer = trainer_class(config)(policy, reference, tokenizer, config, loader, loader, "")
-    trainer.check_finite = lambda *args: None  # with fake collectives, log-probs are uninitialised memory
+    trainer.checks.finite = lambda *args: None  # with fake collectives, log-probs are uninitialised memory
     return trainer
 
 
@@ -427,9 +427,10 @@ def setup(**changes) -> Setup:
     [
         ("RMSprop", {}, 1, 1),  # the squares; in a step of all parameters at once, their roots
         ("RMSprop", {"centered": True, "momentum": 0.9}, 3, 1),
-        ("AdamW", {}, 2, 1),
+        ("AdamW", {}, 2, 0),  # one kernel for all of it
+        ("AdamW", {"foreach": True}, 2, 1),
         ("AdamW", {"foreach": False}, 2, 2),  # of one parameter at a time
-        ("AdamW", {"amsgrad": True}, 3, 1),
+        ("AdamW", {"amsgrad": True}, 3, 0),
         ("SGD", {}, 0, 0),
         ("SGD", {"momentum": 0.9}, 1, 0),
     ],
@@ -438,7 +439,16 @@ def test_optimizers(name, kwargs, state, step):
     """State and step, in tensors of the size of the parameters."""
     found = optimizer_bytes(name, kwargs, torch.float32, cuda=True)
     assert found.state == state and found.step == pytest.approx(step, abs=0.01)
-    assert found.all_at_once == kwargs.get("foreach", True)
+    assert found.all_at_once == (kwargs.get("foreach", True) and (name == "RMSprop" or "foreach" in kwargs))
+
+
+def test_muon_keeps_one_number_for_a_hidden_weight_and_two_for_others():
+    """48 hidden weights, 64 others: 48 + 2 * 64. A step takes more than the largest hidden matrix."""
+    shapes = [torch.Size((4, 12)), torch.Size((8,))]
+    model = ModelSizes([Group(tuple(shapes))], Group((torch.Size((14, 4)),)), Group(()), 14, 4, False)
+    found = optimizer_bytes("Muon", {}, torch.float32, cuda=False, model=model)
+    assert found.state * 112 == pytest.approx(48 + 2 * 64)
+    assert 48 * 4 < found.matrix < 10 * 48 * 4
 
 
 def test_the_attention_of_a_gpu_saves_no_scores():
@@ -464,6 +474,14 @@ def test_checkpointing_keeps_the_inputs_of_blocks():
     config = AutoConfig.for_model(**LLAMA)
     measured = activations(config, setup(compute=torch.bfloat16, cuda=True, checkpointing=True))
     assert measured.block.kept == measured.hidden == 1024 * 512 * 2
+
+
+def test_selective_checkpointing_keeps_the_attention_of_a_gpu():
+    """Beside its input a block keeps the output of `varlen_attn` (512 numbers of 2 bytes a token) and its log-sum-exp
+    (a float32 for each of 8 heads)."""
+    config = AutoConfig.for_model(**LLAMA)
+    found = activations(config, setup(compute=torch.bfloat16, cuda=True, checkpointing="selective"))
+    assert found.block.kept == pytest.approx(found.hidden + 1024 * (512 * 2 + 8 * 4), abs=64)
 
 
 def test_shards_are_padded():

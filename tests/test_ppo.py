@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode  # private: see halos/plan/make.py
 from transformers import AutoModelForCausalLM
 
 import trainers
@@ -130,6 +131,19 @@ def test_an_episode_by_hand(tmp_path):
 
 
 #### THE LOSS
+
+
+def test_an_episode_waits_for_no_device():
+    """Fake tensors have no values: an operation whose result the CPU would have to wait for raises."""
+    examples = random_examples(5, (1, 2))
+    n = sum(map(sum, (one.n_targets for one in examples)))
+    with FakeTensorMode():
+        batch = Batch(examples, PerToken(*(torch.empty(n) for _ in range(3))), torch.empty(n))
+        episode = ppo().episode(batch)
+        assert episode.advantages.shape == episode.returns.shape == (n,)
+        assert trainers.explained_variance(batch.policy.values, episode.returns).shape == ()
+        with pytest.raises(DynamicOutputShapeException):
+            batch.policy.values[batch.policy.values > 0]
 
 
 def loss_of_tokens(trainer, logratios, advantages, values=None, returns=None):

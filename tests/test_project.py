@@ -103,3 +103,21 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert "Align a language model" in done.stdout and "loaded: []" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_run_imports_before_it_needs_it():
+    """Libraries that a run may not need are imported where they are used: they made each start seconds slower.
+
+    What was imported is not searched for garbage again: `gc.freeze` has taken it.
+    """
+    code = (
+        "import gc, sys\n"
+        "from halos.commands import importing\n"
+        "with importing():\n"
+        "    import dataloaders, trainers\n"
+        "    from halos import checkpoint, launch, loading, reference_cache, resume, run_dir, samplers, states\n"
+        "late = {'matplotlib', 'wandb', 'datasets', 'openai', 'pandas', 'pyarrow', 'sklearn', 'vllm'}\n"
+        "print(sorted(late & set(sys.modules)), gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.split("\n")[-2] == "[] True True", done.stdout + done.stderr

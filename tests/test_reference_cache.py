@@ -165,6 +165,7 @@ def test_mismatched_pairings_are_entries_of_their_own(tmp_path, passes):
         made = loaders_for("kto", shuffle)
         for loader in made:
             loader.__class__ = type("Loader", (Mismatched, type(loader)), {})
+            loader.ordered = None
         made[0].n_epochs = 2
         return made
 

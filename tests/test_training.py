@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
-from halos import checkpoint, loading, metrics, run_dir
+from halos import advice, checkpoint, loading, metrics, run_dir
 from halos.errors import UserError
 from helpers import example, judged, make_config
 from small_runs import (
@@ -118,9 +118,10 @@ def test_order_of_the_batch_does_not_matter(tmp_path, loss):
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
-def test_activation_checkpointing_changes_nothing(tmp_path):
+@pytest.mark.parametrize("way", ["true", "selective"])
+def test_activation_checkpointing_changes_nothing(tmp_path, way):
     plain = trained(tmp_path / "plain", "dpo")
-    assert_same_training(trained(tmp_path / "checkpointed", "dpo", "model.activation_checkpointing=true"), plain)
+    assert_same_training(trained(tmp_path / "checkpointed", "dpo", f"model.activation_checkpointing={way}"), plain)
 
 
 @pytest.mark.slow
@@ -425,11 +426,11 @@ def test_eval_is_due_when_a_multiple_is_passed(tmp_path):
     """With eval_every 8, evaluation is due after 8 examples, and again when a multiple of 8 has been passed."""
     trainer = make_trainer(tmp_path, "sft")
     assert not trainer.eval_is_due()
-    trainer.train_loader.examples_seen = 8
+    trainer.state.position = {"examples_seen": 8}
     assert trainer.eval_is_due()
     trainer.state.evaluated_at = 8
     assert not trainer.eval_is_due()
-    trainer.train_loader.examples_seen = 21  # after an incomplete batch at the end of an epoch
+    trainer.state.position = {"examples_seen": 21}  # after an incomplete batch at the end of an epoch
     assert trainer.eval_is_due()
 
 
@@ -466,7 +467,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, where, precision
 
         def spoiled(batch):
             result = backward(batch)
-            if batch is batches[1]:
+            if batch[0] is batches[1][0]:
                 next(trainer.policy.parameters()).grad.mul_(float("nan"))
             return result
 
@@ -873,3 +874,31 @@ def test_kto_advises_on_its_batch_and_its_weights(tmp_path):
     balance, batch = trainer.advice()
     assert balance.startswith("8 desirable and 8 undesirable responses per epoch; ")
     assert batch.startswith("warning: model.batch_size=1: the other half of each batch")
+
+
+#### SLOW DTYPES
+
+
+def test_a_dtype_that_is_slow_on_this_cpu_is_a_warning(tmp_path, monkeypatch):
+    """One line for each key that asks for it; none where bfloat16 is as fast, none on a GPU, none for float32."""
+    rates = {torch.float32: 120.0, torch.bfloat16: 0.9}
+    monkeypatch.setattr(advice, "product_rate", rates.get)
+    words = ("model.fsdp_policy_mp=bfloat16", "model.reference_dtype=bfloat16")
+    dtypes = loading.compute_dtypes(make_config(tmp_path, "loss=dpo", *words), CPU)
+    lines = advice.slow_dtypes(dtypes, CPU)
+    assert lines == [
+        f"warning: model.{key}=bfloat16: this CPU multiplies at 0.9 GFLOP/s in it and at 120.0 in float32; use "
+        f"model.{key}=float32"
+        for key in ("fsdp_policy_mp", "reference_dtype")
+    ]
+    assert advice.slow_dtypes(dtypes, torch.device("cuda")) == []
+    stored = loading.compute_dtypes(make_config(tmp_path, "loss=sft", "model.policy_dtype=bfloat16", words[1]), CPU)
+    assert list(stored) == ["model.policy_dtype"]  # SFT has no reference model
+    rates[torch.bfloat16] = 240.0
+    assert advice.slow_dtypes(dtypes, CPU) == []
+    plain = loading.compute_dtypes(make_config(tmp_path, "loss=dpo"), CPU)
+    assert advice.slow_dtypes(plain, CPU) == [] and set(plain.values()) == {torch.float32}
+
+
+def test_rates_of_products_are_measured():
+    assert 0.01 < advice.product_rate(torch.bfloat16) < 1e5 and 0.1 < advice.product_rate(torch.float32) < 1e5

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.campaign import forks, runs
 from benchmarks.campaign.forks import Changes, Child
+from halos import metrics
 
 SAMPLES_AT_ONCE = 4
 CALLS_AT_ONCE = 4
@@ -142,7 +143,7 @@ def samples_of(folder: str) -> Any:
 
 def evaluation_of(folder: str) -> dict[str, float]:
     results = read_json(os.path.join(folder, "run", "eval.json"))["results"]
-    return {name: value for name, value in results.items() if name != "examples_per_second"}
+    return {name: value for name, value in results.items() if not metrics.is_time(name)}
 
 
 def verdicts_of(folder: str) -> tuple[dict, str]:

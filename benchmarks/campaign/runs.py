@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from omegaconf import OmegaConf
 
-from halos import checkpoint, demo, manifest, states
+from halos import checkpoint, demo, manifest, metrics, states
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -130,7 +130,7 @@ def rows_before(path: str) -> list[dict]:
     """The rows of metrics.jsonl without their times. Of a killed run, the last line may be torn."""
     with open(path) as file:
         lines = file.read().split("\n")[:-1]
-    return [{key: value for key, value in json.loads(line).items() if key != "examples_per_second"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if not metrics.is_time(key)} for line in lines]
 
 
 def rows_of(cache_dir: str, name: str = "run") -> list[dict]:

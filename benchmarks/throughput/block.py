@@ -113,7 +113,7 @@ def run(block: Block) -> Result:
     import torch
 
     from benchmarks.throughput import ways, work
-    from benchmarks.train_1b import matmul_rate, synchronize
+    from benchmarks.rate import matmul_rate, synchronize
     from benchmarks.workload import body_parameters
     from halos.models import PolicyModel
 

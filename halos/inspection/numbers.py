@@ -4,14 +4,15 @@
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from halos.epoch import Row
 from halos.examples import Example, is_empty
 from halos.inspection.pairs import LengthBias, Repetition, length_bias, repetition
-from halos.loader import DataLoader, Row
+from halos.loader import DataLoader
 from halos.tokens import Role
 
 
@@ -80,7 +81,7 @@ class Split:
 
     name: str
     loader: DataLoader
-    rows: list[Row]
+    rows: Sequence[Row]
     responses: Responses
     datasets: list[DatasetNumbers]
     tokens: Tokens
@@ -128,7 +129,7 @@ def distinct_examples(loader: DataLoader) -> dict[int, Example]:
     return {index: originals[index] for index in sorted(first.values())}
 
 
-def read_responses(loader: DataLoader, rows: list[Row]) -> Responses:
+def read_responses(loader: DataLoader, rows: Sequence[Row]) -> Responses:
     """Read the rows as training does, and measure each response."""
     measured = [one for number, row in enumerate(rows) for one in _measure(loader, number, row)]
     return Responses(*(np.array(column) for column in zip(*measured, strict=True)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from halos import logps, models, packing, sharding
 from halos.errors import UserError
@@ -138,4 +138,3 @@ def attention_on_cuda(module, query, key, value, attention_mask, scaling=None, l
 
 ON_CUDA = f"{packing.ATTENTION}_on_cuda"
 AttentionInterface.register(ON_CUDA, attention_on_cuda)
-AttentionMaskInterface.register(ON_CUDA, lambda *args, **kwargs: None)

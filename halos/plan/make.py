@@ -58,7 +58,8 @@ def make_plan(
         model = sizes_of(lm, config.model.block_name, v_head)
         activations = measure_activations(lm, model, setup, v_head)
     kwargs: Any = OmegaConf.to_container(config.optimizer_kwargs)
-    return Plan(model, setup, activations, optimizer_bytes(config.optimizer, kwargs, setup.stored, setup.cuda))
+    optimizer = optimizer_bytes(config.optimizer, kwargs, setup.stored, setup.cuda, setup.uses_fsdp, model)
+    return Plan(model, setup, activations, optimizer)
 
 
 def _refuse_what_is_not_planned(config: DictConfig) -> None:

@@ -123,7 +123,7 @@ class Plan:
         setup, memory = self.setup, self._phase(0, 0, done=self.model.groups)
         largest = max(-(-s[0] // setup.shards) * s[1:].numel() for group in self.model.groups for s in group.shapes)
         at_once = memory.parameters if self.optimizer.all_at_once else largest * setup.stored.itemsize
-        optimizer = memory.optimizer + round(at_once * self.optimizer.step)
+        optimizer = memory.optimizer + max(round(at_once * self.optimizer.step), self.optimizer.matrix)
         yield "step of the optimizer", replace(memory, optimizer=optimizer)
 
     def _phase(self, gathered: int, activations: int, done: Sequence[Group] = ()) -> Memory:

@@ -48,7 +48,7 @@ def describe(config: DictConfig, plan: Plan, source: str) -> list[str]:
 
 
 def settings(config: DictConfig, setup: Setup) -> str:
-    checkpointing = "" if setup.checkpointing else "no "
+    checkpointing = {True: "", False: "no ", "selective": "selective "}[setup.checkpointing]
     return (
         f"{config.optimizer}, {short(setup.stored)} weights, {short(setup.compute)} computation, "
         f"{setup.n_tokens} tokens per forward, {checkpointing}activation checkpointing"

@@ -24,7 +24,7 @@ class Setup:
     n_targets: int  # response tokens among them
     forwards: int  # forward passes per microbatch
     microbatches: int  # per update
-    checkpointing: bool
+    checkpointing: bool | str  # as model.activation_checkpointing
     cuda: bool
 
     @property
