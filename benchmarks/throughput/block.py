@@ -112,8 +112,8 @@ def make(way: str, settings, batches: list):
 def run(block: Block) -> Result:
     import torch
 
-    from benchmarks.throughput import ways, work
     from benchmarks.rate import matmul_rate, synchronize
+    from benchmarks.throughput import ways, work
     from benchmarks.workload import body_parameters
     from halos.models import PolicyModel
 
