@@ -20,6 +20,7 @@ from halos import demo, sources
 from halos.chat import Renderer
 from halos.dataset_specs import base_spec, spec_of
 from halos.epoch import Row
+from halos.example_table import give_back_memory
 from halos.examples import Dataset, Example, Text, merge
 from halos.hub import hub_rows
 from halos.loader import DataLoader
@@ -306,6 +307,8 @@ def make_loader(config, tokenizer, split: str, keep_texts: bool = False) -> Data
         description=split,
     )
     loader.account = [dataset.account() for dataset in datasets]
+    datasets.clear()  # with their texts
+    give_back_memory()
     return loader
 
 

@@ -4,6 +4,8 @@ A million examples with their texts are 3.6 GB of Python objects, and about 60 b
 a list of examples does: `table[i].pairs`, `len(table[i].generations)`.
 """
 
+import ctypes
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -149,6 +151,13 @@ class StoredExample:
         raise TextsDropped
 
     tools = prompt
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library can (glibc): it keeps that of freed texts for itself."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _short(example: Example) -> str:

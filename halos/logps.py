@@ -10,8 +10,11 @@ Shapes: N targets, d hidden size, V vocabulary.
 
 import torch
 
-# Elements in one chunk of logits. On a GPU this is 512 MiB of float32: 4096 tokens at V = 32k, enough to keep it busy.
-CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**25}
+# Elements in one chunk of logits, 512 MiB of float32: 4096 tokens at V = 32k, enough to keep a GPU busy. On a CPU most
+# batches are one chunk, which is not recomputed.
+CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**27}
+# Elements that are read several times in a row. On a CPU they stay in its caches; on a GPU there is one block.
+BLOCK_ELEMENTS = {"cuda": 2**62, "cpu": 2**20}
 
 
 def plain(
@@ -75,7 +78,7 @@ class _FusedLogps(torch.autograd.Function):
         for rows in _chunks(hidden, weight):
             del logits  # else two chunks would be in memory while the next one is computed
             logits = _logits(hidden[rows], weight, bias, softcap, scale)
-            lse[rows] = logits.logsumexp(-1)
+            torch.cat([block.logsumexp(-1) for block in _blocks(logits)], out=lse[rows])
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
             if entropy is not None:
                 entropy[rows] = entropy_of(logits, lse[rows])
@@ -96,13 +99,8 @@ class _FusedLogps(torch.autograd.Function):
             logits, ctx.last_logits = ctx.last_logits, None
             if logits is None:
                 logits = _logits(hidden[rows], weight, bias, ctx.softcap, ctx.scale)
-            grad = logits.sub(lse[rows, None]).exp_().neg_()
-            grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
-            grad *= upstream[rows, None]
-            if ctx.softcap is not None:
-                grad *= 1 - (logits / ctx.softcap) ** 2  # d tanh
-            if ctx.scale != 1:
-                grad *= ctx.scale
+            grad = _grad_logits(logits, lse[rows], targets[rows], upstream[rows], ctx.softcap, ctx.scale)
+            del logits
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -115,9 +113,30 @@ class _FusedLogps(torch.autograd.Function):
                     grad_weight += torch.mm(grad.T, hidden[rows], out_dtype=torch.float32)
                 else:
                     grad_weight += grad.T @ hidden[rows]
+            del grad  # else it would be in memory beside the next chunk
         grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None else None
         grad_bias = grad_bias.to(bias.dtype) if grad_bias is not None else None
         return grad_hidden, grad_weight, None, grad_bias, None, None, None
+
+
+def _grad_logits(logits, lse, targets, upstream, softcap, scale) -> torch.Tensor:
+    """Turn logits into the gradient of the loss with respect to them, before scale and soft cap. In place."""
+    split = (x.split(len(block)) for block in _blocks(logits)[:1] for x in (lse, targets, upstream))
+    for block, *of_block in zip(_blocks(logits), *split, strict=True):
+        own_lse, own_targets, own_upstream = (x[:, None] for x in of_block)
+        slope = None if softcap is None else 1 - (block / softcap) ** 2  # d tanh
+        block.sub_(own_lse).exp_().neg_()
+        block.scatter_add_(1, own_targets, torch.ones_like(block[:, :1]))
+        block *= own_upstream if scale == 1 else own_upstream * scale
+        if slope is not None:
+            block *= slope
+    return logits
+
+
+def _blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return views of some rows each, small enough for the caches."""
+    n, vocab = logits.shape
+    return logits.split(max(1, BLOCK_ELEMENTS[logits.device.type] // vocab)) if n else ()
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:

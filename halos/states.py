@@ -165,7 +165,7 @@ def _is_quantized(value: Any) -> bool:
 
 
 def _as_floats(value: Any) -> Any:
-    """Return quantized numbers as floats, from which they can be quantized again without loss."""
+    """Return quantized numbers as floats. Quantizing them again may round a few to a neighbour."""
     return distributed.with_local(value, distributed.local(value).dequantize()) if _is_quantized(value) else value
 
 

@@ -158,6 +158,7 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
         "dataset_paths": dict.fromkeys(["shp", "hh", "hh_helpful", "hh_harmless", "oasst"]),
         "n_epochs": 1,
         "n_examples": None,
+        "group_prompts": False,
         "lr": 5e-7,
         "optimizer": "RMSprop",
         "optimizer_kwargs": {},

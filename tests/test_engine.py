@@ -126,7 +126,7 @@ def test_pieces_partition_the_tokens_of_the_batch():
     """Forward passes of trained and of unrelated responses together contain every token of the batch once."""
     device = torch.device("cpu")
     trained, untrained = frozenset({Role.CHOSEN, Role.REJECTED}), frozenset({Role.UNRELATED})
-    found = [pieces(MIXED, roles, 6, device) for roles in (trained, untrained)]
+    found = [pieces(MIXED, roles, 7, device) for roles in (trained, untrained)]
     positions = torch.cat([piece.positions for part in found for piece in part])
     assert sorted(positions.tolist()) == list(range(sum(len(r) for one in MIXED for r in one.responses)))
     assert len(found[0]) > 1

@@ -98,24 +98,26 @@ def _hidden_states(output: Any) -> torch.Tensor:
 def head_bytes(model: ModelSizes, setup: Setup) -> Measured:
     """Bytes that `logps.fused` takes: mostly its chunks of logits.
 
-    The whole-number factors below count chunks in float32: the logits, their gradient or exponential, and the copies
-    that a softcap makes.
+    The gradient of a chunk takes the place of its logits. The whole-number factors below count what a block of them
+    needs in addition, and the copies that a softcap makes.
     """
     n, d, vocab = setup.n_targets, model.hidden_size, model.vocab_size
-    size = setup.compute.itemsize
-    n_chunks = -(-n // max(1, logps.CHUNK_ELEMENTS["cuda" if setup.cuda else "cpu"] // vocab))
+    size, device = setup.compute.itemsize, "cuda" if setup.cuda else "cpu"
+    n_chunks = -(-n // max(1, logps.CHUNK_ELEMENTS[device] // vocab))
     rows = -(-n // n_chunks)
     chunk, hidden, weight = rows * vocab * FLOAT32, n * d * size, vocab * d * size
+    block = min(rows, max(1, logps.BLOCK_ELEMENTS[device] // vocab)) * vocab * FLOAT32
     several, half = n_chunks > 1, size < FLOAT32
-    factor = chunk * size // FLOAT32 if several or half else 0  # the logits' gradient, cast to the compute dtype
+    cast = chunk * size // FLOAT32 if half else 0  # the logits' gradient in the compute dtype
     product = weight if half else 0  # the weight's gradient of one chunk, before it is added to the float32 sum
     casts = 0  # copies of weight and hidden states in float32; a GPU multiplies bfloat16 into float32 without them
     if half and not setup.cuda:
         casts, product = (vocab + rows) * d * FLOAT32, product + vocab * d * FLOAT32
-    forward = max(2 * chunk, chunk + casts)
-    backward = max(2 * chunk + factor, chunk + factor + product, several * (chunk + factor + casts))
+    forward = max(chunk + block, chunk + casts)
+    backward = max(chunk + cast, cast + product, several * (chunk + casts))
     if model.softcap:
-        forward, backward = max(forward, 3 * chunk), max(backward, 4 * chunk)
+        forward = max(forward, 3 * chunk)
+        backward = max(backward, chunk + 2 * block, several * 3 * chunk)
     gradients = hidden + vocab * d * FLOAT32
     return Measured(hidden + forward, hidden + chunk, hidden + gradients + backward, inference=hidden + forward)
 
