@@ -12,7 +12,8 @@ loss is compared between ways with the same KL: TRL's is of mismatched pairs, wi
 ours. Losses of all timed steps are compared too.
 
 All ways have the same weights, float32 (bfloat16 on a GPU, over float32 weights), AdamW with lr 1e-6 and without weight
-decay, a gradient norm of at most 10, and no activation checkpointing. The first step of a block is a small one that
+decay, a gradient norm of at most 10, and no activation checkpointing. OpenMP's threads wait for each other as long as
+they do in a run of ours, and in other ways as long as libgomp has it. The first step of a block is a small one that
 does not count. `share of the matrix rate`: the FLOPs that the step needs at least (6 per weight and unique token, for
 the head per response token; 2 for a live reference; attention not counted), over the time and what a large product
 reaches in the same block. Results go to benchmarks/RESULTS.md, one section per run.
@@ -31,10 +32,12 @@ import tempfile
 from benchmarks.throughput import report, work
 from benchmarks.throughput.block import WAYS, Block, Result
 from benchmarks.workload import SHAPES
+from halos import openmp
 from halos.errors import UserError
 from halos.project_dir import PROJECT
 
 SYNTHETIC_VOCABULARY = 32000
+OTHERS_SPIN = "300000"  # libgomp's default, which halos/openmp.py lowers for this project
 
 
 class Bench:
@@ -62,14 +65,19 @@ class Bench:
             block = Block(way, loss, model, device, dtype, batches, checks, beside or checks)
             with open(f"{path}.json", "w") as file:
                 json.dump(dataclasses.asdict(block), file)
-            self.start(f"{path}.json", f"{path}.result.json")
+            self.start(way, f"{path}.json", f"{path}.result.json")
         with open(f"{path}.result.json") as file:
             return Result(**json.load(file))
 
-    def start(self, given: str, wanted: str) -> None:
+    def start(self, way: str, given: str, wanted: str) -> None:
         command = [sys.executable, "-m", "benchmarks.throughput.block", given, wanted]
+        environment = dict(os.environ)
+        if not way.startswith("ours") and environment.get("GOMP_SPINCOUNT") == openmp.SPINS:
+            environment["GOMP_SPINCOUNT"] = OTHERS_SPIN
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        done = subprocess.run([*shlex.split(self.args.prefix), *command], cwd=PROJECT, text=True, **pipes)
+        done = subprocess.run(
+            [*shlex.split(self.args.prefix), *command], cwd=PROJECT, text=True, env=environment, **pipes
+        )
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             reason = lines[-1].removeprefix("benchmarks.throughput: ") if lines else f"exit code {done.returncode}"

@@ -1,5 +1,6 @@
 """Whether the ways compute the same, and the tables of what they took."""
 
+import math
 import os
 import re
 import statistics
@@ -45,10 +46,13 @@ def check_losses(loss: str, blocks: dict[str, list[Result]]) -> float:
 
 
 def _spread(values: dict[str, float], name: str) -> float:
+    for way, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"the ways do not compute the same: {name} is {value} for {way}")
     least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     scale = max(abs(values[most]), abs(values[least]), 1.0 if name.startswith("rewards") else 1e-12)
     difference = (values[most] - values[least]) / scale
-    if not difference <= TOLERANCE:
+    if difference > TOLERANCE:
         raise UserError(
             f"the ways do not compute the same: {name} is {values[least]:.6g} for {least} and {values[most]:.6g} for "
             f"{most}, and may differ by {TOLERANCE:g} of it; speeds would not be comparable"

@@ -10,17 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import trainers
 from benchmarks.throughput.work import Batch, config_of, mismatched
 from benchmarks.workload import llama
-from halos import distributed, packing_check, reference_cache, sharding
-from halos.engine import Outcome
-from halos.logps_store import LogpsStore, segments
+from halos import distributed, logps_store, packing_check, sharding
+from halos.engine import Forward, Outcome
 from halos.models import PolicyModel
 from halos.packing import pad
+from halos.reference_cache import ReferenceCache
 from halos.tokens import Role
 
 NOISE = 0.1  # of the policy's weights at the start, relative to each tensor's own spread
@@ -87,28 +88,16 @@ class MismatchedKTOTrainer(trainers.UnpairedPreferenceTrainer):
 
 
 class Batches:
-    """The batches as a trainer and the reference cache see a loader."""
+    """The batches as a trainer sees a loader: all that `train_step` asks for."""
 
     def __init__(self, batches: list[Batch]):
-        self.batches = batches
-        self.rows = [example for batch in batches for example in batch]
-        self.total_examples, self.examples_seen = len(self.rows), 0
+        self.batches, self.total_examples = batches, sum(map(len, batches))
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self):
-        return iter(self.batches)
-
-    def order(self, epoch: int) -> list[int]:
-        return list(range(len(self.rows)))
-
-    def tokenized(self, row: int):
-        return self.rows[row]
-
-    def class_counts(self) -> tuple[int, int]:
-        roles = [role for row in self.rows for role in row.roles]
-        return roles.count(Role.CHOSEN), roles.count(Role.REJECTED)
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": 0, "position": 0, "examples_seen": 0}
 
 
 def recording(trainer_class: type) -> type:
@@ -140,7 +129,7 @@ class Ours:
         self.trainer = recording(trainer_class)(*arguments)
         if is_cached:
             tokens = config.model.max_tokens_per_forward
-            self.trainer.reference_cache = filled_cache(self.policy, loader, tokens, settings.folder)
+            self.trainer.reference_cache = filled_cache(self.policy, batches, tokens, settings.folder)
         perturb(self.policy.lm)
 
     def _policy(self, settings: Settings) -> PolicyModel:
@@ -167,7 +156,6 @@ class Ours:
         self.policy.train()
         for batch in batches:
             self.trainer.train_step([batch])
-            self.trainer.train_loader.examples_seen += len(batch)
             after_step()
         return [outcome.losses.mean().item() for outcome in self.trainer.outcomes]
 
@@ -177,13 +165,18 @@ def outcome_numbers(outcome: Outcome) -> Numbers:
     return numbers_of(outcome.losses, *logps, *rewards)
 
 
-def filled_cache(policy: PolicyModel, loader: Batches, max_tokens: int, folder: str) -> reference_cache.ReferenceCache:
+@torch.no_grad()
+def filled_cache(policy: PolicyModel, batches: list[Batch], max_tokens: int, folder: str) -> ReferenceCache:
     """Compute the reference log-probs of all batches with the policy, which is still the reference model."""
     directory = os.path.join(folder, "logps")
-    responses: Any = reference_cache.Responses([loader])  # type: ignore[list-item]
-    missing = responses.missing(LogpsStore(directory, []))
-    reference_cache.Pass(policy, responses, max_tokens).fill(directory, missing)
-    return reference_cache.ReferenceCache(LogpsStore(directory, segments(directory)))
+    policy.eval()
+    for batch in batches:
+        leaf = Forward(policy, batch, max_tokens).tokens.logps.cpu().numpy()
+        lengths = [n for example in batch for n in example.n_targets]
+        names = b"".join(address for example in batch for address in logps_store.addresses(example))
+        logps_store.add_segment(directory, names, np.split(leaf, np.cumsum(lengths)[:-1]))
+    sharding.reshard(policy)
+    return ReferenceCache(logps_store.LogpsStore(directory, logps_store.segments(directory)))
 
 
 class OursMismatched(Ours):
