@@ -167,6 +167,9 @@ class Endless:
     def __len__(self) -> int:
         return 3
 
+    def state_dict(self) -> dict[str, int]:
+        return {"examples_seen": self.examples_seen}
+
 
 def make_trainer(args: argparse.Namespace, batches: list[Batch], device: torch.device):
     max_tokens = max(sum(one.n_tokens for one in batch) for batch in batches)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -123,6 +122,13 @@ class ZeroReference:
         return torch.zeros(sum(len(response) for example in examples for response in example.responses))
 
 
+class NoData:
+    """A loader of which only the position is asked for."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"examples_seen": 0}
+
+
 def trainer_of(policy) -> DPOTrainer:
     model = {"max_tokens_per_forward": 1 << 30, "max_grad_norm": 10.0, "gradient_accumulation_steps": 1}
     settings = {"optimizer": "AdamW", "optimizer_kwargs": {}, "lr": 1e-6, "lr_scheduler": "constant"}
@@ -131,7 +137,7 @@ def trainer_of(policy) -> DPOTrainer:
     trainer.reference_cache = ZeroReference()  # type: ignore[assignment]
     optimizer = trainer.make_optimizer()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    trainer.state = TrainState(SimpleNamespace(examples_seen=0), optimizer, scheduler)  # type: ignore[arg-type]
+    trainer.state = TrainState(NoData(), optimizer, scheduler)  # type: ignore[arg-type]
     return trainer
 
 

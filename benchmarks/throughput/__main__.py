@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import os
-import pickle
 import shlex
 import subprocess
 import sys
@@ -52,13 +51,12 @@ class Bench:
         self.save("checked", [batches[0][: 4 if args.loss == "kto" else 2]])
 
     def save(self, name: str, batches: list[work.Batch]) -> None:
-        with open(os.path.join(self.folder, f"{name}.pickle"), "wb") as file:
-            pickle.dump(batches, file)
+        work.write(batches, os.path.join(self.folder, f"{name}.batches.json"))
 
     def run(self, way: str, name: str, dtype: str, checks: bool = False) -> Result:
         path = os.path.join(self.folder, f"{name}-{way}")
         if not os.path.exists(f"{path}.result.json"):
-            batches = os.path.join(self.folder, f"{'checked' if checks else 'timed'}.pickle")
+            batches = os.path.join(self.folder, f"{'checked' if checks else 'timed'}.batches.json")
             loss, model, device, beside = (
                 getattr(self.args, k) for k in ("loss", "model", "device", "beside_other_work")
             )

@@ -6,7 +6,6 @@ Each block is a process of its own, and none runs beside another, so its peak me
 import dataclasses
 import json
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ class Block:
     """Steps of one way.
 
     way: a name of `WAYS`
-    batches: path of a pickled list of batches
+    batches: path of the batches that `work.write` wrote
     checks: compute the first batch once, and make no step
     """
 
@@ -117,8 +116,7 @@ def run(block: Block) -> Result:
     from benchmarks.workload import body_parameters
     from halos.models import PolicyModel
 
-    with open(block.batches, "rb") as file:
-        batches = pickle.load(file)
+    batches = work.read(block.batches)
     device, dtype = torch.device(block.device), getattr(torch, block.dtype)
     steps = batches[:1] if block.checks else [work.warm_up(batches[0]), *batches]
     n = 8192 if device.type == "cuda" else 2048

@@ -1,5 +1,6 @@
 """The batches that all ways run, their lengths, and the FLOPs that they need at least."""
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +41,29 @@ def config_of(loss: str, cache_dir: str, *words: str) -> DictConfig:
 
 
 #### BATCHES
+
+
+def write(batches: list[Batch], path: str) -> None:
+    """Write token ids and roles, which is what a way reads."""
+    rows = [
+        [
+            {"prompt": one.prompt.tolist(), "responses": [r.tolist() for r in one.responses], "roles": one.roles}
+            for one in b
+        ]
+        for b in batches
+    ]
+    with open(path, "w") as file:
+        json.dump(rows, file)
+
+
+def read(path: str) -> list[Batch]:
+    with open(path) as file:
+        return [[_example(**one) for one in batch] for batch in json.load(file)]
+
+
+def _example(prompt: list[int], responses: list[list[int]], roles: list[str]) -> TokenizedExample:
+    ids = tuple(np.array(response, np.int32) for response in responses)
+    return TokenizedExample(np.array(prompt, np.int32), ids, tuple(map(Role, roles)))
 
 
 def synthetic(shape: str, loss: str, n_batches: int, batch_size: int, vocab_size: int) -> list[Batch]:
