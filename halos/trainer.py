@@ -178,6 +178,7 @@ class BasicTrainer:
         starts = state.examples == 0
         if starts and self.config.do_first_eval:
             self.log_evaluation()
+        self.step_started = time.monotonic()
         # A state can be from before the evaluation that followed its step: a resumed run begins with that.
         if starts or self.after_step():
             with closing(self.steps()) as steps:
@@ -221,6 +222,7 @@ class BasicTrainer:
             self.save()
         if is_time or self.state_is_due():
             self.save_state()
+        self.step_started = time.monotonic()  # the next step's speed is without what was saved
         return not distributed.any_rank(self.should_stop())
 
     def stop(self, signal: int) -> NoReturn:
@@ -386,7 +388,6 @@ class BasicTrainer:
             self.give_up(mishaps.NotFinite("the loss on the test examples", []))
         self.log.evaluation(state.updates, state.examples, state.eval_metrics)
         self.stopwatch.lap()
-        self.step_started = time.monotonic()
 
     #### METRICS
 
