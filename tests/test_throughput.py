@@ -1,6 +1,8 @@
 """The comparison with other trainers: counts at hand-computed values, and that no way with another loss passes."""
 
+import dataclasses
 import importlib.util
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -270,6 +272,21 @@ def test_every_second_round_goes_backwards(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "run", lambda way, *rest: order.append(way) or SimpleNamespace(seconds=[1.0]))
     bench.measure()
     assert order == ["ours_cached", "plain", "plain", "ours_cached", "ours_cached", "plain"]
+
+
+def test_a_block_beside_other_work_is_measured_again(monkeypatch, tmp_path):
+    """A process that started after the block had begun took the cores from it, and its times counted."""
+    bench = command.Bench(command.parse([]), "name", [PAIRS], str(tmp_path))
+    loads = iter([0.5, 0.0, 0.5, 0.5, 0.5])
+
+    def start(way, given, wanted):
+        with open(wanted, "w") as file:
+            json.dump(dataclasses.asdict(dataclasses.replace(result([1.0]), other_load=next(loads))), file)
+
+    monkeypatch.setattr(bench, "start", start)
+    assert bench.run("plain", "round-0", "float32").other_load == 0.0
+    with pytest.raises(UserError, match="in 3 tries of a block"):
+        bench.run("plain", "round-1", "float32")
 
 
 def test_wrong_numbers_stop_before_timing(monkeypatch, tmp_path):
