@@ -65,7 +65,7 @@ class Row:
 
 @dataclass
 class Result:
-    """What came of a row: numbers, or a reason why there are none."""
+    """The numbers of a row, or the reason why it has none."""
 
     numbers: dict[str, Any] = field(default_factory=dict)
     note: str = ""

@@ -102,7 +102,7 @@ class ExampleTable(Sequence):
 
 
 class StoredExample:
-    """What a table knows of one example, with the names that an Example has."""
+    """One example of a table. Its attributes have the names of those of Example."""
 
     __slots__ = ("index", "table")
 

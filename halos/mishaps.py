@@ -25,7 +25,7 @@ class NotFinite(Exception):
 
 
 class Checks:
-    """What must hold before the weights change. All of it is asked for in one transfer from the device."""
+    """Conditions that must hold before the weights change. The device is asked for all of them in one transfer."""
 
     def __init__(self):
         self.fails: list[torch.Tensor] = []

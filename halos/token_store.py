@@ -40,7 +40,7 @@ class TokenStore:
 
     @cached_property
     def has_context(self) -> bool:
-        """Whether any response has tokens that are not trained on, which are stored as ~id."""
+        """Return whether some response has tokens that are not trained on. These are stored as ~id."""
         return bool(len(self.ids)) and bool(self.ids.min() < 0)
 
     @property

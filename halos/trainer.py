@@ -174,7 +174,7 @@ class BasicTrainer:
 
     def train_loop(self) -> None:
         state = self.state
-        self.step_started = self.state_written = time.monotonic()
+        self.state_written = time.monotonic()
         starts = state.examples == 0
         if starts and self.config.do_first_eval:
             self.log_evaluation()

@@ -301,3 +301,10 @@ def test_wrong_numbers_stop_before_timing(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="the ways do not compute the same"):
         command.run(args, str(tmp_path))
     assert ran == ["check", "check"] and not (tmp_path / "R.md").exists()
+
+
+@pytest.mark.parametrize("words", ["--model /nowhere --data .", "--model . --data hh=/nowhere", "--model ."])
+def test_a_missing_path_is_named(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.parse(words.split())
+    assert ended.value.code == 2 and capsys.readouterr().err.count("error:") == 1

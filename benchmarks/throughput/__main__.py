@@ -153,6 +153,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ways {' '.join(unknown)}: {args.loss} has {', '.join(WAYS[args.loss])}")
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together")
+    for flag, path in (("--model", args.model), ("--data", (args.data or "").rpartition("=")[2])):
+        if path and not os.path.exists(path):
+            parser.error(f"{flag} {path}: there is no such file or directory")
     return args
 
 

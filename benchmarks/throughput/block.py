@@ -37,7 +37,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Result:
-    """What a block measured.
+    """The measurements of a block.
 
     numbers: of the first batch, before any update
     losses, seconds: of each step

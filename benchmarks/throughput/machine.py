@@ -1,4 +1,4 @@
-"""What the machine does besides the benchmark, how much memory a process has used, and its rate of matrix products."""
+"""Measure the load of other processes, the memory of a process, and the rate of matrix products."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Whether the ways compute the same, and the tables of what they took."""
+"""Check that all ways compute the same, and write tables of their time and memory."""
 
 import math
 import os

@@ -30,7 +30,7 @@ Numbers = dict[str, float]  # loss, and mean log-probs and rewards of chosen and
 
 @dataclass(frozen=True)
 class Settings:
-    """What a way is made for.
+    """The model, the loss and the device that a way is made for.
 
     model: a directory in Hugging Face's layout; None: a Llama with 35M random weights
     dtype: of matrix products; weights, gradients and the optimizer's state are float32
