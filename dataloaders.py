@@ -6,6 +6,7 @@ forms (docs/data.md), its YAML names a `reader`: a function below that goes over
 `DataLoader` (`halos/loader.py`) and override `flatten`.
 """
 
+import math
 import os
 import random
 import sys
@@ -20,6 +21,7 @@ from halos import components, demo, sources
 from halos.chat import Renderer
 from halos.dataset_specs import base_spec, spec_of
 from halos.epoch import Row
+from halos.errors import UserError
 from halos.example_table import give_back_memory
 from halos.examples import Dataset, Example, Text, merge
 from halos.hub import hub_rows
@@ -224,6 +226,20 @@ class PairedPreferenceDataLoader(DataLoader):
         ]
         rng.shuffle(rows)
         return rows
+
+
+class ScoredPairsDataLoader(PairedPreferenceDataLoader):
+    """Every preference pair, for losses that need the scores of both responses: a pair without them is an error."""
+
+    def flatten(self, rng: random.Random) -> list[Row]:
+        for example in self.examples:
+            scores = example.scores
+            if any(not scores or math.isnan(scores[i]) for pair in example.pairs for i in pair):
+                raise UserError(
+                    f"{example.dataset_name}: {example.id} has a pair without scores, and loss.dataloader="
+                    f"{type(self).__name__} needs those of all pairs; use datasets with scores, or loss=dpo"
+                )
+        return super().flatten(rng)
 
 
 class UnpairedPreferenceDataLoader(DataLoader):
