@@ -13,7 +13,7 @@ from halos import checkpoint, distributed, loading, metrics, reference_cache, sa
 from halos.models import PolicyModel
 from halos.tokens import Encoder
 from helpers import judged, make_config, random_examples
-from small_runs import CPU, SMALL, batches_for, data_format, loader_for, make_trainer, state_of, tokenizer
+from small_runs import CPU, FEW, SMALL, batches_for, data_format, loader_for, make_trainer, state_of, tokenizer
 
 
 def ragged_batches(loss: str) -> list:
@@ -28,13 +28,21 @@ def ragged_batches(loss: str) -> list:
     return batches
 
 
+SAVED = ("dpo", "ppo", "tied")  # cases whose checkpoints are looked at
+
+
 def train(folder: str, cases: dict[str, str]) -> None:
-    """Train once per case, {name: words}, with evaluations, and save the weights before and after in folder/name.pt."""
+    """Train once per case, {name: words}, with evaluations, and save the weights before and after in folder/name.pt.
+
+    Losses beyond the few have three batches instead of five.
+    """
     metrics.draw_curves = lambda *args: None  # drawing would take longer than everything else
     for name, words in cases.items():
         loss, *rest = words.split()
         batches = ragged_batches(loss)
-        trainer = make_trainer(os.path.join(folder, name), loss, *rest, batches=batches, eval_batches=batches[3:])
+        batches = batches if loss in FEW else [batches[1], *batches[3:]]
+        trainer = make_trainer(os.path.join(folder, name), loss, *rest, batches=batches, eval_batches=batches[-2:])
+        trainer.save = trainer.save if name in SAVED else lambda: None
         before = state_of(trainer)
         trainer.train()
         after, critic = state_of(trainer), trainer.policy.v_head

@@ -20,7 +20,7 @@ from halos import checkpoint, files, manifest, metrics, mishaps, resume, run_dir
 from halos.errors import Stopped, UserError
 from halos.launch import launch
 from helpers import PROJECT, make_config
-from small_runs import SMALL, batches_for, loader_for, losses, make_trainer, moved
+from small_runs import FEW, SMALL, batches_for, loader_for, make_trainer, moved
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
 
@@ -81,7 +81,7 @@ def assert_same_run(trainer, other) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("model.gradient_accumulation_steps=2",), ("model.packing=false",)])
-@pytest.mark.parametrize("loss", losses())
+@pytest.mark.parametrize("loss", FEW)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, loss, words):
     """Of 10 updates, a state is saved after the 2nd, 4th, ... The run dies after 7, so a seventh is made twice."""
     whole = trainer_of(tmp_path / "whole", loss, *words)
