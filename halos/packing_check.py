@@ -83,7 +83,7 @@ def _largest(values: torch.Tensor) -> float:
 
 @torch.no_grad()
 def probe_logps(policy, packs: bool) -> torch.Tensor:
-    """Compute (n_targets,) float64 log-probs of the probe, or a reward model's scores. The policy's state is restored."""
+    """Compute (n_targets,) float64 log-probs of the probe, or scores of a reward model. Restores the policy's state."""
     before = policy.packs, policy.training
     policy.use_packing(packs)
     policy.eval()

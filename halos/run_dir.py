@@ -144,7 +144,7 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 prompt = tokenizer("\\n\\nHuman: Hello!\\n\\nAssistant:", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 """
-USE_OF_REWARD_MODEL = """# A reward model: the higher the score, the better the response. It reads the token that ends the response.
+USE_OF_REWARD_MODEL = """# A higher score is a better response. The score is read at the token that ends the response.
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained(DIRECTORY)
