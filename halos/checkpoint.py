@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -121,7 +122,7 @@ def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: t
 
     A tied weight is stored once. A reward model generates nothing, and has no settings.
     """
-    own = getattr(lm, "generation_config", None)
+    own: Any = getattr(lm, "generation_config", None)
     lm.generation_config = GenerationConfig()
     try:
         lm.save_pretrained(directory, state_dict=cast_state(state, dtype))

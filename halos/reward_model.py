@@ -45,6 +45,8 @@ class RewardModel(PolicyModel):
     v_head: a RewardHead
     """
 
+    v_head: nn.Module
+
     def __init__(self, lm: PreTrainedModel, *args, **kwargs):
         super().__init__(lm, *args, **kwargs)
         head, table = lm.get_output_embeddings(), lm.get_input_embeddings()

@@ -19,6 +19,7 @@ from halos import base, checkpoint, demo, loading, metrics, reward_model
 from halos.engine import Batch, Forward
 from halos.errors import UserError
 from halos.models import PerToken
+from halos.packing import pack, pad
 from halos.reward_model import RewardHead, RewardModel
 from halos.scoring import Scorer
 from helpers import example, make_config, random_examples, tiny_lm
@@ -74,6 +75,22 @@ EXAMPLES = [
     example([5, 6, 7], [11], [12, 13, 14]),
     example([5, 6, 7], [15, 16, 17, 18])._replace(trained=(np.array([True, True, False, False]),)),
 ]
+
+
+def test_the_state_of_each_token_is_read_at_the_token():
+    """Prompt 5 6, responses 7 8 and 9: the pack is 5 6 7 8 9, the rows are 5 6 7 8 and 5 6 9 with padding.
+
+    For log-probs, a token is read one place earlier, and the last tokens are no inputs.
+    """
+    pair = [example([5, 6], [7, 8], [9])]
+    packed = pack(pair, at_targets=True)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9]] and packed.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert packed.layout.segments == [(0, 4, 0, 0), (4, 5, 0, 2)]
+    assert packed.target_positions.tolist() == [2, 3, 4] and packed.targets.tolist() == [7, 8, 9]
+    padded = pad(pair, PAD, at_targets=True)
+    assert padded.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, PAD]]
+    assert padded.target_positions.tolist() == [2, 3, 6]
+    assert pack(pair).input_ids.tolist() == [[5, 6, 7]] and pack(pair).target_positions.tolist() == [1, 2, 1]
 
 
 def tiny_reward_model(architecture: str) -> RewardModel:

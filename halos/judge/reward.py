@@ -59,14 +59,13 @@ class RewardJudge(Judge):
             await asyncio.sleep(0)
             batch = list(self.waiting)
             try:
-                scores = await asyncio.to_thread(self._scores, [request for request, _ in batch])
+                scores: list[Any] = await asyncio.to_thread(self._scores, [request for request, _ in batch])
             except Exception as error:
-                scores = [Unanswerable(said(error), final=False)] * len(batch)
+                scores = [Unanswerable(said(error), final=False) for _ in batch]
             del self.waiting[: len(batch)]
             for (_, answer), found in zip(batch, scores, strict=True):
-                if answer.done():  # cancelled by a second Ctrl-C
-                    continue
-                answer.set_exception(found) if isinstance(found, Exception) else answer.set_result(found)
+                if not answer.done():  # as one that a second Ctrl-C has cancelled
+                    answer.set_exception(found) if isinstance(found, Exception) else answer.set_result(found)
 
     def _scores(self, requests: list[tuple[Any, str, str]]) -> list[list[float]]:
         """Return both scores of each request."""
