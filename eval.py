@@ -84,8 +84,6 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
 
 def check_best_of(args: argparse.Namespace) -> None:
     """Raise UserError if --best_of and --reward_model do not fit together, or if DIR holds no reward model."""
-    from halos import scoring
-
     if args.best_of is None and args.reward_model is None:
         return
     if args.best_of is None or args.reward_model is None:
@@ -93,7 +91,13 @@ def check_best_of(args: argparse.Namespace) -> None:
         raise UserError(f"{given} is given without {lacking}; best-of-n sampling needs both")
     if args.n_per_prompt > 1:
         raise UserError(f"--n_per_prompt {args.n_per_prompt} --best_of {args.best_of}: one response is kept; give one")
-    scoring.Scorer(args.reward_model, "--reward_model=")
+    scorer_of(args)
+
+
+def scorer_of(args: argparse.Namespace):
+    from halos.scoring import Scorer
+
+    return Scorer(args.reward_model, "--reward_model=")
 
 
 def find_policy_pt(config_path: str) -> str:
@@ -147,10 +151,9 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
     encoder = Encoder(tokenizer)
     with distributed.first_on_each_node():
         prompts = dataloaders.read_prompts(config, tokenizer, args.file, args.n_samples)
-    ids = [
-        truncate_prompt(ids, config.model.max_prompt_length, prompt.truncation_mode, len(encoder.bos))
-        for prompt, ids in zip(prompts, encoder.prompt_arrays([prompt.text for prompt in prompts]), strict=True)
-    ]
+    encoded = encoder.prompt_arrays([prompt.text for prompt in prompts])
+    limit, n_bos = config.model.max_prompt_length, len(encoder.bos)
+    ids = [truncate_prompt(i, limit, p.truncation_mode, n_bos) for p, i in zip(prompts, encoded, strict=True)]
     # The first sample of every prompt, then the second of every prompt, and so on.
     copies = {"policy": ids * (args.best_of or args.n_per_prompt), "reference": ids * args.n_per_prompt}
     weights = {"policy": {"policy_pt": policy_pt}}
@@ -168,8 +171,7 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
         }
         scores = None
         if args.best_of:
-            scorer = scoring.Scorer(args.reward_model, "--reward_model=")
-            texts["policy"], scores = scoring.best_of(scorer, prompts, texts["policy"])
+            texts["policy"], scores = scoring.best_of(scorer_of(args), prompts, texts["policy"])
         if args.format == "rows":
             rows = rows_of(prompts, texts["policy"], texts.get("reference"), scores)
         else:

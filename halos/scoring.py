@@ -25,7 +25,7 @@ from halos.checkpoint import LATEST
 from halos.errors import UserError
 from halos.examples import Example, Text
 from halos.packing import schedule
-from halos.reward_model import RewardHead, RewardModel
+from halos.reward_model import SCORE, RewardHead, RewardModel
 from halos.tokens import Encoder, Role, TokenizedExample, truncate
 
 # Of the run that trained the model, or these for a model from elsewhere.
@@ -100,9 +100,12 @@ class Scorer:
         device = distributed.default_device()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with self._reading():
-            lm = AutoModelForSequenceClassification.from_pretrained(self.directory, dtype=dtype)
+            load: Any = AutoModelForSequenceClassification.from_pretrained
+            lm, info = load(self.directory, dtype=dtype, output_loading_info=True)
+            if info["missing_keys"]:  # which would be random
+                raise UserError(f"{self.flag}{self.given} lacks the weight {min(info['missing_keys'])}; give another")
             head = RewardHead(lm.score.in_features)
-            head.load_state_dict({"score.weight": lm.score.weight})
+            head.load_state_dict({SCORE: lm.score.weight})
         positions.fix_rotary(lm, self.limits["max_length"])
         model = RewardModel(lm, pad_token_id=lm.config.pad_token_id or 0, v_head=head).to(device).eval()
         packs, _ = packing_check.choose(model, "auto", dtype, packing_check.in_float32(model))
@@ -118,10 +121,11 @@ class Scorer:
             lengths = torch.tensor([len(examples[i].responses[0]) for i in group])
             values = self.model(self.model.inputs([examples[i] for i in group])).values
             last = values[lengths.cumsum(0).to(values.device) - 1].tolist()
-            scores = [*scores]
             for index, score in zip(group, last, strict=True):
                 scores[index] = score
             show(len(group))
+        if not np.isfinite(scores).all():
+            raise UserError(f"{self.flag}{self.given}: its scores are not finite; use another checkpoint")
         return scores
 
     def _encoded(self, conversations: list[Conversation]) -> list[TokenizedExample]:
@@ -157,6 +161,7 @@ def best_of(scorer: Scorer, prompts: list, texts: list[str]) -> tuple[list[str],
     texts: the first sample of every prompt, then the second of every prompt, and so on
     Returns the best text and the scores of all samples of each prompt. Each rank scores a part of the prompts.
     """
+    _ = scorer.model  # all ranks take part in its check, also one without a prompt
     n, n_ranks = len(prompts), distributed.world_size()
     own = [i for i in range(len(texts)) if i % n % n_ranks == distributed.rank()]
     conversations = [
@@ -165,7 +170,9 @@ def best_of(scorer: Scorer, prompts: list, texts: list[str]) -> tuple[list[str],
     ]
     with tqdm(total=len(own), desc="scoring", unit="response", disable=not distributed.is_main()) as bar:
         found = dict(zip(own, scorer.scores([conversations[i] for i in own], bar.update), strict=True))
-    scores = {index: score for part in distributed.gather_objects(found) for index, score in part.items()}
+    parts = distributed.gather_objects((found, scorer.truncated))
+    scores = {index: score for part, _ in parts for index, score in part.items()}
+    scorer.truncated = sum((cut for _, cut in parts), Counter())
     if distributed.is_main() and (line := scorer.describe()):
         print(line)
     of_prompt = [[scores[i] for i in range(index, len(texts), n)] for index in range(n)]
