@@ -34,7 +34,12 @@ def parser() -> FlagParser:
     add("--length_anchor", action="append", metavar="CSV", help=words)
 
     add = flags.add_argument_group("who judges, and how").add_argument
-    add("--judge", action="append", metavar="NAME", help="a model, or pkg.module:function; several may be given")
+    add(
+        "--judge",
+        action="append",
+        metavar="NAME",
+        help="a model, pkg.module:function, or reward:DIR; several may be given",
+    )
     add("--judge_kind", choices=CHOICES["judge_kind"], help="what a Python function judges (pairwise)")
     add("--base_url", help="of an OpenAI-compatible server (OPENAI_BASE_URL, or OpenAI)")
     add("--mode", choices=CHOICES["mode"], help="how the verdict is asked for (json)")

@@ -29,6 +29,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-m", "--mode", choices=["sample", "eval"], default="sample")
     parser.add_argument("-n", "--n_samples", type=int, help="prompts to sample for (default: n_samples)")
     parser.add_argument("--n_per_prompt", type=int, default=1, help="responses per prompt, a row each (default: 1)")
+    parser.add_argument("--best_of", type=int, help="sample so many responses per prompt, and keep the best one")
+    parser.add_argument("--reward_model", metavar="DIR", help="the reward model that says which one is the best")
     parser.add_argument("-b", "--batch_size", type=int, help="responses at a time (default: model.eval_batch_size)")
     parser.add_argument(
         "-u", "--sample_reference", type=boolean, default=True, help="sample the reference model too (default: true)"
@@ -62,12 +64,13 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
         run_dir.recover_if_dead(os.path.dirname(os.path.dirname(os.path.abspath(args.config))))
     if not os.path.isfile(args.config):
         raise UserError(f"-c {args.config} does not exist; give the config.yaml of a run, as in -c RUN/config.yaml")
-    for name in ("n_samples", "batch_size", "n_per_prompt"):
+    for name in ("n_samples", "batch_size", "n_per_prompt", "best_of"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) <= MOST:
             raise UserError(f"--{name} {getattr(args, name)} is not a number from 1 to {MOST}")
     if args.format == "alpaca_eval" and args.n_per_prompt > 1:
         reason = "AlpacaEval reads one output per instruction"
         raise UserError(f"--n_per_prompt {args.n_per_prompt} --format alpaca_eval: {reason}; leave one of them out")
+    check_best_of(args)
     config = saved_config.read(args.config)
     locate_cache(config, args.config)
     config = saved_config.overrides(config, args.overrides)
@@ -77,6 +80,24 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
         samplers.check(config, args.sample_reference and args.format == "rows")
         check_output(args, config)
     return config, distributed.from_main(distributed.on_main(find_policy_pt, args.config))
+
+
+def check_best_of(args: argparse.Namespace) -> None:
+    """Raise UserError if --best_of and --reward_model do not fit together, or if DIR holds no reward model."""
+    if args.best_of is None and args.reward_model is None:
+        return
+    if args.best_of is None or args.reward_model is None:
+        given, lacking = ("--best_of", "--reward_model DIR") if args.best_of else ("--reward_model", "--best_of N")
+        raise UserError(f"{given} is given without {lacking}; best-of-n sampling needs both")
+    if args.n_per_prompt > 1:
+        raise UserError(f"--n_per_prompt {args.n_per_prompt} --best_of {args.best_of}: one response is kept; give one")
+    scorer_of(args)
+
+
+def scorer_of(args: argparse.Namespace):
+    from halos.scoring import Scorer
+
+    return Scorer(args.reward_model, "--reward_model=")
 
 
 def find_policy_pt(config_path: str) -> str:
@@ -121,7 +142,7 @@ def locate_cache(config: DictConfig, path: str) -> None:
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
     """Write samples/{exp_name}.json, a list of rows. Samples that an earlier command left are not made again."""
     import dataloaders
-    from halos import distributed, loading
+    from halos import distributed, loading, scoring
     from halos.sample_files import PartialFile, alpaca_rows, rows_of
     from halos.samplers import Sampler
     from halos.tokens import Encoder, truncate_prompt
@@ -130,26 +151,29 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
     encoder = Encoder(tokenizer)
     with distributed.first_on_each_node():
         prompts = dataloaders.read_prompts(config, tokenizer, args.file, args.n_samples)
-    ids = [
-        truncate_prompt(ids, config.model.max_prompt_length, prompt.truncation_mode, len(encoder.bos))
-        for prompt, ids in zip(prompts, encoder.prompt_arrays([prompt.text for prompt in prompts]), strict=True)
-    ]
-    copies = ids * args.n_per_prompt  # the first sample of every prompt, then the second of every prompt, and so on
+    encoded = encoder.prompt_arrays([prompt.text for prompt in prompts])
+    limit, n_bos = config.model.max_prompt_length, len(encoder.bos)
+    ids = [truncate_prompt(i, limit, p.truncation_mode, n_bos) for p, i in zip(prompts, encoded, strict=True)]
+    # The first sample of every prompt, then the second of every prompt, and so on.
+    copies = {"policy": ids * (args.best_of or args.n_per_prompt), "reference": ids * args.n_per_prompt}
     weights = {"policy": {"policy_pt": policy_pt}}
     if args.sample_reference and args.format == "rows":
         weights["reference"] = {"use_load_from": not args.hub_reference}
     samplers = {name: Sampler(config, encoder, name, **which) for name, which in weights.items()}
-    keys = {name: sampler.keys(copies) for name, sampler in samplers.items()}
-    run_name = sample_name(config, policy_pt)
+    keys = {name: sampler.keys(copies[name]) for name, sampler in samplers.items()}
+    run_name = sample_name(config, policy_pt) + (f"_best{args.best_of}" if args.best_of else "")
     ending = ".json" if args.format == "rows" else f".{args.format}.json"
     path = args.output or os.path.join(config.samples_dir, run_name + ending)
     with PartialFile(f"{path.removesuffix(ending)}.partial.jsonl", sum(keys.values(), [])) as partial:
         texts = {
-            name: sampler.sample(copies, partial.known(keys[name]), partial.recorder(keys[name]))
+            name: sampler.sample(copies[name], partial.known(keys[name]), partial.recorder(keys[name]))
             for name, sampler in samplers.items()
         }
+        scores = None
+        if args.best_of:
+            texts["policy"], scores = scoring.best_of(scorer_of(args), prompts, texts["policy"])
         if args.format == "rows":
-            rows = rows_of(prompts, texts["policy"], texts.get("reference"))
+            rows = rows_of(prompts, texts["policy"], texts.get("reference"), scores)
         else:
             rows = alpaca_rows(prompts, texts["policy"], run_name)
         if distributed.is_main():

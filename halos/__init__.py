@@ -49,6 +49,8 @@ mishaps.py          a value that is not finite, too little memory: what is said 
 run_dir.py          the run directory: its path, its lock, its config.yaml, its model card
 metrics.py          metrics.jsonl, the progress bar, wandb
 curves.py           curves.png
+reward_model.py     a reward model: its head, its forward pass, and the form in which transformers opens it
+scoring.py          scores of a trained reward model; the best of several responses
 sampling.py         responses from a model
 samplers.py         the models that eval.py samples from, and where they run
 serving.py          responses from an OpenAI-compatible server, or from vLLM

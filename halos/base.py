@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from halos import chat, checkpoint
+from halos import chat, checkpoint, reward_model
 from halos.errors import UserError
 from halos.project_dir import PROJECT
 
@@ -133,7 +133,8 @@ def _git_lfs_pointer(name: str) -> str | None:
 def load_tokenizer(config: DictConfig):
     """Load the tokenizer. It must have an end-of-text token, which is also used for padding if it has no pad token.
 
-    Its chat template renders a short conversation, so that a broken one is found here.
+    Its chat template renders a short conversation, so that a broken one is found here. A reward model pads with a token
+    that ends no response.
     """
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     with reading("model.tokenizer_name_or_path", name):
@@ -150,6 +151,8 @@ def load_tokenizer(config: DictConfig):
     _set_template(tokenizer, config.get("chat_template", "auto"))
     with reading("model.tokenizer_name_or_path", name):
         chat.stop_token_ids(tokenizer)
+    if config.loss.get("use_reward_head", False):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(reward_model.pad_token_id(tokenizer))
     return tokenizer
 
 

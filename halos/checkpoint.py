@@ -13,13 +13,14 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from halos import chat, distributed, manifest, run_dir
+from halos import chat, distributed, manifest, reward_model, run_dir
 from halos.errors import UserError, first_line
 from halos.files import OLD, UNFINISHED, replace_directory, writing
 
@@ -45,8 +46,9 @@ def save(
 
     A checkpoint contains:
     - `policy.pt`: {'step_idx', 'state', 'metrics'}; weights in policy_dtype, under the model's own names
-    - `v_head.pt`: the same form, in float32; only if the loss has a critic
-    - a Hugging Face export with tokenizer and model card, and the run's config.yaml
+    - `v_head.pt`: the same form, in float32; only if the loss has a critic, or the head of a reward model
+    - a Hugging Face export with tokenizer and model card, and the run's config.yaml; that of a reward model is a
+      sequence classifier, with the head
 
     All ranks must call this. Rank 0 writes.
     """
@@ -81,7 +83,11 @@ def _write_files(directory, states, lm, tokenizer, config, step, metrics, export
         # Opened here, because torch's own error does not say why a file cannot be written.
         with open(os.path.join(directory, name), "wb") as file:
             torch.save({"step_idx": step, "state": content, "metrics": metrics}, file)
-    export(directory, lm, states[POLICY], tokenizer, export_dtype)
+    exported = states[POLICY]
+    if config.loss.get("use_reward_head", False):
+        lm = reward_model.classifier(lm.config, tokenizer.pad_token_id)
+        exported = {name: (exported | states[V_HEAD])[name] for name in lm.state_dict()}
+    export(directory, lm, exported, tokenizer, export_dtype)
     with open(os.path.join(directory, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(directory, run_dir.CONFIG), resolve=True)
@@ -114,21 +120,28 @@ def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tenso
 def export(directory: str, lm: PreTrainedModel, state: dict, tokenizer, dtype: torch.dtype) -> None:
     """Write the files that `from_pretrained` opens: config, safetensors, tokenizer, and generation settings.
 
-    A tied weight is stored once. The settings are those of the base, with all ids that end a response as eos_token_id.
+    A tied weight is stored once. A reward model generates nothing, and has no settings.
     """
-    settings = copy.deepcopy(lm.generation_config)
-    stops = chat.stop_token_ids(tokenizer, settings.eos_token_id)
-    settings.eos_token_id = stops if len(stops) > 1 else stops[0]
-    settings.pad_token_id = tokenizer.pad_token_id
-    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    own: Any = getattr(lm, "generation_config", None)
+    lm.generation_config = GenerationConfig()
     try:
         lm.save_pretrained(directory, state_dict=cast_state(state, dtype))
     finally:
         lm.generation_config = own
-    # Not by its own save_pretrained, which raises for settings of the base that contradict each other.
-    settings.to_json_file(os.path.join(directory, GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
+    if own is not None:
+        _write_generation_settings(directory, own, tokenizer)
     _set_dtype(os.path.join(directory, "config.json"), dtype)
     tokenizer.save_pretrained(directory)
+
+
+def _write_generation_settings(directory: str, of_base: GenerationConfig, tokenizer) -> None:
+    """Write the settings of the base, with all ids that end a response as eos_token_id."""
+    settings = copy.deepcopy(of_base)
+    stops = chat.stop_token_ids(tokenizer, settings.eos_token_id)
+    settings.eos_token_id = stops if len(stops) > 1 else stops[0]
+    settings.pad_token_id = tokenizer.pad_token_id
+    # Not by its own save_pretrained, which raises for settings of the base that contradict each other.
+    settings.to_json_file(os.path.join(directory, GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
 
 
 def cast_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

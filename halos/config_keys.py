@@ -26,7 +26,9 @@ CONFIG_DIR = os.path.join(PROJECT, "config")
 # Dictionaries that may have keys which are not in the YAML files. The functions _check_* of config.py check these keys.
 OPEN = ("dataset_paths.", "optimizer_kwargs.", "model.architecture.")
 # Keys that every loss has, even if its YAML does not contain them.
-OPTIONAL: dict[str, Any] = {"loss.average_log_prob": False, "loss.use_value_head": False}
+OPTIONAL: dict[str, Any] = dict.fromkeys(
+    ("loss.average_log_prob", "loss.use_value_head", "loss.use_reward_head"), False
+)
 LONGEST = 200  # characters of a value that a message shows
 
 

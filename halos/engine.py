@@ -38,7 +38,8 @@ class Batch:
     responses are (n_responses,), in the same order: example after example.
 
     policy: log-probs of the tokens, and values and entropies if the loss has a critic or wants them. In training
-        log-probs and values have gradients, except for those of unrelated responses.
+        log-probs and values have gradients, except for those of unrelated responses. A reward model has no log-probs;
+        its values are the scores of the conversation up to and including each token.
     reference_logps: (n_tokens,) log-probs under the reference model, in nats; None without one
     """
 
@@ -91,6 +92,10 @@ class Batch:
         """(n_tokens,) -> (n_responses,): the sum over each response's tokens."""
         return per_token.new_zeros(len(self.lengths)).index_add(0, self._response_of_token, per_token)
 
+    def at_last_token(self, per_token: torch.Tensor) -> torch.Tensor:
+        """(n_tokens,) -> (n_responses,): the entry of each response's last token that is trained on."""
+        return per_token.index_select(0, self.lengths.cumsum(0) - 1)
+
     def of_role(self, values: torch.Tensor, role: Role) -> torch.Tensor:
         """(n_responses,) -> (n_of_this_role,). Unlike a mask, this does not wait for a GPU."""
         return values.index_select(0, self._numbers[role])
@@ -134,7 +139,8 @@ class Outcome:
     """The loss of one batch. `losses.mean()` is optimised.
 
     losses: one loss per pair, per response or per token
-    chosen_rewards, rejected_rewards, chosen_logps, rejected_logps: (n_chosen,) or (n_rejected,), to be logged
+    chosen_rewards, rejected_rewards, chosen_logps, rejected_logps: (n_chosen,) or (n_rejected,), to be logged; empty if
+        the loss has none
     metrics: more to be logged, `name: vector` or `name: Statistic`. Of a vector the mean is logged, over all batches of
         an update or of an evaluation. `kl/chosen` is logged as `kl/chosen` in training, as `kl_eval/chosen` in
         evaluation. A NaN among a vector's values is logged as NaN.
@@ -168,11 +174,10 @@ class Outcome:
         values = Scalars()
         values.add(f"loss/{mode}", self.losses.mean())
         for side in ("chosen", "rejected"):
-            rewards, logps = getattr(self, f"{side}_rewards"), getattr(self, f"{side}_logps")
-            if len(logps):
-                values.add(f"rewards_{mode}/{side}", rewards.mean())
-                values.add(f"logps_{mode}/{side}", logps.mean())
-        if len(self.chosen_logps) and len(self.rejected_logps):
+            for name in ("rewards", "logps"):
+                if len(vector := getattr(self, f"{side}_{name}")):
+                    values.add(f"{name}_{mode}/{side}", vector.mean())
+        if len(self.chosen_rewards) and len(self.rejected_rewards):
             values.add(f"rewards_{mode}/accuracies", accuracy(self.chosen_rewards, self.rejected_rewards))
             values.add(f"rewards_{mode}/margins", self.chosen_rewards.mean() - self.rejected_rewards.mean())
         suffix = "" if mode == "train" else f"_{mode}"
@@ -278,15 +283,16 @@ class Forward:
 
     def _run(self, piece: Piece) -> torch.Tensor:
         """(n, columns): what `PerToken` has of each response token of a piece, in its order."""
-        output = self.model(piece.inputs(self.model), with_entropy=self.with_entropy)
-        columns = [column for column in output if column is not None]
-        return torch.stack(columns, dim=1)[: len(piece.positions)]
+        output = self.model(piece.inputs(self.model), with_entropy=self.with_entropy)._asdict()
+        columns = {name: column for name, column in output.items() if column is not None and len(column)}
+        self.names = list(columns)
+        return torch.stack(list(columns.values()), dim=1)[: len(piece.positions)]
 
     @property
     def tokens(self) -> PerToken:
-        columns = iter(self.leaf.unbind(1))
-        has_value = self.model.v_head is not None
-        return PerToken(next(columns), next(columns) if has_value else None, next(columns, None))
+        columns = dict(zip(self.names, self.leaf.unbind(1), strict=True))
+        logps = columns.get("logps", self.leaf.new_empty(0))
+        return PerToken(logps, columns.get("values"), columns.get("entropy"))
 
     def misuse(self) -> tuple[torch.Tensor, UserError] | None:
         """Return whether the loss has differentiated the entropy (a bool on the device), and the error if it has."""

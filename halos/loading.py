@@ -20,6 +20,10 @@ from halos.base import load_config as load_config
 from halos.base import load_tokenizer as load_tokenizer
 from halos.errors import UserError
 from halos.models import PolicyModel, ValueHead
+from halos.reward_model import RewardHead, RewardModel, classifier
+
+# Key of a loss's YAML -> the head beside the language model.
+HEADS: dict[str, type[ValueHead | RewardHead]] = {"use_value_head": ValueHead, "use_reward_head": RewardHead}
 
 #### DTYPES
 
@@ -163,8 +167,9 @@ def _preparation(config: DictConfig) -> dict[str, Any]:
     return {name: config.model[name] for name in ("activation_checkpointing", "block_name", "compile")}
 
 
-def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: ValueHead | None = None) -> PolicyModel:
-    model = PolicyModel(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head)
+def build(config: DictConfig, lm: PreTrainedModel, tokenizer, v_head: nn.Module | None = None) -> PolicyModel:
+    cls = RewardModel if isinstance(v_head, RewardHead) else PolicyModel
+    model = cls(lm, getattr(logps, config.model.logps), tokenizer.pad_token_id, v_head)
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     if n_tokens > model.vocab_size:
         raise UserError(
@@ -249,17 +254,20 @@ def weights_of_run(config: DictConfig) -> list[str] | None:
         return weight_files.all_of(base.local(source)) or None
 
 
-def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> ValueHead | None:
-    """Load the critic, if the loss has one: the v_head.pt beside the policy's weights, or new weights if there is none.
+def load_value_head(config: DictConfig, lm: PreTrainedModel, policy_pt: str | None = None) -> nn.Module | None:
+    """Load the critic or the reward head, if the loss has one.
+
+    It is the v_head.pt beside the policy's weights, or has new weights if there is none.
 
     lm: the model whose hidden states it reads; it may be on the meta device
     policy_pt: as in `load_lm`; then a v_head.pt must exist
     """
-    if not config.loss.get("use_value_head", False):
+    cls = next((cls for key, cls in HEADS.items() if config.loss.get(key, False)), None)
+    if cls is None:
         return None
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        v_head = ValueHead(lm.get_output_embeddings().weight.shape[1])
+        v_head = cls(lm.get_output_embeddings().weight.shape[1])
     path = _v_head_pt(config, policy_pt)
     if path and (policy_pt or os.path.exists(path)):
         state = checkpoint.load_state(path)
@@ -290,7 +298,9 @@ def check_load_from(config: DictConfig) -> None:
     if config.model.load_from:
         distributed.on_main(checkpoint.check_source, base.load_from_pt(config) or base.local(config.model.load_from))
     check_reference(config, use_load_from=True)
-    if config.loss.get("use_value_head", False):
+    if config.loss.get("use_reward_head", False):
+        classifier(load_config(config))
+    if any(config.loss.get(key, False) for key in HEADS):
         load_value_head(config, base.meta_lm(config))
 
 

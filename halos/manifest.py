@@ -109,6 +109,20 @@ def check(directory: str, wanted: Callable[[str], bool] = lambda name: True) -> 
             raise Damaged(f"{path} is not what was written: its checksum differs from that in {NAME}")
 
 
+def contents(directory: str, wanted: Callable[[str], bool]) -> list[list]:
+    """Return name, size and checksums of each wanted file of a directory, from the manifest if it has one.
+
+    A file that was changed later shows in `check` only.
+    """
+    if is_complete(directory):
+        files = _read(directory)["files"]
+        return [[name, *files[name].values()] for name in sorted(files) if wanted(name)]
+    names = sorted(filter(wanted, os.listdir(directory)))
+    paths = [os.path.join(directory, name) for name in names]
+    sizes = [os.path.getsize(path) for path in paths]
+    return [list(one) for one in zip(names, sizes, _checksums(paths, sizes, BLOCK), strict=True)]
+
+
 def _read(directory: str) -> dict[str, Any]:
     path = os.path.join(directory, NAME)
     if not is_complete(directory):

@@ -18,8 +18,8 @@ from halos.tokens import TokenizedExample
 class PerToken(NamedTuple):
     """Outputs of a forward pass for each response token: (n_targets,) float32 each."""
 
-    logps: torch.Tensor  # in nats
-    values: torch.Tensor | None  # value of the state before the token; None without a value head
+    logps: torch.Tensor  # in nats; (0,) of a reward model, which predicts no token
+    values: torch.Tensor | None  # value of the state before the token, or score up to it; None without such a head
     entropy: torch.Tensor | None  # of the distribution that predicts the token, in nats, detached; None if not wanted
 
 
@@ -63,7 +63,7 @@ class PolicyModel(nn.Module):
 
     lm: a transformers causal LM with all dropout at 0
     token_logps: a function of `halos.logps`
-    v_head: the critic, for losses that have one
+    v_head: the critic, for losses that have one, or the head of a reward model
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PolicyModel(nn.Module):
         lm: PreTrainedModel,
         token_logps: Callable = logps.fused,
         pad_token_id: int = 0,
-        v_head: ValueHead | None = None,
+        v_head: nn.Module | None = None,
     ):
         super().__init__()
         self.lm = lm

@@ -36,7 +36,7 @@ class Inputs:
     attention_mask: torch.Tensor | None  # like input_ids; None when packed
     layout: "Layout | None"  # None when padded
     targets: torch.Tensor  # (n_targets,) response tokens, response after response
-    target_positions: torch.Tensor  # (n_targets,) position in input_ids.flatten() that predicts each target
+    target_positions: torch.Tensor  # (n_targets,) position in input_ids.flatten() whose state is read for each target
     rows: torch.Tensor  # (n_targets,) index of the response that each target belongs to
     n_rows: int  # number of responses
 
@@ -98,10 +98,12 @@ def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device)
 
 
-def pack(examples: list[TokenizedExample]) -> Inputs:
+def pack(examples: list[TokenizedExample], at_targets: bool = False) -> Inputs:
     """Lay out examples as one sequence [1, T]. Equal prompts are laid out once, even those of different examples.
 
     The last token of a response predicts nothing, so it is a target but not an input.
+
+    at_targets: read the state at each target instead of the state that predicts it; then the last token is an input
     """
     assert all(len(example.prompt) for example in examples), "the first response token is predicted by the prompt"
     prompts = [example.prompt for example in examples for _ in example.responses]
@@ -111,18 +113,19 @@ def pack(examples: list[TokenizedExample]) -> Inputs:
         rows_of_prompt.setdefault(prompt.tobytes(), []).append(row)
 
     tokens, positions, segments, length = [], [], [], 0
-    predicted_at = [np.empty(0, np.int64)] * len(responses)
+    read_at = [np.empty(0, np.int64)] * len(responses)
     for rows in rows_of_prompt.values():
         prompt, prompt_start = prompts[rows[0]], length
         prompt_end = prompt_start + len(prompt)
         for row in rows:
-            own = responses[row][:-1]
+            own = responses[row] if at_targets else responses[row][:-1]
             is_first = row == rows[0]
             start = prompt_end if is_first else length
             end = start + len(own)
             tokens += [prompt, own] if is_first else [own]
             positions.append(np.arange(0 if is_first else len(prompt), len(prompt) + len(own)))
-            predicted_at[row] = np.concatenate(([prompt_end - 1], np.arange(start, end)))
+            at_own = np.arange(start, end)
+            read_at[row] = at_own if at_targets else np.concatenate(([prompt_end - 1], at_own))
             if is_first:  # the prompt and its first response are one plain causal sequence
                 segments.append((prompt_start, end, 0, 0))
             elif end > start:
@@ -133,43 +136,46 @@ def pack(examples: list[TokenizedExample]) -> Inputs:
         position_ids=_long(np.concatenate(positions))[None],
         attention_mask=None,
         layout=Layout(segments),
-        **_targets(examples, predicted_at),
+        **_targets(examples, read_at),
     )
 
 
-def pad(examples: list[TokenizedExample], pad_token_id: int) -> Inputs:
-    """Lay out one sequence per response, each with its own copy of the prompt, right-padded to the longest."""
+def pad(examples: list[TokenizedExample], pad_token_id: int, at_targets: bool = False) -> Inputs:
+    """Lay out one sequence per response, each with its own copy of the prompt, right-padded to the longest.
+
+    at_targets: as in `pack`
+    """
     pairs = [(example.prompt, response) for example in examples for response in example.responses]
     width = max(len(prompt) + len(response) for prompt, response in pairs)
     input_ids = torch.full((len(pairs), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    predicted_at = []
+    read_at = []
     for row, (prompt, response) in enumerate(pairs):
         sequence = _long(np.concatenate((prompt, response)))
         input_ids[row, : len(sequence)] = sequence
         attention_mask[row, : len(sequence)] = 1
-        predicted_at.append(row * width + np.arange(len(prompt) - 1, len(sequence) - 1))
+        read_at.append(row * width + np.arange(len(prompt), len(sequence)) - (not at_targets))
     return Inputs(
         input_ids=input_ids,
         position_ids=torch.arange(width).expand(len(pairs), -1),
         attention_mask=attention_mask,
         layout=None,
-        **_targets(examples, predicted_at),
+        **_targets(examples, read_at),
     )
 
 
-def _targets(examples: list[TokenizedExample], predicted_at: list[np.ndarray]) -> dict:
+def _targets(examples: list[TokenizedExample], read_at: list[np.ndarray]) -> dict:
     """The response tokens that count, in the order of the responses."""
     responses = [response for example in examples for response in example.responses]
     masks = [mask for example in examples for mask in example.masks]
     if any(mask is not None for mask in masks):
         keep = [slice(None) if mask is None else mask for mask in masks]
         responses = [response[kept] for response, kept in zip(responses, keep, strict=True)]
-        predicted_at = [positions[kept] for positions, kept in zip(predicted_at, keep, strict=True)]
+        read_at = [positions[kept] for positions, kept in zip(read_at, keep, strict=True)]
     rows = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
     return {
         "targets": _long(np.concatenate(responses)),
-        "target_positions": _long(np.concatenate(predicted_at)),
+        "target_positions": _long(np.concatenate(read_at)),
         "rows": _long(rows),
         "n_rows": len(responses),
     }

@@ -83,12 +83,13 @@ def _largest(values: torch.Tensor) -> float:
 
 @torch.no_grad()
 def probe_logps(policy, packs: bool) -> torch.Tensor:
-    """Compute (n_targets,) float64 log-probs of the probe. The policy's state is restored."""
+    """Compute (n_targets,) float64 log-probs of the probe, or scores of a reward model. Restores the policy's state."""
     before = policy.packs, policy.training
     policy.use_packing(packs)
     policy.eval()
     try:
-        return policy(policy.inputs(probe_examples(policy.vocab_size))).logps.double()
+        output = policy(policy.inputs(probe_examples(policy.vocab_size)))
+        return (output.logps if len(output.logps) else output.values).double()
     finally:
         policy.use_packing(before[0])
         policy.train(before[1])

@@ -137,10 +137,29 @@ def recover_if_dead(path: str) -> None:
         recover(path)
 
 
+USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+prompt = tokenizer("\\n\\nHuman: Hello!\\n\\nAssistant:", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
+"""
+USE_OF_REWARD_MODEL = """# A higher score is a better response. The score is read at the token that ends the response.
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+conversation = "\\n\\nHuman: Hello!\\n\\nAssistant: Hi, how are you?" + tokenizer.eos_token
+print(model(**tokenizer(conversation, return_tensors="pt")).logits)
+"""
+
+
 def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
     """Return a model card: loss, data, hyperparameters, final metrics, and how to load the model."""
     model, loss = config.model, config.loss
-    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["halos", loss.name]}
+    scores = loss.get("use_reward_head", False)
+    task = "text-classification" if scores else "text-generation"
+    header = {"library_name": "transformers", "pipeline_tag": task, "tags": ["halos", loss.name]}
     if model.name_or_path:
         header["base_model"] = model.name_or_path
     base = model.name_or_path or f"a {model.architecture.model_type} with random weights"
@@ -163,13 +182,7 @@ def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
 
 ## Use
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
-prompt = tokenizer("\\n\\nHuman: Hello!\\n\\nAssistant:", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
-```
+{USE_OF_REWARD_MODEL if scores else USE}```
 
 ## Metrics on the test split
 | metric | value |

@@ -130,12 +130,15 @@ class PartialFile:
 #### THE FINISHED FILE
 
 
-def rows_of(prompts: list, policy: list[str], reference: list[str] | None) -> list[dict]:
+def rows_of(
+    prompts: list, policy: list[str], reference: list[str] | None, scores: list[list[float]] | None = None
+) -> list[dict]:
     """Return the rows of a sample file: prompt, messages of a conversation, chosen, policy, reference.
 
     With several samples per prompt there is a row for each, and `sample` numbers them from 0.
 
     policy, reference: the first sample of every prompt, then the second of every prompt, and so on
+    scores: those of all samples of each prompt, if `policy` has the best one of each
     """
     n = len(prompts)
     reference = reference or [""] * len(policy)
@@ -144,6 +147,7 @@ def rows_of(prompts: list, policy: list[str], reference: list[str] | None) -> li
         | ({"messages": prompt.messages} if prompt.messages else {})
         | ({"sample": number} if len(policy) > n else {})
         | {"chosen": prompt.chosen, "policy": policy[index + number * n], "reference": reference[index + number * n]}
+        | ({"scores": scores[index]} if scores else {})
         for index, prompt in enumerate(prompts)
         for number in range(len(policy) // n)
     ]

@@ -21,7 +21,12 @@ from halos.tokens import Encoder
 
 
 def check(config: DictConfig, sample_reference: bool) -> None:
-    """Raise UserError, before anything loads, if `sampler` cannot be used."""
+    """Raise UserError, before anything loads, if the run is a reward model, or if `sampler` cannot be used."""
+    if config.loss.get("use_reward_head", False):
+        raise UserError(
+            f"{config.exp_name} is a reward model, which scores responses and samples none; "
+            "use -m eval, or sample from another run with --best_of N --reward_model DIR"
+        )
     url = config.sampler_url
     secrets.learn_urls(url or "")
     if config.sampler == "server" and not re.match(r"https?://[^/]", url or ""):

@@ -130,7 +130,7 @@ def assert_same_rows(rows: list[dict], expected: list[dict], rel: float = 1e-5) 
     assert len(rows) == len(expected) > 3
     for row, wanted in zip(rows, expected, strict=True):
         assert set(row) == set(wanted) and row["mode"] == wanted["mode"]
-        scale = max(abs(value) for name, value in wanted.items() if name.startswith("logps_"))
+        scale = max([abs(value) for name, value in wanted.items() if name.startswith("logps_")], default=1.0)
         for name, value in wanted.items():
             if name != "mode" and not metrics.is_time(name):
                 absolute = 1e-7 if name.startswith(PRECISE) else rel * scale

@@ -156,6 +156,11 @@ def a_batch(name: str, seed: int = 0) -> Batch:
     return Batch(examples, policy, reference - 3 if LOSSES[name]["use_reference_model"] else None)
 
 
+def learned(name: str, batch: Batch) -> torch.Tensor:
+    """What a loss of the batch trains: the log-probs, or the scores of a reward model."""
+    return batch.policy.values if LOSSES[name].get("use_reward_head") else batch.policy.logps
+
+
 def outcome_of(name: str, batch: Batch) -> Outcome:
     return bare(trainer_of(name), **LOSSES[name]).batch_loss(batch)
 
@@ -173,16 +178,20 @@ def permuted(batch: Batch, order: list[int]) -> Batch:
 
 @every_batch_loss
 def test_outcomes(name):
-    """One reward and one log-prob per trained response, detached rewards, finite losses that depend on the policy."""
+    """One reward and one log-prob per trained response, detached rewards, finite losses that depend on the policy.
+
+    A reward model has no log-probs.
+    """
     batch = a_batch(name)
     outcome = outcome_of(name, batch)
     n_chosen, n_rejected = int(batch.chosen.sum()), int(batch.rejected.sum())
-    assert outcome.chosen_rewards.shape == outcome.chosen_logps.shape == (n_chosen,)
-    assert outcome.rejected_logps.shape == (n_rejected,) and len(outcome.rejected_rewards) in (0, n_rejected)
+    each = 0 if LOSSES[name].get("use_reward_head") else 1
+    assert outcome.chosen_rewards.shape == (n_chosen,) and outcome.chosen_logps.shape == (each * n_chosen,)
+    assert outcome.rejected_logps.shape == (each * n_rejected,) and len(outcome.rejected_rewards) in (0, n_rejected)
     assert outcome.losses.ndim == 1 and outcome.losses.isfinite().all() and outcome.losses.dtype == torch.float32
     assert not outcome.chosen_rewards.requires_grad and not outcome.rejected_rewards.requires_grad
     outcome.losses.sum().backward()
-    assert batch.policy.logps.grad.isfinite().all() and batch.policy.logps.grad.any()
+    assert learned(name, batch).grad.isfinite().all() and learned(name, batch).grad.any()
 
 
 @every_batch_loss
@@ -190,7 +199,7 @@ def test_trained_responses_have_gradients(name):
     """Most of them: a hinge may be inactive. An unrelated response has none: `Forward` would not pass it on."""
     batch = a_batch(name)
     outcome_of(name, batch).losses.mean().backward()
-    moves = batch.sum_by_response(batch.policy.logps.grad.abs()) > 0
+    moves = batch.sum_by_response(learned(name, batch).grad.abs()) > 0
     assert moves[batch.chosen | batch.rejected].float().mean() > 0.5
     assert not moves[batch.unrelated].any()
 

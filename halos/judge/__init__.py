@@ -6,6 +6,7 @@
     prompts.py         PromptTemplate; what a chat judge is told about a pair
     judges.py          Judge, the interface of every judge; Reply, and the three ways in which a call can fail
     functions.py       FunctionJudge, a Python function as a judge
+    reward.py          RewardJudge, a reward model as a judge
     chat.py            ChatJudge, a model behind an OpenAI-compatible server: calls, parameters, errors, prices
     servers.py         addresses and keys of servers, Azure's included, and the clients for them
     completions.py     read_completion: from the body of a server's answer to a Reply

@@ -13,6 +13,7 @@ from halos.judge.functions import FunctionJudge, is_python
 from halos.judge.journal import Journal
 from halos.judge.judges import Judge
 from halos.judge.prompts import PromptTemplate, load_template
+from halos.judge.reward import PREFIX, RewardJudge
 from halos.judge.run import judge_all
 from halos.judge.samples import Pair, lengths, read_pairs, read_verdicts, sample_pairs
 from halos.judge.servers import OPENAI_URL, check_address, find_key
@@ -85,6 +86,8 @@ def make_judges(settings: Settings) -> list[Judge]:
 def _make_judge(name: str, price: tuple[float, float] | None, template: PromptTemplate, settings: Settings) -> Judge:
     if is_python(name):
         return FunctionJudge(name, scores=settings.judge_kind == "score")
+    if name.startswith(PREFIX):
+        return RewardJudge(name)
     if settings.judge_kind == "score":
         raise UserError(
             f"--judge_kind score is for Python functions, and --judge {name} is a model; give pkg.module:function"

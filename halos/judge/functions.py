@@ -53,9 +53,7 @@ class FunctionJudge(Judge):
     def verdict(self, reply: Reply) -> float | None:
         if not self.scores:
             return WINNERS.get(reply.text)
-        first, second = _two_numbers(reply.text)
-        is_unclear = math.isnan(first) or math.isnan(second)
-        return None if is_unclear else 0.5 * (1 + (first > second) - (first < second))
+        return verdict_of_scores(reply.text)
 
     async def ask(self, request: tuple[str, str, str], unread: Reply | None = None) -> Reply:
         """Call the function. The text of the reply is its winner, or both scores as a JSON list."""
@@ -100,6 +98,13 @@ class FunctionJudge(Judge):
 
 
 WINNERS = {"0": 0.5, "1": 1.0, "2": 0.0}  # the text of a reply -> the score of the first slot
+
+
+def verdict_of_scores(text: str) -> float | None:
+    """Read the score of the first slot from a JSON list of two numbers; None if one of them is missing or NaN."""
+    first, second = _two_numbers(text)
+    is_unclear = math.isnan(first) or math.isnan(second)
+    return None if is_unclear else 0.5 * (1 + (first > second) - (first < second))
 
 
 def _two_numbers(text: str) -> tuple[float, float]:

@@ -73,7 +73,7 @@ class Stop(UserError):
 
 
 class Judge(ABC):
-    """A judge of pairs; FunctionJudge and ChatJudge are the two kinds.
+    """A judge of pairs; FunctionJudge, RewardJudge and ChatJudge are the kinds.
 
     name: as given with --judge
     has_positions: whether it sees both responses at once; if not, only order 0 is asked

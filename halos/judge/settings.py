@@ -37,7 +37,7 @@ UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and bytes of the command that
 class Settings:
     """Settings of one comparison. `python compare.py --help` explains each field under its name.
 
-    judge: names of judges; each is a model or pkg.module:function
+    judge: names of judges; each is a model, pkg.module:function, or reward:DIR with a reward model
     length_anchor: csv files as `verdicts` writes them
     price: US dollars per million input and output tokens, one pair of numbers for all judges or one per judge
     sleep_time, timeout: seconds; rpm, tpm: calls and tokens per minute; max_cost: US dollars

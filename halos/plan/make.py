@@ -1,5 +1,6 @@
 """The plan of a run, from its config and the architecture of its model."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from halos import base, loading, packing
 from halos.errors import UserError
 from halos.plan.activations import measure_activations
+from halos.plan.measure import Measured
 from halos.plan.optimizer import optimizer_bytes
 from halos.plan.phases import Plan
 from halos.plan.setup import Setup, full_layout
@@ -57,6 +59,8 @@ def make_plan(
         v_head = loading.load_value_head(config, lm)
         model = sizes_of(lm, config.model.block_name, v_head)
         activations = measure_activations(lm, model, setup, v_head)
+    if config.loss.get("use_reward_head", False):  # its language head never runs
+        activations = replace(activations, head=Measured())
     kwargs: Any = OmegaConf.to_container(config.optimizer_kwargs)
     optimizer = optimizer_bytes(config.optimizer, kwargs, setup.stored, setup.cuda, setup.uses_fsdp, model)
     return Plan(model, setup, activations, optimizer)
