@@ -29,17 +29,13 @@ CERTAIN = -1e-4  # the log-prob of a token without a reference is at most this: 
 
 
 def loader_over(loader: type[DataLoader], pairs: list[TokenizedExample], tokenizer, **settings) -> DataLoader:
-    """The loader over pairs of given tokens, chosen first, instead of texts. Its examples are drawn/0, drawn/1, ...
-
-    pairs: their scores are those of the examples; without, chosen has 1 and rejected 0
-    """
+    """The loader over pairs of given tokens, chosen first, instead of texts. Its examples are drawn/0, drawn/1, ..."""
     known = {"pairs": [(0, 1)], "sft_index": 0, "dataset_name": "drawn"}
     examples = [
-        Example(str(i), ["0", "1"], list(pair.scores) or [1.0, 0.0], id=f"drawn/{i}", **known)
-        for i, pair in enumerate(pairs)
+        Example(str(i), ["0", "1"], list(pair.scores), id=f"drawn/{i}", **known) for i, pair in enumerate(pairs)
     ]
     settings = {"max_length": 1000, "max_prompt_length": 500, "cache_dir": "", "seed": 0} | settings
-    return type("Drawn", (_OfTokens, loader), {"drawn": pairs})(examples, tokenizer, **settings)
+    return type(loader.__name__, (_OfTokens, loader), {"drawn": pairs})(examples, tokenizer, **settings)
 
 
 class _OfTokens:
@@ -66,8 +62,13 @@ class _Ids(list):
 
 
 @cache
-def rows(loader: type[DataLoader], shortest: int, longest: int) -> list[TokenizedExample]:
-    """ROWS rows of a loader over random pairs, with responses of so many tokens, and different scores."""
+def rows(
+    loader: type[DataLoader], shortest: int, longest: int, with_scores: bool, **settings
+) -> list[TokenizedExample]:
+    """ROWS rows of a loader over random pairs, with responses of so many tokens, and different scores or none.
+
+    settings: arguments of the loader
+    """
     rng = np.random.default_rng(0)
 
     def ids(n: int) -> np.ndarray:
@@ -75,11 +76,10 @@ def rows(loader: type[DataLoader], shortest: int, longest: int) -> list[Tokenize
 
     pairs = []
     for _ in range(PAIRS):
-        lengths = rng.integers(shortest, longest + 1, 2)
+        responses = tuple(ids(n) for n in rng.integers(shortest, longest + 1, 2))
         scores = rng.uniform(0.5, 1.0), rng.uniform(0.0, 0.5)
-        responses = tuple(ids(n) for n in lengths)
-        pairs.append(TokenizedExample(ids(5), responses, (Role.CHOSEN, Role.REJECTED), scores))
-    return next(iter(loader_over(loader, pairs, _tokenizer(), batch_size=ROWS)))
+        pairs.append(TokenizedExample(ids(5), responses, (Role.CHOSEN, Role.REJECTED), scores if with_scores else ()))
+    return next(iter(loader_over(loader, pairs, _tokenizer(), batch_size=ROWS, **settings)))
 
 
 @cache

@@ -4,7 +4,6 @@ A check that fails raises `Wrong`, with what was found, what is probably wrong, 
 look at raises `Inapplicable`. The name of a check is that of its function. Checks at the limits are in limits.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -85,8 +84,9 @@ def shapes(loss: Subject) -> str:
     for side, n in (("chosen", n_chosen), ("rejected", n_rejected)):
         rewards, logps = getattr(outcome, f"{side}_rewards"), getattr(outcome, f"{side}_logps")
         counts = f"{len(rewards)} rewards and {len(logps)} log-probs for {n} {side} responses"
-        allowed = (0, n) if side == "rejected" else (n,)
-        require(len(rewards) in allowed and len(logps) == n, counts, "return one of each per response, in their order")
+        fits = len(rewards) in (0, n) if side == "rejected" else len(rewards) == n
+        fits = fits and (len(logps) == n or loss.driver != "logps")
+        require(fits, counts, "return one of each per response, in their order")
     dtypes = {values.dtype for values in (outcome.losses, outcome.chosen_rewards, outcome.rejected_rewards)}
     remedy = "the arguments are float32; leave the conversion out"
     require(dtypes == {torch.float32}, f"dtypes {', '.join(map(str, dtypes))}", remedy)
@@ -237,8 +237,8 @@ def rewards(loss: Subject) -> str:
 
 
 def shift(loss: Subject) -> str:
-    """Lowering a response under policy and reference alike leaves the gradient; under the reference alone it does not
-    leave the loss.
+    """Lowering all chosen responses by 3 nats and all rejected ones by 1, under policy and reference alike, leaves the
+    gradient; under the reference alone it changes the loss.
 
     The gradient and not the loss, since a likelihood term (as in RPO) rightly has another value for another likelihood.
     """
@@ -247,8 +247,7 @@ def shift(loss: Subject) -> str:
     batch = loss.random()
     reference = batch.reference_logps
     assert reference is not None
-    amounts = -4 * torch.rand(len(batch.lengths), generator=torch.Generator().manual_seed(2))
-    fall = per_token(batch.lengths, "logps", amounts)
+    fall = per_token(batch.lengths, "logps", -3.0 * batch.chosen - 1.0 * batch.rejected)
     both = with_column(replace(batch, reference_logps=reference + fall), "logps", batch.policy.logps + fall)
     (outcome, gradients), (_, shifted) = loss.gradients(batch), loss.gradients(both)
     remedy = "a log-prob of the policy is used without its reference: subtract the reference for chosen and rejected"
@@ -273,8 +272,9 @@ def scale(loss: Subject) -> str:
         remedy = "the loss prefers the rejected response: a sign is flipped, or two roles are exchanged"
         require(wrong >= right - 1e-6 * abs(right), f"{wrong:.3g} at -{size:.3g} nats, {right:.3g} at +", remedy)
         growth.append((wrong - level).item())
-    times = growth[1] / growth[0] if growth[0] else math.nan
-    return f"twice as wrong ({2 * step:.3g} to {4 * step:.3g} nats) costs {times:.2f} times"
+    if not growth[0]:
+        return "chosen and rejected cost the same"
+    return f"twice as wrong ({2 * step:.3g} to {4 * step:.3g} nats) costs {growth[1] / growth[0]:.2f} times"
 
 
 def reward_slope(loss: Subject) -> float:
@@ -290,7 +290,7 @@ def swap(loss: Subject) -> str:
     outcome, other = loss.outcome(batch), loss.outcome(mirrored)
     if not len(outcome.chosen_rewards) or not len(outcome.rejected_rewards):
         raise Inapplicable("no rejected rewards")
-    kept = same(rewards_of(batch, outcome), rewards_of(mirrored, other))
+    kept = same(rewards_of(batch, outcome).nan_to_num(), rewards_of(mirrored, other).nan_to_num())
     remedy = "a reward depends on the response's role: use one formula for both, so that margins compare like with like"
     require(kept, "rewards change with the role", remedy)
     before, after = (float(loss.instance.accuracy(o.chosen_rewards, o.rejected_rewards)) for o in (outcome, other))

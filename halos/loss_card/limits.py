@@ -78,14 +78,13 @@ def metrics(loss: Subject) -> str:
 
 def no_scores(loss: Subject) -> str:
     """On data without scores the loss is finite, or says in one line that it needs them."""
-    batch = loss.random()
-    plain = replace(batch, examples=[one._replace(scores=()) for one in batch.examples])
     remedy = "a score that is missing is NaN: give such responses a weight of 1, or raise UserError"
     try:
+        plain = loss.random(with_scores=False)
         finite(*loss.response_gradients(plain), "on data without scores", remedy)
     except UserError as refusal:
         return f"refused: {refusal}"
-    uses = "" if same(loss.outcome(batch).losses, loss.outcome(plain).losses) else ", and another loss than with them"
+    uses = "" if same(loss.outcome(loss.random()).losses, loss.outcome(plain).losses) else ", not as with them"
     return f"finite without scores{uses}"
 
 

@@ -4,6 +4,7 @@ Up to FEW losses share two panels. More have two small panels each, with all oth
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,20 +58,15 @@ def in_units_of_the_start(curves: list[Curve]) -> list[Curve]:
 
     The unit is the larger slope of chosen and rejected. If both are 0 at the start, it is the largest of all.
     """
-    weight = max(one.at_start(one.weights) for one in curves) or max(one.weights.max() for one in curves) or 1.0
-    slope = max(_largest_slope(one) for one in curves) or 1.0
+    unit = max(one.at_start(one.weights) for one in curves) or max(one.weights.max() for one in curves) or 1.0
     return [
-        Curve(one.role, one.rewards, (one.losses - one.at_start(one.losses)) / slope, one.weights / weight)
+        replace(
+            one,
+            losses=(one.losses - one.at_start(one.losses)) * one.slope / unit,
+            weights=one.weights / unit,
+        )
         for one in curves
     ]
-
-
-def _largest_slope(one: Curve) -> float:
-    """The slope of the loss against the reward at the start; if it is 0, the largest."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slopes = np.nan_to_num(np.abs(np.gradient(one.losses, one.rewards)), posinf=0.0)
-    at_start = one.at_start(slopes)
-    return at_start if at_start > 1e-6 else 0.0
 
 
 #### LAYOUTS
@@ -92,8 +88,9 @@ def _few(figure, curves: dict[str, list[Curve]]) -> None:
     axes = figure.subplots(1, 2)
     for axis, quantity in zip(axes, LIMITS, strict=True):
         for index, (name, own) in enumerate(curves.items()):
+            width = 3.4 - 2.0 * index / len(curves)  # so that equal ones are seen
             for one in own:
-                _line(axis, one, quantity, f"C{index}", name if one.role is Role.CHOSEN else None, 1.8)
+                _line(axis, one, quantity, f"C{index}", name if one.role is Role.CHOSEN else None, width)
         axis.set_ylim(*LIMITS[quantity])
         _label(axis, quantity, " (slope 1 at the start)" if quantity == "losses" else ", as a multiple of the start's")
     for role, line in LINES.items():
@@ -106,13 +103,16 @@ def _many(figure, curves: dict[str, list[Curve]]) -> None:
     figure.set_size_inches(4.2 * PER_ROW, 1.75 * n_rows + 0.9)
     cells = _cells(figure, n_rows)
     for pair, (name, own) in zip(cells, curves.items(), strict=False):
+        reach = min(REACH, max(np.abs(one.rewards).max() for one in own))
+        zoom = {"losses": reach / REACH, "weights": 1.0}  # a slope of 1 looks the same in every panel
         for axis, quantity in zip(pair, LIMITS, strict=True):
             _background(axis, quantity, curves.values())
             for one in own:
                 _line(axis, one, quantity, COLORS[one.role], one.role, 1.8)
-            axis.set_xlim(-REACH, REACH)
-            axis.set_ylim(*LIMITS[quantity])
+            axis.set_xlim(-reach, reach)
+            axis.set_ylim(*(zoom[quantity] * limit for limit in LIMITS[quantity]))
             axis.tick_params(labelsize=7)
+            axis.locator_params(nbins=4)
         pair[0].set_title(name)
         pair[1].set_title("gradient weight", color=MUTED, fontweight="normal", fontsize=8)
     for axis in (axis for pair in cells[len(curves) :] for axis in pair):

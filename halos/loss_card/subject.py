@@ -14,6 +14,7 @@ from halos.models import PerToken
 from halos.tokens import Role, TokenizedExample
 from halos.trainer import BasicTrainer
 
+HEADS = ("use_value_head", "use_reward_head")  # keys of a YAML with which the policy has values
 EVEN, RAGGED = (6, 6), (2, 9)  # shortest and longest response of a batch, in tokens
 
 
@@ -56,17 +57,19 @@ class Subject:
 
     #### ITS BATCHES
 
-    def rows(self, lengths: tuple[int, int]) -> list[TokenizedExample]:
-        return batches.rows(self.loader, *lengths)
+    def rows(self, lengths: tuple[int, int], with_scores: bool = True) -> list[TokenizedExample]:
+        """Rows of the loss's own loader, with responses of so many tokens."""
+        own = {key: self.settings[key] for key in getattr(self.loader, "loss_keys", ())}
+        return batches.rows(self.loader, *lengths, with_scores, **own)
 
     def batch(self, examples: list[TokenizedExample], logratios: torch.Tensor, **settings) -> Batch:
         """A batch with these log-ratios (n_responses,); settings: those of `batches.batch_of`."""
         return self._batch(examples, logratios, self.driver, **settings)
 
     def _batch(self, examples: list[TokenizedExample], logratios: torch.Tensor, driver: str, **settings) -> Batch:
-        absent = {"values"} if not self.settings.get("use_value_head") else set()
-        absent |= {"entropy"} if not self.trainer.uses_entropy else set()
-        columns = [name for name in PerToken._fields if name not in absent]
+        has_head = any(self.settings.get(key) for key in HEADS)
+        absent = {"values": not has_head, "entropy": not self.trainer.uses_entropy}
+        columns = [name for name in PerToken._fields if not absent.get(name)]
         return batches.batch_of(
             examples, logratios, with_reference=self.with_reference, columns=columns, driver=driver, **settings
         )
@@ -81,9 +84,9 @@ class Subject:
         value = {Role.CHOSEN: chosen, Role.REJECTED: rejected, Role.UNRELATED: 0.0}
         return self.batch(examples, torch.tensor([float(value[role]) for one in examples for role in one.roles]))
 
-    def random(self, seed: int = 0, scale: float = 5.0) -> Batch:
+    def random(self, seed: int = 0, scale: float = 5.0, with_scores: bool = True) -> Batch:
         """A batch of random log-ratios, with this standard deviation in nats."""
-        examples = self.rows(RAGGED)
+        examples = self.rows(RAGGED, with_scores)
         generator = torch.Generator().manual_seed(seed)
         logratios = scale * torch.randn(sum(len(one.roles) for one in examples), generator=generator)
         return self.batch(examples, logratios, noise=0.2, seed=seed)

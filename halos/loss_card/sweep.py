@@ -20,17 +20,19 @@ UNMOVED = 1e-6  # a gradient that is 0 but for rounding
 
 @dataclass(frozen=True)
 class Curve:
-    """What happens to one response of a pair, or to one response alone, as its reward changes. All: (n,).
+    """What happens to one response of a pair, or to one response alone, as its reward changes.
 
-    rewards: as the loss reports them, minus that at the start
-    losses: the sum over the batch
-    weights: absolute value of the gradient in the response's log-prob, per nat
+    rewards: (n,) as the loss reports them, minus that at the start
+    losses: (n,) the sum over the batch
+    weights: (n,) absolute value of the gradient in the response's log-prob, per nat
+    slope: by how much the reward rises per nat, at the start
     """
 
     role: Role
     rewards: np.ndarray
     losses: np.ndarray
     weights: np.ndarray
+    slope: float
 
     def at_start(self, values: np.ndarray) -> float:
         return float(values[np.abs(self.rewards).argmin()])
@@ -44,38 +46,47 @@ def sweep(loss: Subject) -> list[Curve]:
 
 
 def _smallest(loss: Subject, start: Batch, role: Role) -> Batch:
-    """An example with this role alone; or with one of the other role, if the loss tells apart what is in its batch.
+    """An example with this role alone; or the whole batch, if the loss does not see that one response moves.
 
-    So PPO's advantages, whose mean over a batch is 0, are 0 for one response alone.
+    So PPO's advantages have mean 0 over a batch, and BCO's shift is the mean reward of a batch.
     """
-    first = {one.roles: i for i, one in reversed(list(enumerate(start.examples)))}
-    own = [i for roles, i in first.items() if role in roles][:1]
-    alone = taken(start, own)
-    _, gradients = loss.response_gradients(alone)
-    return (
-        alone if (gradients.abs() > UNMOVED).any() else taken(start, own + [i for i in first.values() if i not in own])
-    )
+    alone = taken(start, [next(i for i, one in enumerate(start.examples) if role in one.roles)])
+    (outcome, gradients), (other, _) = (loss.response_gradients(_raised(loss, alone, role, n)) for n in (0.0, 1.0))
+    change = (other.losses.sum() - outcome.losses.sum()).abs()
+    return alone if min(gradients.abs().max(), change) > UNMOVED else start
+
+
+def _index(batch: Batch, role: Role) -> int:
+    """The number of the first response with this role."""
+    return int((batch.chosen if role is Role.CHOSEN else batch.rejected).nonzero()[0])
+
+
+def _raised(loss: Subject, batch: Batch, role: Role, nats: float) -> Batch:
+    """The batch with the log-prob of the first response with this role raised."""
+    amounts = torch.zeros(len(batch.lengths))
+    amounts[_index(batch, role)] = nats
+    return loss.moved(batch, amounts)
 
 
 def curve(loss: Subject, start: Batch, role: Role) -> Curve:
     """Move the log-prob of the first response with this role."""
-    index = int((start.chosen if role is Role.CHOSEN else start.rejected).nonzero()[0])
+    index = _index(start, role)
     before = rewards_of(start, loss.outcome(start))[index].item()
     slope = abs(reward_slope(loss)) or 1.0
-    rows = []
-    for nats in np.linspace(-REACH / slope, REACH / slope, POINTS):
-        amounts = torch.zeros(len(start.lengths))
-        amounts[index] = nats
-        batch = loss.moved(start, amounts)
-        if loss.driver == "logps" and not LOWEST <= _extreme_logp(batch, nats) <= CERTAIN:
-            continue
+    points = []
+    for nats in _range(loss, slope, len(start.examples[0].responses[0])):
+        batch = _raised(loss, start, role, nats)
         outcome, gradients = loss.response_gradients(batch)
         reward = rewards_of(batch, outcome)[index].item() - before
         reward = nats * slope if np.isnan(reward) else reward
-        rows.append((reward, outcome.losses.sum().item(), abs(gradients[index].item())))
-    return Curve(role, *np.array(rows).T)
+        points.append((reward, outcome.losses.sum().item(), abs(gradients[index].item())))
+    return Curve(role, *np.array(points).T, slope)
 
 
-def _extreme_logp(batch: Batch, nats: float) -> float:
-    """The log-prob of a token that has moved the farthest."""
-    return (batch.policy.logps.max() if nats > 0 else batch.policy.logps.min()).item()
+def _range(loss: Subject, slope: float, length: int) -> np.ndarray:
+    """By how many nats a response is moved: REACH of the reward on both sides, but only to log-probs that there are."""
+    low, high = -REACH / slope, REACH / slope
+    if loss.driver == "logps":
+        base = BASE[loss.with_reference]
+        low, high = max(low, length * (LOWEST - base)), min(high, length * (CERTAIN - base))
+    return np.concatenate((np.linspace(low, 0, POINTS // 2, endpoint=False), np.linspace(0, high, POINTS // 2 + 1)))
