@@ -39,6 +39,7 @@ class BasicTrainer:
     needs: tuple[str, ...] = ()  # keys of the loss's YAML that cannot be false
     rules: Mapping[str, Rule] = {}  # keys of the loss's YAML -> the values they can have
     uses_entropy = False  # whether `Batch.policy` has the entropy of each token's distribution
+    departures: Mapping[str, str] = {}  # checks of the loss card (docs/loss_card.md) that do not hold -> why
 
     def __init__(
         self,
