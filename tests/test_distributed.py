@@ -39,8 +39,12 @@ CASES = {loss: f"{loss} {COMMON}" for loss in LOSSES} | {
     "replicated": f"kto {COMMON} use_fsdp=false",
     "adamw": f"dpo {COMMON} optimizer=AdamW ++optimizer_kwargs.weight_decay=0.1 ++optimizer_kwargs.eps=1e-4",
     "muon": f"ppo {COMMON} optimizer=Muon ++optimizer_kwargs.eps=1e-4",
+    "lora": f"ppo {COMMON} model.use_peft=true lr=1e-2 optimizer=AdamW ++optimizer_kwargs.eps=1e-4",
 }
-IN_BFLOAT16 = {"bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16"}
+IN_BFLOAT16 = {
+    "bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16",
+    "lora, bfloat16": f"dpo {COMMON} model.use_peft=true model.policy_dtype=bfloat16 lr=1e-3 optimizer=AdamW",
+}
 MORE = {"hsdp": f"ppo {COMMON} hsdp_replicas=2"}  # on 4 processes
 
 
@@ -85,6 +89,7 @@ def sources(one, tmp_path_factory):
         "renamed": f"model.load_from={folders[0]}",
         "pickled": f"model.load_from={folders[1]}",
         "random": "seed=3",
+        "adapter": f"model.load_from={latest} model.use_peft=true",
     }
 
 
@@ -179,12 +184,13 @@ def test_hsdp_trains_as_one(four, one):
     assert_same_run(four, one, "hsdp")
 
 
-def test_bfloat16_trains_as_one_does(two, one):
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_bfloat16_trains_as_one_does(two, one, name):
     """In bfloat16, two processes move the weights in the direction that one does (cosine above 0.9).
 
     Each rank packs other sequences, which round differently: by a few percent of the movement.
     """
-    way, expected = ways(two, "bfloat16")[0], ways(one, "bfloat16")[0]
+    way, expected = ways(two, name)[0], ways(one, name)[0]
     assert torch.cosine_similarity(way, expected, dim=0) > 0.9
 
 
@@ -222,7 +228,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
     for name, words in sources.items():
         config = make_config(one / "dpo", "loss=dpo", *SMALL, *words.split())
         policy, _ = loading.load_policy_and_reference(config, tokenizer(), CPU)
-        for key, tensor in policy.lm.state_dict().items():
+        for key, tensor in checkpoint.full_state(policy.lm, torch.float32).items():
             assert torch.equal(found[name]["policy"][key], tensor), (name, key)
             assert torch.equal(found[name]["reference"][key], tensor), (name, key)
         total = policy.lm.num_parameters()
@@ -236,7 +242,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
 def test_a_checkpoint_of_several_processes_is_one(request, one, folder):
     """LATEST of several processes has the files and names of one process's, an export that opens, and the critic."""
     folder = request.getfixturevalue(folder)
-    for name in ("dpo", "ppo", "tied"):
+    for name in ("dpo", "ppo", "tied", "lora"):
         theirs, ours = (place / name / "run" / "LATEST" for place in (one, folder))
         assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
         state = checkpoint.load_state(str(ours / "policy.pt"))
