@@ -43,7 +43,7 @@ CASES = {loss: f"{loss} {COMMON}" for loss in LOSSES} | {
 }
 IN_BFLOAT16 = {
     "bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16",
-    "lora, bfloat16": f"dpo {COMMON} model.use_peft=true model.policy_dtype=bfloat16 lr=1e-3 optimizer=AdamW",
+    "lora_bfloat16": f"dpo {COMMON} model.use_peft=true model.policy_dtype=bfloat16 lr=1e-3 optimizer=AdamW",
 }
 MORE = {"hsdp": f"ppo {COMMON} hsdp_replicas=2"}  # on 4 processes
 

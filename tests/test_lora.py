@@ -330,7 +330,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert {name for name in kept if name.startswith("policy.")} == {f"policy.{name}" for name in trained}
     other = resumable(tmp_path / "other", "resume=true", "seed=2")
     with pytest.raises(UserError, match="resume=true, but the base has other weights"):
-        other.load_state(path)
+        other.load_state(states.newest(other.run_dir))
 
 
 def test_the_check_of_packing_reads_the_base(tmp_path, monkeypatch):

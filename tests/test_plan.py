@@ -71,6 +71,7 @@ NEOX = {  # 21M
 BLOCKS = {"llama": "LlamaDecoderLayer", "gpt_neox": "GPTNeoXLayer"}
 CHECKPOINTING = "model.activation_checkpointing=true"
 BFLOAT16 = "model.fsdp_policy_mp=bfloat16"
+LORA = "model.use_peft=true"
 PPO, ACCUMULATION = "loss=ppo", "model.gradient_accumulation_steps=2"
 
 
@@ -94,6 +95,8 @@ CASES = {
     "llama, 4 shards": Case(LLAMA, (CHECKPOINTING,), ranks=4),
     "gpt_neox, 2 x 2": Case(NEOX, ("optimizer=AdamW",), ranks=4, replicas=2),
     "critic, accumulation, 4 shards": Case(NEOX, (CHECKPOINTING, PPO, ACCUMULATION), ranks=4),
+    "lora": Case(LLAMA, (LORA, "optimizer=AdamW"), n_pairs=2),
+    "lora, checkpointing, 4 shards": Case(LLAMA, (LORA, CHECKPOINTING), ranks=4),
 }
 SLOW_CASES = {
     "ppo": Case(LLAMA, (CHECKPOINTING, PPO)),
@@ -104,6 +107,9 @@ SLOW_CASES = {
     "sft, 4 replicas": Case(LLAMA, ("loss=sft",), ranks=4, replicas=4),
     "bfloat16, 4 shards": Case(LLAMA, (BFLOAT16, CHECKPOINTING), ranks=4),
     "bfloat16, 2 x 2": Case(NEOX, (BFLOAT16,), ranks=4, replicas=2),
+    "lora, ppo, accumulation": Case(NEOX, (LORA, PPO, ACCUMULATION, CHECKPOINTING)),
+    "lora, base in bfloat16": Case(LLAMA, (LORA, CHECKPOINTING, "model.policy_dtype=bfloat16")),
+    "lora, bfloat16, 2 x 2": Case(LLAMA, (LORA, BFLOAT16), ranks=4, replicas=2),
     "stored in bfloat16, 2 x 2": Case(LLAMA, (BFLOAT16, "model.policy_dtype=bfloat16"), ranks=4, replicas=2),
 }
 
@@ -161,7 +167,7 @@ def make_trainer(config, microbatches: list[list[TokenizedExample]]):
     tokenizer = loading.load_tokenizer(config)
     with patch.object(packing_check, "is_wanted", return_value=False):  # fails if weights were not sent
         policy, reference = loading.load_policy_and_reference(config, tokenizer, CPU)
-    for model in filter(None, (policy, reference)):
+    for model in filter(None, {policy, reference}):
         model.use_packing(True)
     loader = Batches(microbatches)
     trainer = trainer_class(config)(policy, reference, tokenizer, config, loader, loader, "")
@@ -247,7 +253,9 @@ class RecordedStep:
     def __init__(self, trainer, microbatches: list[list[TokenizedExample]]):
         policy, optimizer = list(trainer.policy.parameters()), trainer.state.optimizer
         state = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
-        reference = trainer.reference_model.parameters() if trainer.reference_model is not None else []
+        reference = (
+            trainer.reference_model.parameters() if trainer.reference_model not in (None, trainer.policy) else []
+        )
         self.parameters, self.reference, self.optimizer = map(n_bytes, (policy, reference, state))
         optimizer.register_step_pre_hook(lambda *_: setattr(self, "gradients", n_bytes(p.grad for p in policy)))
         with named_phases(trainer), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -298,7 +306,7 @@ def named_phases(trainer):
     run, optimizer = Forward.__init__, trainer.state.optimizer
 
     def forward(self, model, *args, **kwargs):
-        named("forward" if model is trainer.policy else "reference", run)(self, model, *args, **kwargs)
+        named("forward" if torch.is_grad_enabled() else "reference", run)(self, model, *args, **kwargs)
 
     with (
         patch.object(Forward, "__init__", forward),

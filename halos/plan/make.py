@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from halos import base, loading, packing
+from halos import adapters, base, loading, packing, packing_check
 from halos.errors import UserError
 from halos.plan.activations import measure_activations
 from halos.plan.optimizer import optimizer_bytes
@@ -50,15 +50,19 @@ def make_plan(
         microbatches=config.model.gradient_accumulation_steps,
         checkpointing=config.model.activation_checkpointing,
         cuda=where.type == "cuda",
+        adapter=config.model.use_peft,
     )
     with base.building(config), FakeTensorMode(allow_non_fake_inputs=True):
         trust = config.trust_remote_code
         lm = AutoModelForCausalLM.from_config(lm_config, dtype=setup.compute, trust_remote_code=trust)
+        if setup.adapter:
+            adapters.add(lm, config.model, config.seed)
+            packing_check.cast_weights(lm, setup.compute)
         v_head = loading.load_value_head(config, lm)
         model = sizes_of(lm, config.model.block_name, v_head)
         activations = measure_activations(lm, model, setup, v_head)
     kwargs: Any = OmegaConf.to_container(config.optimizer_kwargs)
-    optimizer = optimizer_bytes(config.optimizer, kwargs, setup.stored, setup.cuda, setup.uses_fsdp, model)
+    optimizer = optimizer_bytes(config.optimizer, kwargs, setup.trained, setup.cuda, setup.uses_fsdp, model)
     return Plan(model, setup, activations, optimizer)
 
 
