@@ -29,7 +29,7 @@ FILE = "adapter_model.safetensors"
 #### ADDING AN ADAPTER
 
 
-def find_targets(lm: nn.Module, settings: DictConfig) -> list[str]:
+def find_targets(lm: PreTrainedModel, settings: DictConfig) -> list[str]:
     """Return the full names of the linear layers that get an adapter. Raises UserError for an unknown name.
 
     Those are in the blocks. The head cannot be one of them: its weights are read without its forward pass.
@@ -76,13 +76,11 @@ def add(lm: PreTrainedModel, settings: DictConfig, seed: int, base_name: str | N
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
     )
-    with torch.random.fork_rng():
-        inject_adapter_in_model(lora, lm, NAME)
-    for name, parameter in lm.named_parameters():
+    inject_adapter_in_model(lora, lm, NAME, low_cpu_mem_usage=True)  # on the meta device: nothing is drawn or cast
+    for name, parameter in list(lm.named_parameters()) if lm.device.type != "meta" else ():
         if is_of_adapter(name):
-            parameter.data = parameter.data.float()
-            if not parameter.is_meta:
-                parameter.data.copy_(first_values(name, parameter.shape, seed))
+            values = first_values(name, parameter.shape, seed).to(lm.device)
+            lm.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(values)
 
 
 def is_of_adapter(name: str) -> bool:

@@ -45,7 +45,7 @@ def groups(policy: Any, hidden: bool) -> list[dict[str, Any]]:
     parameters = [p for p in policy.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in parameters if (p.ndim > 1) is many] for many in (True, False))
     inside = hidden_matrices(policy) if hidden else set()
-    found = [
+    found: list[dict[str, Any]] = [
         {"params": [p for p in matrices if id(p) in inside], "hidden": True},
         {"params": [p for p in matrices if id(p) not in inside]},
         {"params": vectors, "weight_decay": 0.0},

@@ -38,7 +38,7 @@ from halos.plan.optimizer import optimizer_bytes
 from halos.plan.phases import Memory, Plan
 from halos.plan.published import PUBLISHED
 from halos.plan.setup import Setup, full_layout
-from halos.plan.sizes import Group, ModelSizes, sizes_of
+from halos.plan.sizes import Group, ModelSizes, group_of, sizes_of
 from halos.plan.table import MODELS
 from halos.plan.traffic import bytes_sent
 from halos.tokens import TokenizedExample
@@ -317,7 +317,7 @@ def named_phases(trainer):
 
 
 def n_bytes(tensors) -> int:
-    return sum(distributed.local(x).nbytes for x in tensors)
+    return sum(distributed.local(x).nbytes for x in tensors if x is not None)
 
 
 class Wire(TorchDispatchMode):
@@ -388,13 +388,13 @@ def test_live_bytes():
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("n_chunks", [1, 3])
-def test_head(n_chunks, softcap, monkeypatch):
+@pytest.mark.parametrize("n_chunks, trains", [(1, True), (3, True), (1, False)])
+def test_head(n_chunks, trains, softcap, monkeypatch):
     """`head_bytes` against the allocations of logps.fused."""
     n, d, vocab = 240, 64, 4096
     monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", n * vocab // n_chunks)
     hidden = torch.randn(n, d, requires_grad=True)
-    weight = torch.randn(vocab, d, requires_grad=True)
+    weight = torch.randn(vocab, d, requires_grad=trains)
     targets = torch.randint(vocab, (n,))
 
     def peak(work):
@@ -406,7 +406,7 @@ def test_head(n_chunks, softcap, monkeypatch):
     values, forward = peak(lambda: logps.fused(hidden, weight, targets, softcap=softcap))
     upstream = torch.ones_like(values)
     _, backward = peak(lambda: values.backward(upstream))
-    model = ModelSizes([], Group(()), Group(()), vocab, d, softcap is not None)
+    model = ModelSizes([], group_of([weight]), Group(()), vocab, d, softcap is not None)
     planned = head_bytes(model, setup(n_targets=n))
     assert planned.forward == pytest.approx(hidden.nbytes + forward.max(), rel=0.01)
     assert planned.kept == pytest.approx(hidden.nbytes + forward[-1], rel=0.01)

@@ -109,7 +109,7 @@ def head_bytes(model: ModelSizes, setup: Setup) -> Measured:
     block = min(rows, max(1, logps.BLOCK_ELEMENTS[device] // vocab)) * vocab * FLOAT32
     several, half = n_chunks > 1, size < FLOAT32
     cast = chunk * size // FLOAT32 if half else 0  # the logits' gradient in the compute dtype
-    trains = bool(model.root.shapes)  # else the weight has no gradient
+    trains = not model.root.frozen  # else the weight has no gradient
     product = weight * (half and trains)  # the weight's gradient of one chunk, before it is added to the float32 sum
     casts = 0  # copies of weight and hidden states in float32; a GPU multiplies bfloat16 into float32 without them
     if half and not setup.cuda:

@@ -52,14 +52,16 @@ def make_plan(
         cuda=where.type == "cuda",
         adapter=config.model.use_peft,
     )
-    with base.building(config), FakeTensorMode(allow_non_fake_inputs=True):
+    with base.building(config), torch.device("meta"):
         trust = config.trust_remote_code
         lm = AutoModelForCausalLM.from_config(lm_config, dtype=setup.compute, trust_remote_code=trust)
         if setup.adapter:
             adapters.add(lm, config.model, config.seed)
             packing_check.cast_weights(lm, setup.compute)
+    with base.building(config), FakeTensorMode(allow_non_fake_inputs=True):
         v_head = loading.load_value_head(config, lm)
         model = sizes_of(lm, config.model.block_name, v_head)
+        lm.to_empty(device="cpu")
         activations = measure_activations(lm, model, setup, v_head)
     kwargs: Any = OmegaConf.to_container(config.optimizer_kwargs)
     optimizer = optimizer_bytes(config.optimizer, kwargs, setup.trained, setup.cuda, setup.uses_fsdp, model)

@@ -144,7 +144,7 @@ class Plan:
     @property
     def _head_weight(self) -> int:
         """The gradient of the head's weight before it is reduced; an adapter leaves the head as it is."""
-        elements = self.model.vocab_size * self.model.hidden_size if self.model.root.shapes else 0
+        elements = self.model.vocab_size * self.model.hidden_size if not self.model.root.frozen else 0
         return elements * self.setup.compute.itemsize
 
     @property
