@@ -110,6 +110,22 @@ def layers(lm: nn.Module) -> dict[str, Any]:
     return {f"{name}.weight": module for name, module in lm.named_modules() if hasattr(module, "lora_A")}
 
 
+class WithoutAdapter:
+    """A policy as its own reference model: the adapter is off in each of its forward passes."""
+
+    v_head = None
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with off(self.policy.lm):
+            return self.policy(*args, **kwargs)._replace(values=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+
 @contextmanager
 def off(lm: nn.Module) -> Iterator[None]:
     """Make a model compute what its base does, inside the block. A model without adapter stays as it is."""

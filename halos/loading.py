@@ -74,7 +74,7 @@ def load_policy_and_reference(
     """Load the policy, ready to train, and the frozen reference model (None without one).
 
     Both start from the same weights and compute in the same way, so that training starts at a log-ratio of 0. A policy
-    with an adapter is its own reference model; `trainer.reference_logps` turns the adapter off.
+    with an adapter is its own reference model: `adapters.WithoutAdapter` has no weights of its own.
 
     policy_pt: a checkpoint to load into the policy instead; an adapter is merged into its weights
     with_reference: whether to load the reference model; None: if the loss uses one
@@ -95,7 +95,7 @@ def load_policy_and_reference(
     if reference is not None:
         reference.use_packing(packs)
         reference.eval()
-    return policy, policy if own_reference else reference
+    return policy, adapters.WithoutAdapter(policy) if own_reference else reference
 
 
 def _has_adapter(config: DictConfig, policy_pt: str | None) -> bool:

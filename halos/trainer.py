@@ -17,19 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import get_total_norm
 
-from halos import (
-    adapters,
-    advice,
-    checkpoint,
-    distributed,
-    loading,
-    metrics,
-    mishaps,
-    optimizers,
-    sharding,
-    states,
-    stopping,
-)
+from halos import advice, checkpoint, distributed, loading, metrics, mishaps, optimizers, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome, Planned, joined, planned
 from halos.errors import UserError
 from halos.files import make_room
@@ -138,8 +126,7 @@ class BasicTrainer:
             return moved(self.reference_cache.logps(examples), self.policy.device)
         if self.reference_model is None:
             return None
-        with adapters.off(self.reference_model.lm):  # a policy with an adapter is its own reference
-            return Forward(self.reference_model, examples, self.config.model.max_tokens_per_forward).tokens.logps
+        return Forward(self.reference_model, examples, self.config.model.max_tokens_per_forward).tokens.logps
 
     def forward_backward(self, examples: list[TokenizedExample]) -> Outcome:
         """The outcome of a batch, without gradient; its gradient is added to that of the policy's parameters."""

@@ -28,6 +28,7 @@ from small_runs import CPU, SMALL, make_trainer, moved, state_of, tokenizer
 LOSSES = sorted(os.path.basename(path)[:-5] for path in glob.glob(f"{CONFIG_DIR}/loss/*.yaml"))
 
 # The default optimizer, at a learning rate that moves the weights, and evaluations in between.
+SMOOTH = "optimizer=AdamW ++optimizer_kwargs.eps=1e-4"
 COMMON = "optimizer=RMSprop lr=1e-4 do_first_eval=true eval_every=16"
 CASES = {loss: f"{loss} {COMMON}" for loss in LOSSES} | {
     # Forward passes of few tokens: several per rank, with different numbers of examples, and dummies at the end.
@@ -39,13 +40,16 @@ CASES = {loss: f"{loss} {COMMON}" for loss in LOSSES} | {
     "replicated": f"kto {COMMON} use_fsdp=false",
     "adamw": f"dpo {COMMON} optimizer=AdamW ++optimizer_kwargs.weight_decay=0.1 ++optimizer_kwargs.eps=1e-4",
     "muon": f"ppo {COMMON} optimizer=Muon ++optimizer_kwargs.eps=1e-4",
-    "lora": f"ppo {COMMON} model.use_peft=true lr=1e-2 optimizer=AdamW ++optimizer_kwargs.eps=1e-4",
+    "lora": f"ppo {COMMON} model.use_peft=true lr=1e-2 {SMOOTH}",
 }
 IN_BFLOAT16 = {
     "bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16",
     "lora_bfloat16": f"dpo {COMMON} model.use_peft=true model.policy_dtype=bfloat16 lr=1e-3 optimizer=AdamW",
 }
-MORE = {"hsdp": f"ppo {COMMON} hsdp_replicas=2"}  # on 4 processes
+MORE = {  # on 4 processes
+    "hsdp": f"ppo {COMMON} hsdp_replicas=2",
+    "lora_hsdp": f"dpo {COMMON} hsdp_replicas=2 model.use_peft=true lr=1e-2 {SMOOTH}",
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +57,9 @@ def one(tmp_path_factory):
     """The folder of all cases on one process, which is this one."""
     folder = tmp_path_factory.mktemp("one")
     draw = metrics.draw_curves
-    workers.train(str(folder), CASES | IN_BFLOAT16 | {"hsdp": MORE["hsdp"].replace("hsdp_replicas=2", "")})
+    workers.train(
+        str(folder), CASES | IN_BFLOAT16 | {name: words.replace("hsdp_replicas=2", "") for name, words in MORE.items()}
+    )
     metrics.draw_curves = draw
     workers.sample_texts(str(folder))
     return folder
@@ -179,9 +185,10 @@ def test_several_processes_train_as_one(request, one, folder, name):
 
 
 @pytest.mark.slow
-def test_hsdp_trains_as_one(four, one):
+@pytest.mark.parametrize("name", MORE)
+def test_hsdp_trains_as_one(four, one, name):
     """HSDP on four processes, as two groups that each hold all shards, trains as one process."""
-    assert_same_run(four, one, "hsdp")
+    assert_same_run(four, one, name)
 
 
 @pytest.mark.parametrize("name", IN_BFLOAT16)

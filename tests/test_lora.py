@@ -189,6 +189,13 @@ def test_packing_checkpointing_and_pieces_change_nothing(tmp_path, loss):
         assert_same_training(trained(tmp_path / str(i), loss, *words, way), expected, tolerance=2e-5)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_change_nothing(tmp_path):
+    words = (*LORA, "lr=0.3")
+    plain = trained(tmp_path / "plain", "dpo", *words)
+    assert_same_training(trained(tmp_path / "compiled", "dpo", *words, "model.compile=true"), plain, tolerance=2e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["Muon", "Adafactor", "RMSprop"])
 def test_other_optimizers_move_the_adapter(tmp_path, optimizer):
     """All of A and B move, A from the second update on, when B is not 0 any more."""
@@ -220,7 +227,7 @@ def test_a_base_in_bfloat16_has_an_adapter_in_float32(tmp_path):
 def test_the_reference_is_the_base_and_no_second_model(tmp_path, words):
     """Its log-probs are what the policy computed before training, bit by bit."""
     trainer = make_trainer(tmp_path, "dpo", *LORA, *words)
-    assert trainer.reference_model is trainer.policy
+    assert trainer.reference_model.policy is trainer.policy
     examples = trainer.train_loader.batches[0]
     start, _ = trainer.forward(examples)
     perturb(trainer.policy.lm)
@@ -271,8 +278,8 @@ def test_cached_is_live_and_shared_with_full_training(tmp_path, capfd):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A trainer with an adapter that is saved, and its LATEST."""
-    trainer = make_trainer(tmp_path, "ppo", *LORA)
+    """A trainer with an adapter on a model with a tied head, and its LATEST."""
+    trainer = make_trainer(tmp_path, "ppo", *LORA, "++model.architecture.tie_word_embeddings=true")
     perturb(trainer.policy.lm)
     trainer.save()
     return trainer, os.path.join(trainer.run_dir, "LATEST")

@@ -167,7 +167,7 @@ def make_trainer(config, microbatches: list[list[TokenizedExample]]):
     tokenizer = loading.load_tokenizer(config)
     with patch.object(packing_check, "is_wanted", return_value=False):  # fails if weights were not sent
         policy, reference = loading.load_policy_and_reference(config, tokenizer, CPU)
-    for model in filter(None, {policy, reference}):
+    for model in filter(None, (policy, reference)):
         model.use_packing(True)
     loader = Batches(microbatches)
     trainer = trainer_class(config)(policy, reference, tokenizer, config, loader, loader, "")
@@ -253,9 +253,8 @@ class RecordedStep:
     def __init__(self, trainer, microbatches: list[list[TokenizedExample]]):
         policy, optimizer = list(trainer.policy.parameters()), trainer.state.optimizer
         state = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
-        reference = (
-            trainer.reference_model.parameters() if trainer.reference_model not in (None, trainer.policy) else []
-        )
+        own = isinstance(trainer.reference_model, adapters.WithoutAdapter)
+        reference = trainer.reference_model.parameters() if trainer.reference_model and not own else []
         self.parameters, self.reference, self.optimizer = map(n_bytes, (policy, reference, state))
         optimizer.register_step_pre_hook(lambda *_: setattr(self, "gradients", n_bytes(p.grad for p in policy)))
         with named_phases(trainer), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -306,7 +305,7 @@ def named_phases(trainer):
     run, optimizer = Forward.__init__, trainer.state.optimizer
 
     def forward(self, model, *args, **kwargs):
-        named("forward" if torch.is_grad_enabled() else "reference", run)(self, model, *args, **kwargs)
+        named("forward" if model is trainer.policy else "reference", run)(self, model, *args, **kwargs)
 
     with (
         patch.object(Forward, "__init__", forward),

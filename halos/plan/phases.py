@@ -88,8 +88,10 @@ class Plan:
         waiting = (self._body + a.ends.kept + a.head.kept + a.critic.kept) * (setup.forwards == 1)
         wider = setup.reference.itemsize / setup.compute.itemsize
         running = max(a.block.inference, a.ends.inference, a.head.inference)
+        # Without its adapter the policy runs again, and its last block is freed only when the first one has arrived.
+        first = 3 if setup.adapter else 2
         for name, gathered, activations in (
-            ("embedding", self._reference_gathered(2, 2), a.hidden + a.shared),
+            ("embedding", self._reference_gathered(2, first), a.hidden + a.shared),
             ("blocks", self._reference_gathered(1, 2), running),
         ):
             memory = self._phase(self._root + gathered, waiting + round(activations * wider))
