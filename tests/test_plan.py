@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import halos.plan
 import trainers
-from halos import components, distributed, loading, logps, packing_check
+from halos import adapters, components, distributed, loading, logps, packing_check
 from halos.engine import TRAINED, Forward, pieces
 from halos.plan.activations import Activations, head_bytes, measure_activations
 from halos.plan.make import make_plan
