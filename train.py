@@ -27,6 +27,7 @@ def main(config: DictConfig) -> None:
         distributed.on_main(resume.check_same, config)
         loading.check_positions(config)
         loading.check_load_from(config)
+        loading.check_adapter(config)
         launch(run, config, nproc_per_node=config.nproc_per_node, held=lock)
 
 
@@ -35,7 +36,7 @@ def run(config: DictConfig) -> None:
     with importing():  # again, for processes that `launch` has started
         import dataloaders
         import trainers
-        from halos import checkpoint, components, distributed, loading, reference_cache, resume, run_dir
+        from halos import adapters, checkpoint, components, distributed, loading, reference_cache, resume, run_dir
         from utils import rank0_print
 
     tokenizer = loading.load_tokenizer(config)
@@ -54,7 +55,7 @@ def run(config: DictConfig) -> None:
 
     #### MODELS
     policy, reference, cache = reference_cache.load(config, tokenizer, list(loaders.values()))
-    parameters = f"{type(policy.lm).__name__}, {policy.lm.num_parameters():,} parameters"
+    parameters = f"{type(policy.lm).__name__}, {policy.lm.num_parameters():,} parameters{adapters.describe(policy.lm)}"
     rank0_print(f"{parameters}; {policy.description}; {distributed.describe()}")
 
     #### TRAINING

@@ -22,6 +22,7 @@ tokens.py           texts as token ids; truncation
 token_store.py      token ids on disk, memory-mapped
 demo.py             the embedded dataset
 positions.py        how many tokens a model can read; rotary frequencies fixed for a run
+adapters.py         LoRA: trained matrices beside frozen weights, off for the reference, merged when saved
 models.py           the network: policy, value head, one forward pass
 base.py             the base model: its files, tokenizer and config
 loading.py          policy and reference from the hub, directories and checkpoints

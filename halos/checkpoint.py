@@ -20,13 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from halos import chat, distributed, manifest, reward_model, run_dir
+from halos import adapters, chat, distributed, manifest, reward_model, run_dir
 from halos.errors import UserError, first_line
 from halos.files import OLD, UNFINISHED, replace_directory, writing
 
 LATEST = "LATEST"
 POLICY = "policy.pt"
 V_HEAD = "v_head.pt"
+ADAPTER = "adapter"
 
 
 #### SAVING
@@ -49,23 +50,25 @@ def save(
     - `v_head.pt`: the same form, in float32; only if the loss has a critic, or the head of a reward model
     - a Hugging Face export with tokenizer and model card, and the run's config.yaml; that of a reward model is a
       sequence classifier, with the head
+    - `adapter/`: a trained adapter in peft's layout, in float32; the weights above are merged with it
 
     All ranks must call this. Rank 0 writes.
     """
     state = full_state(lm, getattr(torch, config.model.policy_dtype))
     states = {POLICY: state} | ({V_HEAD: full_state(v_head, torch.float32)} if v_head is not None else {})
+    adapter = adapters.own_state(lm)
     if distributed.is_main():
-        _write(directories, states, lm, tokenizer, config, step, metrics, export_dtype)
+        _write(directories, states, adapter, lm, tokenizer, config, step, metrics, export_dtype)
     distributed.barrier()
 
 
-def _write(directories, states, lm, tokenizer, config, step, metrics, export_dtype) -> None:
+def _write(directories, states, adapter, lm, tokenizer, config, step, metrics, export_dtype) -> None:
     for directory in directories:
         shutil.rmtree(directory + UNFINISHED, ignore_errors=True)
     unfinished = directories[0] + UNFINISHED
     try:
         with writing(directories[0]):
-            _write_files(unfinished, states, lm, tokenizer, config, step, metrics, export_dtype)
+            _write_files(unfinished, states, adapter, lm, tokenizer, config, step, metrics, export_dtype)
             for other in directories[1:]:
                 # Checkpoint files are never written in place, so two directories can safely share them.
                 shutil.copytree(unfinished, other + UNFINISHED, copy_function=_link)
@@ -77,17 +80,19 @@ def _write(directories, states, lm, tokenizer, config, step, metrics, export_dty
         raise
 
 
-def _write_files(directory, states, lm, tokenizer, config, step, metrics, export_dtype) -> None:
+def _write_files(directory, states, adapter, lm, tokenizer, config, step, metrics, export_dtype) -> None:
     os.makedirs(directory)
     for name, content in states.items():
         # Opened here, because torch's own error does not say why a file cannot be written.
         with open(os.path.join(directory, name), "wb") as file:
             torch.save({"step_idx": step, "state": content, "metrics": metrics}, file)
-    exported = states[POLICY]
+    exported, exported_lm = states[POLICY], lm
     if config.loss.get("use_reward_head", False):
-        lm = reward_model.classifier(lm.config, tokenizer.pad_token_id)
-        exported = {name: (exported | states[V_HEAD])[name] for name in lm.state_dict()}
-    export(directory, lm, exported, tokenizer, export_dtype)
+        exported_lm = reward_model.classifier(lm.config, tokenizer.pad_token_id)
+        exported = {name: (exported | states[V_HEAD])[name] for name in exported_lm.state_dict()}
+    export(directory, exported_lm, exported, tokenizer, export_dtype)
+    if adapter:
+        adapters.write(os.path.join(directory, ADAPTER), lm, adapter)
     with open(os.path.join(directory, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(directory, run_dir.CONFIG), resolve=True)
@@ -104,13 +109,16 @@ def _link(source: str, destination: str) -> None:
 def full_state(lm: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the whole state dict on the CPU, in `dtype`. Tied weights are one tensor under two names.
 
-    Sharded tensors are gathered one at a time. Only rank 0 keeps them; on other ranks the result is empty.
+    An adapter is merged into the copies; the weights themselves stay as they are. Sharded tensors are gathered one at a
+    time. Only rank 0 keeps them; on other ranks the result is empty.
     """
     copies: dict[int, torch.Tensor | None] = {}
     state = {}
-    for name, tensor in lm.state_dict(keep_vars=True).items():
+    adapted = adapters.layers(lm)
+    for name, tensor in adapters.plain_state(lm).items():
         if id(tensor) not in copies:
             copy = distributed.whole(tensor.detach())
+            copy = adapters.merged(copy, adapted[name]) if name in adapted else copy
             to_dtype = dtype if copy.is_floating_point() else copy.dtype
             copies[id(tensor)] = copy.to("cpu", to_dtype) if distributed.is_main() else None
         state[name] = copies[id(tensor)]

@@ -30,8 +30,11 @@ RULES: dict[str, Rule] = {
         (
             rules.whole(least=1),
             "eval_every n_eval_examples n_samples model.batch_size model.gradient_accumulation_steps"
-            " model.eval_batch_size model.max_length model.max_prompt_length model.max_tokens_per_forward",
+            " model.eval_batch_size model.lora.rank model.max_length model.max_prompt_length"
+            " model.max_tokens_per_forward",
         ),
+        (rules.number(above=0), "model.lora.alpha"),
+        (rules.names.or_null(), "model.lora.targets"),
         (rules.whole(least=1).or_null(), "n_epochs n_examples nproc_per_node hsdp_replicas save_every"),
         (rules.number(above=0).or_null(), "save_every_minutes"),
         (rules.whole(least=0), "keep_checkpoints seed warmup_steps"),
@@ -45,7 +48,7 @@ RULES: dict[str, Rule] = {
             rules.flag,
             "cache_reference_logps do_first_eval group_prompts intermediate_checkpoints overwrite resume strict_data"
             " trust_remote_code wandb.enabled loss.use_reference_model model.compile"
-            " use_fsdp",
+            " model.use_peft use_fsdp",
         ),
         (rules.choice(True, False, "auto"), "model.packing"),
         (rules.choice(True, False, "selective"), "model.activation_checkpointing"),
@@ -287,6 +290,11 @@ def _check_model(values: dict[str, Any]) -> None:
         _check_architecture(architecture, values["model.max_length"])
     elif name is None and (not load_from or load_from.endswith(".pt")):
         raise UserError("model.name_or_path=null: nothing to load; give a hub name or a local folder")
+    if values.get("model.use_peft") and values.get("model.reference_dtype") is not None:
+        raise UserError(
+            f"model.reference_dtype={values['model.reference_dtype']}: with model.use_peft=true the reference is the "
+            "policy with its adapter off, in the policy's dtype; use model.reference_dtype=null"
+        )
     if name is None and values.get("model.tokenizer_name_or_path") is None:
         raise UserError("model.tokenizer_name_or_path=null: a model of random weights has none; name a tokenizer")
     for key in ("model.load_from", "model.name_or_path", "model.tokenizer_name_or_path"):

@@ -15,7 +15,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from halos import base, checkpoint, distributed, logps, packing_check, positions, sharding, weight_files, weights
+from halos import (
+    adapters,
+    base,
+    checkpoint,
+    distributed,
+    logps,
+    packing_check,
+    positions,
+    sharding,
+    weight_files,
+    weights,
+)
 from halos.base import load_config as load_config
 from halos.base import load_tokenizer as load_tokenizer
 from halos.errors import UserError
@@ -66,15 +77,17 @@ def load_policy_and_reference(
 ):
     """Load the policy, ready to train, and the frozen reference model (None without one).
 
-    Both start from the same weights and compute in the same way, so that training starts at a log-ratio of 0.
+    Both start from the same weights and compute in the same way, so that training starts at a log-ratio of 0. A policy
+    with an adapter is its own reference model: `adapters.WithoutAdapter` has no weights of its own.
 
-    policy_pt: a checkpoint to load into the policy instead
+    policy_pt: a checkpoint to load into the policy instead; an adapter is merged into its weights
     with_reference: whether to load the reference model; None: if the loss uses one
     """
     with_reference = config.loss.use_reference_model if with_reference is None else with_reference
     base_dtype = load_config(config).dtype  # the checkpoint's; loading overwrites it in the model's own config
     load = _load_whole if distributed.world_size() == 1 else _load_sharded
-    policy, reference, float32 = load(config, tokenizer, device, policy_pt, with_reference)
+    own_reference = with_reference and _has_adapter(config, policy_pt)
+    policy, reference, float32 = load(config, tokenizer, device, policy_pt, with_reference and not own_reference)
     policy.lm.generation_config = base.generation_settings(config, policy.lm.generation_config)
     export_dtype = config.model.export_dtype or base_dtype
     if export_dtype:
@@ -86,7 +99,17 @@ def load_policy_and_reference(
     if reference is not None:
         reference.use_packing(packs)
         reference.eval()
-    return policy, reference
+    return policy, adapters.WithoutAdapter(policy) if own_reference else reference
+
+
+def _has_adapter(config: DictConfig, policy_pt: str | None) -> bool:
+    """Return whether the policy gets an adapter: not if it is loaded from a checkpoint, whose weights are merged."""
+    return config.model.use_peft and policy_pt is None
+
+
+def _add_adapter(config: DictConfig, lm: PreTrainedModel) -> None:
+    pt = base.load_from_pt(config)  # the export beside it can be loaded as the adapter's base
+    adapters.add(lm, config.model, config.seed, os.path.dirname(pt) if pt else base.source(config, use_load_from=True))
 
 
 def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: str | None, with_reference: bool):
@@ -95,6 +118,8 @@ def _load_whole(config: DictConfig, tokenizer, device: torch.device, policy_pt: 
     policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt)).to(device)
     checked = packing_check.is_wanted(config.model.packing)
     float32 = packing_check.in_float32(policy) if checked else None  # before the weights are cast
+    if _has_adapter(config, policy_pt):
+        _add_adapter(config, policy.lm)
     sharding.prepare_policy(policy, compute_dtype(config, device), **_preparation(config))
     if not with_reference:
         return policy, None, float32
@@ -115,6 +140,8 @@ def _load_sharded(config: DictConfig, tokenizer, device: torch.device, policy_pt
     def empty_policy(dtype: torch.dtype) -> PolicyModel:
         lm = empty_lm(policy_dtype(config))
         policy = build(config, lm, tokenizer, load_value_head(config, lm, policy_pt))
+        if _has_adapter(config, policy_pt):
+            _add_adapter(config, lm)
         sharding.prepare_policy(policy, dtype, mesh=mesh, **_preparation(config))
         return policy
 
@@ -145,6 +172,12 @@ def _open_weights(config: DictConfig, lm: PreTrainedModel, device: torch.device,
     If files hold the weights in the model's own form, every rank reads its part of them. Otherwise rank 0 loads and
     sends them.
     """
+    if _has_adapter(config, policy_pt):
+        return weights.WithAdapter(_open_base(config, base.meta_lm(config), device), config.seed)
+    return _open_base(config, lm, device, policy_pt)
+
+
+def _open_base(config: DictConfig, lm: PreTrainedModel, device: torch.device, policy_pt: str | None = None):
     path, source = policy_pt or base.load_from_pt(config), base.source(config, use_load_from=True)
     if path:
         return weights.FromPolicyPt(path)
@@ -302,6 +335,12 @@ def check_load_from(config: DictConfig) -> None:
         classifier(load_config(config))
     if any(config.loss.get(key, False) for key in HEADS):
         load_value_head(config, base.meta_lm(config))
+
+
+def check_adapter(config: DictConfig) -> None:
+    """Raise UserError if `model.lora.targets` names a layer that the model does not have."""
+    if config.model.use_peft:
+        adapters.find_targets(base.meta_lm(config), config.model)
 
 
 def check_base(config: DictConfig, meta: PreTrainedModel, use_load_from: bool) -> None:

@@ -44,12 +44,13 @@ def groups(policy: Any, hidden: bool) -> list[dict[str, Any]]:
     """Parameters as an optimizer wants them: matrices, of which Muon moves the hidden ones, and vectors."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in parameters if (p.ndim > 1) is many] for many in (True, False))
-    spared = {"params": vectors, "weight_decay": 0.0}
-    if not hidden:
-        return [{"params": matrices}, spared]
-    inside = hidden_matrices(policy)
-    by_muon = {"params": [p for p in matrices if id(p) in inside], "hidden": True}
-    return [by_muon, {"params": [p for p in matrices if id(p) not in inside]}, spared]
+    inside = hidden_matrices(policy) if hidden else set()
+    found: list[dict[str, Any]] = [
+        {"params": [p for p in matrices if id(p) in inside], "hidden": True},
+        {"params": [p for p in matrices if id(p) not in inside]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in found if group["params"]]  # an adapter has no vectors
 
 
 def hidden_matrices(policy: Any) -> set[int]:

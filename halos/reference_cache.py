@@ -98,7 +98,12 @@ def _directory(config: DictConfig, device: torch.device) -> str | None:
 
 
 def starts_as_reference(config: DictConfig, device: torch.device) -> bool:
-    """Return whether the policy computes, before its first update, what the reference model does, bit by bit."""
+    """Return whether the policy computes, before its first update, what the reference model does, bit by bit.
+
+    A policy with an adapter is its own reference model, and the adapter starts at 0.
+    """
+    if config.model.use_peft:
+        return True
     dtype = loading.compute_dtype(config, device)
     return loading.reference_dtype(config, device) == dtype and loading.policy_dtype(config) in (torch.float32, dtype)
 

@@ -39,10 +39,17 @@ def of_run(config: DictConfig, device: torch.device) -> str | None:
         "architecture": {name: value for name, value in lm_config.to_dict().items() if name not in NO_MATTER},
         "code": getattr(lm_config, "_commit_hash", None) if config.trust_remote_code else None,
         "rotary_length": config.model.max_length if is_fixed else None,
-        "dtype": str(loading.reference_dtype(config, device)),
+        "dtype": _dtype(config, device),
     }
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def _dtype(config: DictConfig, device: torch.device) -> str:
+    """Return the dtype of the reference. A base that an adapter is on may be rounded before it computes in float32."""
+    dtype, stored = loading.reference_dtype(config, device), loading.policy_dtype(config)
+    rounds = config.model.use_peft and stored not in (torch.float32, dtype)
+    return f"{dtype} from {stored}" if rounds else str(dtype)
 
 
 def folder(config: DictConfig) -> str:

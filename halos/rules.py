@@ -96,3 +96,6 @@ def _number(
 
 flag = Rule("true or false", lambda x: isinstance(x, bool))
 text = Rule("text", is_text)
+names = Rule(
+    "a list of names, such as [q_proj,v_proj]", lambda x: isinstance(x, list) and bool(x) and all(map(is_text, x))
+)

@@ -173,6 +173,8 @@ def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
         "max_length": model.max_length,
         "seed": config.seed,
     }
+    if model.use_peft:
+        settings["lora"] = OmegaConf.to_container(model.lora)
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {config.exp_name}

@@ -50,7 +50,7 @@ def prepare_policy(
     """
     if activation_checkpointing:
         checkpoint_blocks(policy.lm, keeps_attention=activation_checkpointing == "selective")
-    if mesh is None and policy.lm.dtype != compute_dtype:
+    if mesh is None and any(p.dtype != compute_dtype for p in policy.lm.parameters()):
         mesh = distributed.device_mesh(policy.lm.device.type)
     blocks = find_blocks(policy.lm, block_name) if block_name or compile or mesh is not None else []
     if compile:

@@ -1,8 +1,9 @@
 """The states that a run resumes from: `{run_dir}/states/step-N/`, written in the background, and read back.
 
-A state holds everything that the next step depends on: weights, optimizer and critic, sharded as they are in memory
-(torch.distributed.checkpoint), and in `progress.pt` the rest: the position in the data, the schedule, counters, the
-random generators of every rank. A state with a manifest is complete. `halos/checkpoint.py` writes what people use.
+A state holds everything that the next step depends on: trained weights, optimizer and critic, sharded as they are in
+memory (torch.distributed.checkpoint), and in `progress.pt` the rest: the position in the data, the schedule, counters,
+the random generators of every rank, checksums of frozen weights. A state with a manifest is complete.
+`halos/checkpoint.py` writes what people use.
 """
 
 import os
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from halos import distributed, files, manifest
+from halos import adapters, distributed, files, manifest
+from halos.errors import UserError
 from halos.files import UNFINISHED
 from halos.models import PolicyModel
 from halos.run_dir import STATES
@@ -76,6 +79,7 @@ class StateWriter:
         self.keep = keep
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="states")
         self.writing: Future | None = None
+        self.frozen: list[int] | None = None  # what `adapters.frozen_sums` finds
         # The background thread's collectives must not meet those of training.
         self.group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
@@ -86,7 +90,10 @@ class StateWriter:
         self.wait()
         path = os.path.join(directory_of(self.run_dir), f"step-{progress['updates']}")
         tensors, settings = _split(policy, optimizer)
+        if self.frozen is None:
+            self.frozen = adapters.frozen_sums(policy)
         rest = {**progress, "optimizer": settings, "rng": distributed.gather_objects(rng_state())}
+        rest["frozen"] = self.frozen
         with self._whole(path):
             if distributed.is_main():
                 shutil.rmtree(path + UNFINISHED, ignore_errors=True)
@@ -134,9 +141,15 @@ class StateWriter:
 def load(path: str, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load weights and optimizer in place and set the random generators; return the progress that was written.
 
-    The number of ranks may differ from when the state was written.
+    The number of ranks may differ from when the state was written. Raises UserError if frozen weights, which a state
+    does not hold, are other ones now.
     """
     progress = torch.load(os.path.join(path, PROGRESS), weights_only=True)
+    if progress.pop("frozen", []) != adapters.frozen_sums(policy):
+        raise UserError(
+            f"resume=true, but the base has other weights than when {path} was written, and its adapter was trained on "
+            "those; restore the files of the base, or train under another exp_name"
+        )
     tensors, _ = _split(policy, optimizer)
     dcp.load(tensors, checkpoint_id=path, no_dist=distributed.world_size() == 1)
     state: Any = get_optimizer_state_dict(policy, optimizer)["state"]
@@ -151,12 +164,17 @@ def load(path: str, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> di
 def _split(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the tensors of policy and optimizer, not copied, and the optimizer's settings.
 
-    A tied weight is there once. An optimizer that has not stepped yet gets its state.
+    A tied weight is there once, and frozen weights are not. An optimizer that has not stepped yet gets its state.
     """
-    weights = {id(tensor): (name, tensor.detach()) for name, tensor in policy.state_dict(keep_vars=True).items()}
+    kept = {name: x for name, x in policy.state_dict(keep_vars=True).items() if not _is_frozen(x)}
+    weights = {id(tensor): (name, tensor.detach()) for name, tensor in kept.items()}
     state: Any = get_optimizer_state_dict(policy, optimizer)
     numbers = {name: {key: _as_floats(x) for key, x in own.items()} for name, own in state["state"].items()}
     return {"policy": dict(weights.values()), "optimizer": numbers}, state["param_groups"]
+
+
+def _is_frozen(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def _is_quantized(value: Any) -> bool:

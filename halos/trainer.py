@@ -337,7 +337,8 @@ class BasicTrainer:
         """Return what is worth knowing before the first update, one line each. A loss may add lines of its own."""
         updates, lr = self.total_updates(), self.config.lr
         lines = advice.warmup(updates, self.config.warmup_steps, lr)
-        if self.policy.export_dtype != self.policy.lm.dtype and self.config.optimizer != "SGD":
+        trains_matrices = self.config.optimizer != "SGD" and not self.config.model.use_peft
+        if self.policy.export_dtype != self.policy.lm.dtype and trains_matrices:
             matrices = (distributed.local(p.detach()) for p in self.policy.lm.parameters() if p.ndim > 1)
             lines += advice.export_rounding(self.policy.export_dtype, matrices, lr, updates)
         return lines + advice.slow_dtypes(loading.compute_dtypes(self.config, self.policy.device), self.policy.device)

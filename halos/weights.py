@@ -1,8 +1,8 @@
 """Fill a sharded model with weights. Each rank reads its part of one tensor after another, never the whole model.
 
 `fill` gives values to a model whose parameters are on the meta device. Three classes provide them: two for files of
-which every rank can read a part, and one for weights that only rank 0 has. Change this file to add another source of
-weights.
+which every rank can read a part, and one for weights that only rank 0 has. A fourth adds the values of a new adapter to
+one of these. Change this file to add another source of weights.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from halos import checkpoint, distributed, weight_files
+from halos import adapters, checkpoint, distributed, weight_files
 from halos.packing_check import cast_weights
 
 Part = tuple[slice, ...]
@@ -73,6 +73,18 @@ class FromMainProcess:
         else:
             values = torch.empty(tensor.shape, dtype=torch.float32, device=self.device)
         return distributed.broadcast(values.contiguous())[part]
+
+
+class WithAdapter:
+    """Weights of a base model and of a new adapter, for `fill`."""
+
+    def __init__(self, base: Weights, seed: int):
+        self.base, self.seed = base, seed
+
+    def read(self, name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
+        if adapters.is_of_adapter(name):
+            return adapters.first_values(name, tensor.shape, self.seed)[part]
+        return self.base.read(adapters.plain_name(name), tensor, part)
 
 
 def find_safetensors(source: str, lm: PreTrainedModel) -> FromSafetensors | None:

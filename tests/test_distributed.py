@@ -29,6 +29,7 @@ LOSSES = sorted(os.path.basename(path)[:-5] for path in glob.glob(f"{CONFIG_DIR}
 
 # The default optimizer, at a learning rate that moves the weights. A few losses have evaluations in between.
 MOVES = "optimizer=RMSprop lr=1e-4 eval_every=1000"
+SMOOTH = "optimizer=AdamW ++optimizer_kwargs.eps=1e-4"
 COMMON = "optimizer=RMSprop lr=1e-4 do_first_eval=true eval_every=16"
 CASES = {loss: f"{loss} {COMMON if loss in FEW else MOVES}" for loss in LOSSES} | {
     # Forward passes of few tokens: several per rank, with different numbers of examples, and dummies at the end.
@@ -40,9 +41,16 @@ CASES = {loss: f"{loss} {COMMON if loss in FEW else MOVES}" for loss in LOSSES} 
     "replicated": f"kto {COMMON} use_fsdp=false",
     "adamw": f"dpo {COMMON} optimizer=AdamW ++optimizer_kwargs.weight_decay=0.1 ++optimizer_kwargs.eps=1e-4",
     "muon": f"ppo {COMMON} optimizer=Muon ++optimizer_kwargs.eps=1e-4",
+    "lora": f"ppo {COMMON} model.use_peft=true lr=1e-2 {SMOOTH}",
 }
-IN_BFLOAT16 = {"bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16"}
-MORE = {"hsdp": f"ppo {COMMON} hsdp_replicas=2"}  # on 4 processes
+IN_BFLOAT16 = {
+    "bfloat16": f"dpo {COMMON} model.fsdp_policy_mp=bfloat16",
+    "lora_bfloat16": f"dpo {COMMON} model.use_peft=true model.policy_dtype=bfloat16 lr=1e-3 optimizer=AdamW",
+}
+MORE = {  # on 4 processes
+    "hsdp": f"ppo {COMMON} hsdp_replicas=2",
+    "lora_hsdp": f"dpo {COMMON} hsdp_replicas=2 model.use_peft=true lr=1e-2 {SMOOTH}",
+}
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +58,9 @@ def one(tmp_path_factory):
     """The folder of all cases on one process, which is this one."""
     folder = tmp_path_factory.mktemp("one")
     draw = metrics.draw_curves
-    workers.train(str(folder), CASES | IN_BFLOAT16 | {"hsdp": MORE["hsdp"].replace("hsdp_replicas=2", "")})
+    workers.train(
+        str(folder), CASES | IN_BFLOAT16 | {name: words.replace("hsdp_replicas=2", "") for name, words in MORE.items()}
+    )
     metrics.draw_curves = draw
     workers.sample_texts(str(folder))
     return folder
@@ -86,6 +96,7 @@ def sources(one, tmp_path_factory):
         "renamed": f"model.load_from={folders[0]}",
         "pickled": f"model.load_from={folders[1]}",
         "random": "seed=3",
+        "adapter": f"model.load_from={latest} model.use_peft=true",
     }
 
 
@@ -175,17 +186,19 @@ def test_several_processes_train_as_one(request, one, folder, name):
 
 
 @pytest.mark.slow
-def test_hsdp_trains_as_one(four, one):
+@pytest.mark.parametrize("name", MORE)
+def test_hsdp_trains_as_one(four, one, name):
     """HSDP on four processes, as two groups that each hold all shards, trains as one process."""
-    assert_same_run(four, one, "hsdp")
+    assert_same_run(four, one, name)
 
 
-def test_bfloat16_trains_as_one_does(two, one):
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_bfloat16_trains_as_one_does(two, one, name):
     """In bfloat16, two processes move the weights in the direction that one does (cosine above 0.9).
 
     Each rank packs other sequences, which round differently: by a few percent of the movement.
     """
-    way, expected = ways(two, "bfloat16")[0], ways(one, "bfloat16")[0]
+    way, expected = ways(two, name)[0], ways(one, name)[0]
     assert torch.cosine_similarity(way, expected, dim=0) > 0.9
 
 
@@ -223,7 +236,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
     for name, words in sources.items():
         config = make_config(one / "dpo", "loss=dpo", *SMALL, *words.split())
         policy, _ = loading.load_policy_and_reference(config, tokenizer(), CPU)
-        for key, tensor in policy.lm.state_dict().items():
+        for key, tensor in checkpoint.full_state(policy.lm, torch.float32).items():
             assert torch.equal(found[name]["policy"][key], tensor), (name, key)
             assert torch.equal(found[name]["reference"][key], tensor), (name, key)
         total = policy.lm.num_parameters()
@@ -237,7 +250,7 @@ def test_checkpoints_load_on_any_number_of_processes(request, one, folder, sourc
 def test_a_checkpoint_of_several_processes_is_one(request, one, folder):
     """LATEST of several processes has the files and names of one process's, an export that opens, and the critic."""
     folder = request.getfixturevalue(folder)
-    for name in ("dpo", "ppo", "tied"):
+    for name in ("dpo", "ppo", "tied", "lora"):
         theirs, ours = (place / name / "run" / "LATEST" for place in (one, folder))
         assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
         state = checkpoint.load_state(str(ours / "policy.pt"))

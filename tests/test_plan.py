@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import halos.plan
 import trainers
-from halos import components, distributed, loading, logps, packing_check
+from halos import adapters, components, distributed, loading, logps, packing_check
 from halos.engine import TRAINED, Forward, pieces
 from halos.plan.activations import Activations, head_bytes, measure_activations
 from halos.plan.make import make_plan
@@ -38,7 +38,7 @@ from halos.plan.optimizer import optimizer_bytes
 from halos.plan.phases import Memory, Plan
 from halos.plan.published import PUBLISHED
 from halos.plan.setup import Setup, full_layout
-from halos.plan.sizes import Group, ModelSizes, sizes_of
+from halos.plan.sizes import Group, ModelSizes, group_of, sizes_of
 from halos.plan.table import MODELS
 from halos.plan.traffic import bytes_sent
 from halos.tokens import TokenizedExample
@@ -71,6 +71,7 @@ NEOX = {  # 21M
 BLOCKS = {"llama": "LlamaDecoderLayer", "gpt_neox": "GPTNeoXLayer"}
 CHECKPOINTING = "model.activation_checkpointing=true"
 BFLOAT16 = "model.fsdp_policy_mp=bfloat16"
+LORA = "model.use_peft=true"
 PPO, ACCUMULATION = "loss=ppo", "model.gradient_accumulation_steps=2"
 
 
@@ -94,6 +95,8 @@ CASES = {
     "llama, 4 shards": Case(LLAMA, (CHECKPOINTING,), ranks=4),
     "gpt_neox, 2 x 2": Case(NEOX, ("optimizer=AdamW",), ranks=4, replicas=2),
     "critic, accumulation, 4 shards": Case(NEOX, (CHECKPOINTING, PPO, ACCUMULATION), ranks=4),
+    "lora": Case(LLAMA, (LORA, "optimizer=AdamW"), n_pairs=2),
+    "lora, checkpointing, 4 shards": Case(LLAMA, (LORA, CHECKPOINTING), ranks=4),
 }
 SLOW_CASES = {
     "ppo": Case(LLAMA, (CHECKPOINTING, PPO)),
@@ -104,6 +107,9 @@ SLOW_CASES = {
     "sft, 4 replicas": Case(LLAMA, ("loss=sft",), ranks=4, replicas=4),
     "bfloat16, 4 shards": Case(LLAMA, (BFLOAT16, CHECKPOINTING), ranks=4),
     "bfloat16, 2 x 2": Case(NEOX, (BFLOAT16,), ranks=4, replicas=2),
+    "lora, ppo, accumulation": Case(NEOX, (LORA, PPO, ACCUMULATION, CHECKPOINTING)),
+    "lora, base in bfloat16": Case(LLAMA, (LORA, CHECKPOINTING, "model.policy_dtype=bfloat16")),
+    "lora, bfloat16, 2 x 2": Case(LLAMA, (LORA, BFLOAT16), ranks=4, replicas=2),
     "stored in bfloat16, 2 x 2": Case(LLAMA, (BFLOAT16, "model.policy_dtype=bfloat16"), ranks=4, replicas=2),
 }
 
@@ -247,7 +253,8 @@ class RecordedStep:
     def __init__(self, trainer, microbatches: list[list[TokenizedExample]]):
         policy, optimizer = list(trainer.policy.parameters()), trainer.state.optimizer
         state = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
-        reference = trainer.reference_model.parameters() if trainer.reference_model is not None else []
+        own = isinstance(trainer.reference_model, adapters.WithoutAdapter)
+        reference = trainer.reference_model.parameters() if trainer.reference_model and not own else []
         self.parameters, self.reference, self.optimizer = map(n_bytes, (policy, reference, state))
         optimizer.register_step_pre_hook(lambda *_: setattr(self, "gradients", n_bytes(p.grad for p in policy)))
         with named_phases(trainer), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -309,7 +316,7 @@ def named_phases(trainer):
 
 
 def n_bytes(tensors) -> int:
-    return sum(distributed.local(x).nbytes for x in tensors)
+    return sum(distributed.local(x).nbytes for x in tensors if x is not None)
 
 
 class Wire(TorchDispatchMode):
@@ -380,13 +387,13 @@ def test_live_bytes():
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("n_chunks", [1, 3])
-def test_head(n_chunks, softcap, monkeypatch):
+@pytest.mark.parametrize("n_chunks, trains", [(1, True), (3, True), (1, False)])
+def test_head(n_chunks, trains, softcap, monkeypatch):
     """`head_bytes` against the allocations of logps.fused."""
     n, d, vocab = 240, 64, 4096
     monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", n * vocab // n_chunks)
     hidden = torch.randn(n, d, requires_grad=True)
-    weight = torch.randn(vocab, d, requires_grad=True)
+    weight = torch.randn(vocab, d, requires_grad=trains)
     targets = torch.randint(vocab, (n,))
 
     def peak(work):
@@ -398,7 +405,7 @@ def test_head(n_chunks, softcap, monkeypatch):
     values, forward = peak(lambda: logps.fused(hidden, weight, targets, softcap=softcap))
     upstream = torch.ones_like(values)
     _, backward = peak(lambda: values.backward(upstream))
-    model = ModelSizes([], Group(()), Group(()), vocab, d, softcap is not None)
+    model = ModelSizes([], group_of([weight]), Group(()), vocab, d, softcap is not None)
     planned = head_bytes(model, setup(n_targets=n))
     assert planned.forward == pytest.approx(hidden.nbytes + forward.max(), rel=0.01)
     assert planned.kept == pytest.approx(hidden.nbytes + forward[-1], rel=0.01)

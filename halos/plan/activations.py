@@ -109,16 +109,17 @@ def head_bytes(model: ModelSizes, setup: Setup) -> Measured:
     block = min(rows, max(1, logps.BLOCK_ELEMENTS[device] // vocab)) * vocab * FLOAT32
     several, half = n_chunks > 1, size < FLOAT32
     cast = chunk * size // FLOAT32 if half else 0  # the logits' gradient in the compute dtype
-    product = weight if half else 0  # the weight's gradient of one chunk, before it is added to the float32 sum
+    trains = not model.root.frozen  # else the weight has no gradient
+    product = weight * (half and trains)  # the weight's gradient of one chunk, before it is added to the float32 sum
     casts = 0  # copies of weight and hidden states in float32; a GPU multiplies bfloat16 into float32 without them
     if half and not setup.cuda:
-        casts, product = (vocab + rows) * d * FLOAT32, product + vocab * d * FLOAT32
+        casts, product = (vocab + rows) * d * FLOAT32, product + vocab * d * FLOAT32 * trains
     forward = max(chunk + block, chunk + casts)
     backward = max(chunk + cast, cast + product, several * (chunk + casts))
     if model.softcap:
         forward = max(forward, 3 * chunk)
         backward = max(backward, chunk + 2 * block, several * 3 * chunk)
-    gradients = hidden + vocab * d * FLOAT32
+    gradients = hidden + vocab * d * FLOAT32 * trains
     return Measured(hidden + forward, hidden + chunk, hidden + gradients + backward, inference=hidden + forward)
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from halos import base, loading, packing
+from halos import adapters, base, loading, packing, packing_check
 from halos.errors import UserError
 from halos.plan.activations import measure_activations
 from halos.plan.measure import Measured
@@ -52,17 +52,23 @@ def make_plan(
         microbatches=config.model.gradient_accumulation_steps,
         checkpointing=config.model.activation_checkpointing,
         cuda=where.type == "cuda",
+        adapter=config.model.use_peft,
     )
-    with base.building(config), FakeTensorMode(allow_non_fake_inputs=True):
+    with base.building(config), torch.device("meta"):
         trust = config.trust_remote_code
         lm = AutoModelForCausalLM.from_config(lm_config, dtype=setup.compute, trust_remote_code=trust)
+        if setup.adapter:
+            adapters.add(lm, config.model, config.seed)
+            packing_check.cast_weights(lm, setup.compute)
+    with base.building(config), FakeTensorMode(allow_non_fake_inputs=True):
         v_head = loading.load_value_head(config, lm)
         model = sizes_of(lm, config.model.block_name, v_head)
+        lm.to_empty(device="cpu")
         activations = measure_activations(lm, model, setup, v_head)
     if config.loss.get("use_reward_head", False):  # its language head never runs
         activations = replace(activations, head=Measured())
     kwargs: Any = OmegaConf.to_container(config.optimizer_kwargs)
-    optimizer = optimizer_bytes(config.optimizer, kwargs, setup.stored, setup.cuda, setup.uses_fsdp, model)
+    optimizer = optimizer_bytes(config.optimizer, kwargs, setup.trained, setup.cuda, setup.uses_fsdp, model)
     return Plan(model, setup, activations, optimizer)
 
 

@@ -73,7 +73,7 @@ def _with_matrices(
 ) -> OptimizerBytes:
     """Add what Muon takes for the matrices of blocks to what AdamW takes for the rest."""
     shapes = [shape for block in model.blocks for shape in block.shapes if len(shape) == 2]
-    hidden, all_elements = sum(shape.numel() for shape in shapes), sum(group.elements for group in model.groups)
+    hidden, all_elements = sum(shape.numel() for shape in shapes), sum(group.trained.elements for group in model.groups)
     largest = max(shapes, key=lambda shape: shape.numel())
     with FakeTensorMode():  # it may be large
         found = _measured(Muon, kwargs, largest, dtype, hidden=True)

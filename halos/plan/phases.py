@@ -58,11 +58,14 @@ class Plan:
     @property
     def resident(self) -> Memory:
         """Memory between two updates."""
-        setup, parameters, reference = self.setup, self._stored(self.model.groups), 0
-        if setup.reference:
+        setup, reference = self.setup, 0
+        trained = self._trained(self.model.groups)
+        frozen = sum(Group(group.frozen).shard(setup.shards) for group in self.model.groups) * setup.stored.itemsize
+        if setup.reference and not setup.adapter:
             reference = sum(group.shard(setup.shards) for group in self.model.language_model)
             reference *= setup.reference.itemsize
-        return Memory(parameters=parameters, optimizer=round(parameters * self.optimizer.state), reference=reference)
+        optimizer = round(trained * self.optimizer.state)
+        return Memory(parameters=trained + frozen, optimizer=optimizer, reference=reference)
 
     #### PHASES
 
@@ -85,8 +88,10 @@ class Plan:
         waiting = (self._body + a.ends.kept + a.head.kept + a.critic.kept) * (setup.forwards == 1)
         wider = setup.reference.itemsize / setup.compute.itemsize
         running = max(a.block.inference, a.ends.inference, a.head.inference)
+        # Without its adapter the policy runs again, and its last block is freed only when the first one has arrived.
+        first = 3 if setup.adapter else 2
         for name, gathered, activations in (
-            ("embedding", self._reference_gathered(2, 2), a.hidden + a.shared),
+            ("embedding", self._reference_gathered(2, first), a.hidden + a.shared),
             ("blocks", self._reference_gathered(1, 2), running),
         ):
             memory = self._phase(self._root + gathered, waiting + round(activations * wider))
@@ -106,8 +111,8 @@ class Plan:
         yield "backward of the embedding", self._phase(root + 2 * head_weight + reduced, a.hidden, done=model.blocks)
         if self.setup.uses_fsdp:
             # The stored gradients may be larger than those that are still to be reduced.
-            gradients = model.root.gathered(self.setup.shards) * self.setup.compute.itemsize
-            gradients = max(0, gradients - self._stored([model.root])) + self._held(model.groups)
+            gradients = model.root.trained.gathered(self.setup.shards) * self.setup.compute.itemsize
+            gradients = max(0, gradients - self._trained([model.root])) + self._held(model.groups)
             reduction = self._phase(self._reducing(model.root) + gradients, 0, done=model.groups)
             yield "reduction of the root's gradients", reduction
 
@@ -122,13 +127,13 @@ class Plan:
     def _update(self) -> Phases:
         setup, memory = self.setup, self._phase(0, 0, done=self.model.groups)
         largest = max(-(-s[0] // setup.shards) * s[1:].numel() for group in self.model.groups for s in group.shapes)
-        at_once = memory.parameters if self.optimizer.all_at_once else largest * setup.stored.itemsize
+        at_once = memory.gradients if self.optimizer.all_at_once else largest * setup.trained.itemsize
         optimizer = memory.optimizer + max(round(at_once * self.optimizer.step), self.optimizer.matrix)
         yield "step of the optimizer", replace(memory, optimizer=optimizer)
 
     def _phase(self, gathered: int, activations: int, done: Sequence[Group] = ()) -> Memory:
         """done: groups whose gradients have been reduced"""
-        gradients = self._stored(self.model.groups if self.setup.accumulates else done)
+        gradients = self._trained(self.model.groups if self.setup.accumulates else done)
         return replace(self.resident, gradients=gradients, gathered=gathered, activations=activations)
 
     #### BYTES OF GROUPS
@@ -140,7 +145,9 @@ class Plan:
 
     @property
     def _head_weight(self) -> int:
-        return self.model.vocab_size * self.model.hidden_size * self.setup.compute.itemsize
+        """The gradient of the head's weight before it is reduced; an adapter leaves the head as it is."""
+        elements = self.model.vocab_size * self.model.hidden_size if not self.model.root.frozen else 0
+        return elements * self.setup.compute.itemsize
 
     @property
     def _body(self) -> int:
@@ -152,9 +159,9 @@ class Plan:
         """The last block's buffer: freed late after the forward pass, and filled ahead of the backward pass."""
         return self._arriving(self.model.blocks[-1])
 
-    def _stored(self, groups: Iterable[Group]) -> int:
-        """This rank's shards of weights, or of gradients, which have the same dtype."""
-        return sum(group.shard(self.setup.shards) for group in groups) * self.setup.stored.itemsize
+    def _trained(self, groups: Iterable[Group]) -> int:
+        """This rank's shards of trained weights, or of their gradients, which have the same dtype."""
+        return sum(group.trained.shard(self.setup.shards) for group in groups) * self.setup.trained.itemsize
 
     def _gathered(self, group: Group, itemsize: int | None = None) -> int:
         """The gathered copy of a group that computes. Without FSDP the weights themselves compute."""
@@ -166,17 +173,19 @@ class Plan:
 
     def _reducing(self, group: Group) -> int:
         """The float32 copy of a group's gradients that is sent. FSDP holds it until that of the next group."""
-        return group.gathered(self.setup.shards) * FLOAT32 * self.setup.uses_fsdp
+        return group.trained.gathered(self.setup.shards) * FLOAT32 * self.setup.uses_fsdp
 
     def _held(self, done: Iterable[Group]) -> int:
         """Float32 gradients reduced among replicas, if another dtype is stored. Freed after the backward pass."""
-        if self.setup.replicas == 1 or self.setup.stored == torch.float32:
+        if self.setup.replicas == 1 or self.setup.trained == torch.float32:
             return 0
-        return sum(group.shard(self.setup.shards) for group in done) * FLOAT32
+        return sum(group.trained.shard(self.setup.shards) for group in done) * FLOAT32
 
     def _reference_gathered(self, roots: int, blocks: int) -> int:
         """So many copies of the reference's root and of a block: as weights, and in the buffers of their arrival."""
         setup, n = self.setup, self.setup.shards
+        if setup.adapter:  # the policy's own weights, of which the root is there
+            return self._gathered(self.model.blocks[-1]) + (blocks - 1) * self._last_arriving
         if setup.world_size == 1 or setup.reference is None:
             return 0
         if n == 1:

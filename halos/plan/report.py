@@ -39,9 +39,16 @@ def report(config: DictConfig, gpus: int, gpu_memory: float, nodes: int | None =
 
 def describe(config: DictConfig, plan: Plan, source: str) -> list[str]:
     setup, n_parameters = plan.setup, sum(group.elements for group in plan.model.groups)
-    reference = f"a reference model in {short(setup.reference)}" if setup.reference else "no reference model"
+    trained, reference = "", "no reference model"
+    if setup.adapter:
+        n_trained = sum(group.trained.elements for group in plan.model.groups)
+        trained = f", {n_trained / 1e9:.3f} billion of them trained (LoRA of rank {config.model.lora.rank})"
+    if setup.reference:
+        reference = f"a reference model in {short(setup.reference)}"
+        reference = "the policy without its adapter as reference model" if setup.adapter else reference
     return [
-        f"{config.model.name}: {n_parameters / 1e9:.3f} billion parameters, {len(plan.model.blocks)} blocks ({source})",
+        f"{config.model.name}: {n_parameters / 1e9:.3f} billion parameters{trained}, {len(plan.model.blocks)} blocks "
+        f"({source})",
         f"loss={config.loss.name}, with {reference}; {settings(config, plan.setup)}",
         f"{setup.world_size} GPUs: {setup.replicas} x {setup.shards} (replicas x shards)",
     ]

@@ -17,7 +17,7 @@ class Setup:
 
     shards: int  # ranks that share one copy of all weights
     replicas: int  # groups of ranks that each hold one copy
-    stored: torch.dtype  # of weights, gradients and the optimizer's state
+    stored: torch.dtype  # of weights, and of the gradients and the optimizer's state of those that are trained
     compute: torch.dtype
     reference: torch.dtype | None  # None without a reference model
     layout: packing.Layout  # of the tokens in one forward pass
@@ -26,14 +26,20 @@ class Setup:
     microbatches: int  # per update
     checkpointing: bool | str  # as model.activation_checkpointing
     cuda: bool
+    adapter: bool = False  # whether the stored weights are frozen, and a float32 adapter is trained
 
     @property
     def world_size(self) -> int:
         return self.shards * self.replicas
 
     @property
+    def trained(self) -> torch.dtype:
+        """Return the dtype of what is trained, of its gradients and its optimizer's state."""
+        return torch.float32 if self.adapter else self.stored
+
+    @property
     def uses_fsdp(self) -> bool:
-        return self.world_size > 1 or self.stored != self.compute
+        return self.world_size > 1 or {self.stored, self.trained} != {self.compute}
 
     @property
     def accumulates(self) -> bool:

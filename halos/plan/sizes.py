@@ -15,15 +15,20 @@ from halos import sharding
 class Group:
     """Parameters that FSDP gathers together, and whose gradients it reduces together."""
 
-    shapes: tuple[torch.Size, ...]
+    shapes: tuple[torch.Size, ...]  # of those that are trained
+    frozen: tuple[torch.Size, ...] = ()  # of those that are not
+
+    @property
+    def trained(self) -> "Group":
+        return Group(self.shapes)
 
     @property
     def elements(self) -> int:
-        return sum(shape.numel() for shape in self.shapes)
+        return sum(shape.numel() for shape in self.shapes + self.frozen)
 
     def shard(self, n: int) -> int:
         """Elements that each of n ranks holds. FSDP cuts, and pads, a parameter along its first dimension."""
-        return sum(-(-shape[0] // n) * shape[1:].numel() for shape in self.shapes)
+        return sum(-(-shape[0] // n) * shape[1:].numel() for shape in self.shapes + self.frozen)
 
     def gathered(self, n: int) -> int:
         """Elements of the whole group, gathered from n ranks, padding included."""
@@ -35,7 +40,7 @@ class ModelSizes:
     """The parameters of a policy, by group."""
 
     blocks: list[Group]
-    root: Group  # embedding, final norm and head
+    root: Group  # embedding, final norm and head; all of it is trained, or nothing
     critic: Group
     vocab_size: int
     hidden_size: int
@@ -66,4 +71,6 @@ def sizes_of(lm: Any, block_name: str | None, v_head: nn.Module | None = None) -
 
 
 def group_of(parameters: Iterable[torch.Tensor]) -> Group:
-    return Group(tuple(p.shape for p in parameters))
+    known = list(parameters)
+    trained, frozen = (tuple(p.shape for p in known if p.requires_grad is wanted) for wanted in (True, False))
+    return Group(trained, frozen)

@@ -17,8 +17,10 @@ def bytes_sent(model: ModelSizes, setup: Setup) -> dict[str, float]:
     # several forward passes, each runs without gradient first.
     times = 2 if setup.forwards == 1 else 3
     weights = (times * blocks + root) * setup.compute.itemsize + times * critic * FLOAT32
-    reference = (blocks + root) * setup.reference.itemsize if setup.reference else 0
-    gradients = (blocks + root + critic) * FLOAT32
+    reference = 0
+    if setup.reference:  # without its adapter the policy is the reference, and its root is there
+        reference = (blocks + root * (not setup.adapter)) * setup.reference.itemsize
+    gradients = sum(group.trained.gathered(n) for group in model.groups) * FLOAT32
     ring, all_reduce = (n - 1) / n, 2 * (replicas - 1) / replicas
     per_forward = {
         "weights": weights * ring,
