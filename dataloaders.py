@@ -20,6 +20,7 @@ from halos import components, demo, sources
 from halos.chat import Renderer
 from halos.dataset_specs import base_spec, spec_of
 from halos.epoch import Row
+from halos.errors import UserError
 from halos.example_table import give_back_memory
 from halos.examples import Dataset, Example, Text, merge
 from halos.hub import hub_rows
@@ -250,6 +251,25 @@ class UnpairedPreferenceDataLoader(DataLoader):
         ]
         rng.shuffle(feedback)
         return _merge_at_random(halves, feedback, rng)
+
+
+class MismatchedDataLoader(UnpairedPreferenceDataLoader):
+    """Single responses, each with an unrelated one beside it: that of the closest row before it with another prompt.
+
+    The first rows take theirs from the end of the epoch.
+    """
+
+    def flatten(self, rng: random.Random) -> list[Row]:
+        rows = super().flatten(rng)
+        if rows and all(row.example == rows[0].example for row in rows):
+            raise UserError(
+                f"{type(self).__name__} pairs responses with other prompts, and the data have one; add more prompts"
+            )
+        return [row.with_unrelated(self._before(rows, position)) for position, row in enumerate(rows)]
+
+    def _before(self, rows: list[Row], position: int) -> Row:
+        earlier = (rows[position - step] for step in range(1, len(rows)))
+        return next(row for row in earlier if row.example != rows[position].example)
 
 
 def _merge_at_random(one: list[Row], other: list[Row], rng: random.Random) -> list[Row]:
