@@ -181,7 +181,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         for _ in range(self.config.loss.ppo_epochs):
             forward, batch = self.forward(examples, reference_logps)
             reference_logps, episode = batch.reference_logps, episode or self.episode(batch)
-            outcome = self.backward(self.clipped_loss(batch, episode), forward, examples)
+            outcome = self.backward(self.clipped_loss(batch, episode), forward, batch)
             self.update([outcome], examples)
 
     def batch_loss(self, batch):

@@ -7,7 +7,7 @@ is the loss of the global batch. Change this file to change how a batch is compu
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -40,11 +40,13 @@ class Batch:
     policy: log-probs of the tokens, and values and entropies if the loss has a critic or wants them. In training
         log-probs and values have gradients, except for those of unrelated responses.
     reference_logps: (n_tokens,) log-probs under the reference model, in nats; None without one
+    is_clamped: (n_tokens,) bool: tokens whose log-ratio was beyond the bounds of `clamped`; None without bounds
     """
 
     examples: list[TokenizedExample]
     policy: PerToken
     reference_logps: torch.Tensor | None
+    is_clamped: torch.Tensor | None = None
 
     @cached_property
     def lengths(self) -> torch.Tensor:
@@ -90,6 +92,21 @@ class Batch:
     def sum_by_response(self, per_token: torch.Tensor) -> torch.Tensor:
         """(n_tokens,) -> (n_responses,): the sum over each response's tokens."""
         return per_token.new_zeros(len(self.lengths)).index_add(0, self._response_of_token, per_token)
+
+    def clamped(self, least: float, most: float) -> "Batch":
+        """Return the batch with the log-ratio of policy and reference clamped to [least, most] nats for each token.
+
+        The policy's log-probs change for this. Beyond the bounds they have no gradient, within they are what they were.
+        """
+        assert self.reference_logps is not None, "log-ratios need a reference model"
+        logps, bounds = self.policy.logps, (self.reference_logps + least, self.reference_logps + most)
+        is_clamped = (logps < bounds[0]) | (logps > bounds[1])
+        return replace(self, policy=self.policy._replace(logps=logps.clamp(*bounds)), is_clamped=is_clamped)
+
+    @property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """What is logged of a batch whatever its loss is: the share of clamped tokens, if there are bounds."""
+        return {} if self.is_clamped is None else {"clamped/tokens": self.is_clamped}
 
     def of_role(self, values: torch.Tensor, role: Role) -> torch.Tensor:
         """(n_responses,) -> (n_of_this_role,). Unlike a mask, this does not wait for a GPU."""
@@ -146,6 +163,9 @@ class Outcome:
     chosen_logps: torch.Tensor
     rejected_logps: torch.Tensor
     metrics: dict[str, torch.Tensor | Statistic] = field(default_factory=dict)
+
+    def with_metrics(self, metrics: dict[str, torch.Tensor | Statistic]) -> Self:
+        return replace(self, metrics=self.metrics | metrics)
 
     def detach(self) -> Self:
         return self.concatenate([self])

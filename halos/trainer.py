@@ -117,7 +117,10 @@ class BasicTrainer:
         if reference_logps is None:
             with self.stopwatch("reference_on_disk" if self.reference_cache else "reference"):
                 reference_logps = self.reference_logps(examples)
-        return forward, Batch(examples, forward.tokens, reference_logps)
+        batch, humanline = Batch(examples, forward.tokens, reference_logps), self.config.humanline
+        if humanline.enabled:
+            batch = batch.clamped(humanline.log_epsilon_P, humanline.log_epsilon_R)
+        return forward, batch
 
     @torch.no_grad()
     def reference_logps(self, examples: list[TokenizedExample]) -> torch.Tensor | None:
@@ -131,16 +134,16 @@ class BasicTrainer:
     def forward_backward(self, examples: list[TokenizedExample]) -> Outcome:
         """The outcome of a batch, without gradient; its gradient is added to that of the policy's parameters."""
         forward, batch = self.forward(examples)
-        return self.backward(self.batch_loss(batch), forward, examples)
+        return self.backward(self.batch_loss(batch), forward, batch)
 
-    def backward(self, outcome: Outcome, forward: Forward, examples: list[TokenizedExample]) -> Outcome:
+    def backward(self, outcome: Outcome, forward: Forward, batch: Batch) -> Outcome:
         """Send the gradient of the summed losses into the policy, divided by `divisor`; `update` does the rest."""
         if outcome.losses.ndim != 1:
             raise UserError(
                 f"the loss of {type(self).__name__} has the shape {tuple(outcome.losses.shape)}; return a vector, one "
                 "loss per pair, response or token, so that microbatches of different sizes weigh as they should"
             )
-        self.checks.finite(outcome.losses, "the loss", examples)
+        self.checks.finite(outcome.losses, "the loss", batch.examples)
         # Gradients become those of a mean here, where they are small, and not as those of all weights.
         self.divisor = self.divisor or len(outcome.losses)
         with self.stopwatch("backward"):
@@ -148,7 +151,7 @@ class BasicTrainer:
             if misuse := forward.misuse():
                 self.checks.add(*misuse)
             forward.backward()
-        return outcome.detach()
+        return outcome.with_metrics(batch.metrics).detach()
 
     def planned(self, examples: list[TokenizedExample]) -> Planned:
         """The batch with this rank's forward passes over it."""
@@ -375,7 +378,7 @@ class BasicTrainer:
         for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
             with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
                 _, batch = self.forward(examples)
-                outcomes.append(self.batch_loss(batch))
+                outcomes.append(self.batch_loss(batch).with_metrics(batch.metrics))
         self.policy.train()
         sharding.reshard(self.policy)
         seconds = time.monotonic() - started
