@@ -120,6 +120,8 @@ def locate_cache(config: DictConfig, path: str) -> None:
 
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
     """Write samples/{exp_name}.json, a list of rows. Samples that an earlier command left are not made again."""
+    import numpy as np
+
     import dataloaders
     from halos import distributed, loading
     from halos.sample_files import PartialFile, alpaca_rows, rows_of
@@ -134,18 +136,20 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
         truncate_prompt(ids, config.model.max_prompt_length, prompt.truncation_mode, len(encoder.bos))
         for prompt, ids in zip(prompts, encoder.prompt_arrays([prompt.text for prompt in prompts]), strict=True)
     ]
-    copies = ids * args.n_per_prompt  # the first sample of every prompt, then the second of every prompt, and so on
+    ids *= args.n_per_prompt  # the first sample of every prompt, then the second of every prompt, and so on
+    control = dataloaders.sampling_control(config, encoder)
+    prompt_ids = {"policy": [np.concatenate((one, control)) for one in ids], "reference": ids}
     weights = {"policy": {"policy_pt": policy_pt}}
     if args.sample_reference and args.format == "rows":
         weights["reference"] = {"use_load_from": not args.hub_reference}
     samplers = {name: Sampler(config, encoder, name, **which) for name, which in weights.items()}
-    keys = {name: sampler.keys(copies) for name, sampler in samplers.items()}
+    keys = {name: sampler.keys(prompt_ids[name]) for name, sampler in samplers.items()}
     run_name = sample_name(config, policy_pt)
     ending = ".json" if args.format == "rows" else f".{args.format}.json"
     path = args.output or os.path.join(config.samples_dir, run_name + ending)
     with PartialFile(f"{path.removesuffix(ending)}.partial.jsonl", sum(keys.values(), [])) as partial:
         texts = {
-            name: sampler.sample(copies, partial.known(keys[name]), partial.recorder(keys[name]))
+            name: sampler.sample(prompt_ids[name], partial.known(keys[name]), partial.recorder(keys[name]))
             for name, sampler in samplers.items()
         }
         if args.format == "rows":

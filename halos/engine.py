@@ -6,7 +6,7 @@ gradient, into vectors over all response tokens of the batch, which are the same
 is the loss of the global batch. Change this file to change how a batch is computed; losses are in `trainers.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
@@ -164,8 +164,8 @@ class Outcome:
     rejected_logps: torch.Tensor
     metrics: dict[str, torch.Tensor | Statistic] = field(default_factory=dict)
 
-    def with_metrics(self, metrics: dict[str, torch.Tensor | Statistic]) -> Self:
-        return replace(self, metrics=self.metrics | metrics)
+    def with_metrics(self, metrics: Mapping[str, torch.Tensor | Statistic]) -> Self:
+        return replace(self, metrics={**self.metrics, **metrics})
 
     def detach(self) -> Self:
         return self.concatenate([self])
