@@ -177,11 +177,12 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     with distributed.first_on_each_node():
         loader = dataloaders.make_loader(config, tokenizer, "test")
     dataloaders.describe(loader, "test")
-    policy, reference, cache = reference_cache.load(config, tokenizer, [loader], policy_pt)
-    directory = os.path.dirname(os.path.abspath(args.config))
-    trainer = components.find(trainers, config.loss.trainer)(
-        policy, reference, tokenizer, config, None, loader, directory
+    trainer_class = components.find(trainers, config.loss.trainer)
+    policy, reference, cache = reference_cache.load(
+        config, tokenizer, [loader], policy_pt, trainer_class.uses_reference_kl
     )
+    directory = os.path.dirname(os.path.abspath(args.config))
+    trainer = trainer_class(policy, reference, tokenizer, config, None, loader, directory)
     trainer.reference_cache = cache
     results = trainer.evaluate()
     if not distributed.is_main():

@@ -226,7 +226,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         Losses and most metrics: (n_tokens,).
         """
         settings = self.config.loss
-        logps, values, entropy = batch.policy
+        logps, values, entropy = batch.policy[:3]
         logratios = logps - batch.reference_logps
         ratios = logratios.exp()
         unclipped = -episode.advantages * ratios

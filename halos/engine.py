@@ -18,6 +18,7 @@ from halos import distributed
 from halos.errors import UserError
 from halos.models import PerToken, PolicyModel
 from halos.packing import Inputs, moved, schedule
+from halos.reference_kl import Predictions
 from halos.scalars import Scalars
 from halos.tokens import Role, TokenizedExample
 
@@ -37,8 +38,8 @@ class Batch:
     other speakers between an assistant's. Vectors over
     responses are (n_responses,), in the same order: example after example.
 
-    policy: log-probs of the tokens, and values and entropies if the loss has a critic or wants them. In training
-        log-probs and values have gradients, except for those of unrelated responses.
+    policy: log-probs of the tokens, and values, entropies and divergences from the reference model if the loss has a
+        critic or wants them. In training all but entropies have gradients, except for those of unrelated responses.
     reference_logps: (n_tokens,) log-probs under the reference model, in nats; None without one
     is_clamped: (n_tokens,) bool: tokens whose log-ratio was beyond the bounds of `clamped`; None without bounds
     """
@@ -267,8 +268,8 @@ def joined(microbatches: list[list[TokenizedExample]]) -> list[TokenizedExample]
 class Forward:
     """A global batch through a model, on all ranks together.
 
-    `tokens` holds the log-probs of all response tokens of the batch (and their values and entropies), as views of an
-    autograd leaf. After the backward pass of a loss on them, `backward()` sends the leaf's gradient into the model.
+    `tokens` holds the log-probs of all response tokens of the batch (and what else is wanted), as views of an autograd
+    leaf. After the backward pass of a loss on them, `backward()` sends the leaf's gradient into the model.
 
     If all of this rank's share fits one forward pass, its graph is kept. Otherwise the pieces run without gradient
     first, and again, one by one, with gradient in `backward`: memory is bounded by one piece, and the loss is still
@@ -276,13 +277,22 @@ class Forward:
     model, too, so that it computes exactly what the policy does and log-ratios start at 0.
 
     max_tokens: limit of packed tokens in one forward pass; a longer example is a piece of its own
+    reference: the reference model, if its divergence from `model` is wanted: it runs the same forward passes, right
+        before the model, and gives `reference_logps`, too
     """
 
     def __init__(
-        self, model: PolicyModel, examples: list[TokenizedExample], max_tokens: int, with_entropy: bool = False
+        self,
+        model: PolicyModel,
+        examples: list[TokenizedExample],
+        max_tokens: int,
+        with_entropy: bool = False,
+        reference: PolicyModel | None = None,
     ):
         self.model = model
         self.with_entropy = with_entropy
+        self.reference = reference
+        self.reference_head = reference.whole_head() if reference is not None else None
         trains = torch.is_grad_enabled()
         plan = planned(examples, max_tokens, model.device)
         self.pieces, without_graph = plan.trained, plan.untrained
@@ -297,22 +307,42 @@ class Forward:
         self.leaf: torch.Tensor = distributed.gather_rows(outputs, where, n_tokens).requires_grad_(trains)
 
     def _run(self, piece: Piece) -> torch.Tensor:
-        """(n, columns): what `PerToken` has of each response token of a piece, in its order."""
-        output = self.model(piece.inputs(self.model), with_entropy=self.with_entropy)
-        columns = [column for column in output if column is not None]
-        return torch.stack(columns, dim=1)[: len(piece.positions)]
+        """(n, columns): what `PerToken` has of each response token of a piece, in its order, and after it the token's
+        reference log-prob, if there is a reference model."""
+        inputs = piece.inputs(self.model)
+        reference_logps, predictions = self._run_reference(inputs)
+        output = self.model(inputs, with_entropy=self.with_entropy, reference=predictions)._asdict()
+        output["reference_logps"] = reference_logps
+        columns = {name: column for name, column in output.items() if column is not None}
+        self.names = list(columns)
+        return torch.stack(list(columns.values()), dim=1)[: len(piece.positions)]
+
+    @torch.no_grad()
+    def _run_reference(self, inputs: Inputs) -> tuple[torch.Tensor | None, Predictions | None]:
+        """Return the log-probs and the predictions of the reference model; None without one."""
+        if self.reference is None or self.reference_head is None:
+            return None, None
+        output = self.reference(inputs, with_states=True)
+        if inputs.layout is None:
+            return output.logps, Predictions(output.states)
+        weight, bias = self.reference_head
+        return output.logps, Predictions(output.states, weight.to(output.states.dtype), bias)
 
     @property
     def tokens(self) -> PerToken:
-        columns = iter(self.leaf.unbind(1))
-        has_value = self.model.v_head is not None
-        return PerToken(next(columns), next(columns) if has_value else None, next(columns, None))
+        columns = dict(zip(self.names, self.leaf.unbind(1), strict=True))
+        return PerToken(columns["logps"], *(columns.get(name) for name in ("values", "entropy", "kl")))
+
+    @property
+    def reference_logps(self) -> torch.Tensor | None:
+        """(n_tokens,) log-probs under the reference model, in nats; None without one."""
+        return self.leaf.detach()[:, -1] if self.reference is not None else None
 
     def misuse(self) -> tuple[torch.Tensor, UserError] | None:
         """Return whether the loss has differentiated the entropy (a bool on the device), and the error if it has."""
         if not self.with_entropy or self.leaf.grad is None:
             return None
-        return self.leaf.grad[:, -1].any(), UserError(
+        return self.leaf.grad[:, self.names.index("entropy")].any(), UserError(
             "the loss differentiates batch.policy.entropy, which has no gradient: that term would train nothing; "
             "use batch.policy.entropy.detach(), or leave the term out"
         )

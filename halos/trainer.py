@@ -39,6 +39,7 @@ class BasicTrainer:
     needs: tuple[str, ...] = ()  # keys of the loss's YAML that cannot be false
     rules: Mapping[str, Rule] = {}  # keys of the loss's YAML -> the values they can have
     uses_entropy = False  # whether `Batch.policy` has the entropy of each token's distribution
+    uses_reference_kl = False  # whether it has the divergence from the reference model's, which then runs in every step
 
     def __init__(
         self,
@@ -111,10 +112,13 @@ class BasicTrainer:
         self, examples: list[TokenizedExample], reference_logps: torch.Tensor | None = None
     ) -> tuple[Forward, Batch]:
         """Run the policy on a global batch, and the reference model unless its log-probs are given."""
-        examples = self.planned(examples)
+        examples, most = self.planned(examples), self.config.model.max_tokens_per_forward
+        reference = self.reference_model if self.uses_reference_kl else None
         with self.stopwatch("forward"):
-            forward = Forward(self.policy, examples, self.config.model.max_tokens_per_forward, self.uses_entropy)
-        if reference_logps is None:
+            forward = Forward(self.policy, examples, most, self.uses_entropy, reference)
+        if reference is not None:
+            reference_logps = forward.reference_logps
+        elif reference_logps is None:
             with self.stopwatch("reference_on_disk" if self.reference_cache else "reference"):
                 reference_logps = self.reference_logps(examples)
         batch, humanline = Batch(examples, forward.tokens, reference_logps), self.config.humanline

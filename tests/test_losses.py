@@ -147,12 +147,13 @@ def test_order_of_the_batch_does_not_matter(name):
 
 
 def a_batch(name: str, seed: int = 0) -> Batch:
-    """Eight rows of the loss's own loader, with random log-probs, values and entropies of their tokens."""
+    """Eight rows of the loss's own loader, with random log-probs, values, entropies and divergences of their tokens."""
     examples = batches_for(name, 1, seed=seed)[0]
     n_tokens = sum(sum(one.n_targets) for one in examples)
     generator = torch.Generator().manual_seed(seed)
     logps, reference, values, entropy = torch.randn(4, n_tokens, generator=generator)
-    policy = PerToken((logps - 3).requires_grad_(), values.requires_grad_(), entropy.abs())
+    kl = torch.rand(n_tokens, generator=generator).requires_grad_()
+    policy = PerToken((logps - 3).requires_grad_(), values.requires_grad_(), entropy.abs(), kl)
     return Batch(examples, policy, reference - 3 if LOSSES[name]["use_reference_model"] else None)
 
 
