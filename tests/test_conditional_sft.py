@@ -24,31 +24,38 @@ CONTROLS = {"chosen_control": "gg", "rejected_control": "b"}
 PAIR = Example("abcdefgh:", [" yes", " no"], pairs=[(0, 1)], truncation_mode="keep_start")
 
 
-def loader(*examples: Example, **settings) -> DataLoader:
-    settings = {"batch_size": 4, "max_length": 100, "max_prompt_length": 50, "cache_dir": ""} | CONTROLS | settings
-    return ConditionalSFTDataLoader(list(examples), character_tokenizer(), **settings)
+@pytest.fixture
+def loader(tmp_path):
+    """Make a loader over the pair with the character tokenizer: loader(**settings)."""
+
+    def loader(**settings) -> DataLoader:
+        lengths = {"max_length": 100, "max_prompt_length": 50}
+        settings = {"batch_size": 4, "cache_dir": str(tmp_path)} | lengths | CONTROLS | settings
+        return ConditionalSFTDataLoader([PAIR], character_tokenizer(), **settings)
+
+    return loader
 
 
-def test_the_control_text_stands_before_the_response_and_is_not_trained_on():
-    data = loader(PAIR)
+def test_the_control_text_stands_before_the_response_and_is_not_trained_on(loader):
+    data = loader()
     (batch,) = data
     assert shown(batch) == [("abcdefgh:", ["gg yes|"], (True,)), ("abcdefgh:", ["b no|"], (False,))]
     assert [mask.tolist() for one in batch for mask in one.masks] == [2 * [False] + 5 * [True], [False] + 4 * [True]]
     assert data.counts()["tokens"] == sum(len(one.prompt) + len(one.responses[0]) for one in batch)
 
 
-def test_truncation_leaves_the_control_text():
+def test_truncation_leaves_the_control_text(loader):
     """Of 12 tokens, 5 are prompt and 2 or 1 control text, also where the end of a prompt is what is cut."""
-    data = loader(PAIR, max_length=12, max_prompt_length=5)
+    data = loader(max_length=12, max_prompt_length=5)
     assert shown(next(iter(data))) == [("abcde", ["gg yes|"], (True,)), ("abcde", ["b no|"], (False,))]
-    data = loader(PAIR, max_length=8, max_prompt_length=5)
+    data = loader(max_length=8, max_prompt_length=5)
     assert shown(next(iter(data))) == [("abcde", ["gg "], (True,)), ("abcde", ["b n"], (False,))]
     assert (data.counts()["truncated_prompts"], data.counts()["truncated_responses"]) == (2, 2)
 
 
-def test_a_control_text_that_leaves_no_room_is_refused():
+def test_a_control_text_that_leaves_no_room_is_refused(loader):
     with pytest.raises(UserError, match=r"loss.chosen_control='gg' has 2 tokens, .* use model.max_prompt_length=5 or"):
-        loader(PAIR, max_length=8, max_prompt_length=6)
+        loader(max_length=8, max_prompt_length=6)
 
 
 def test_the_loss_by_hand():

@@ -72,11 +72,11 @@ def test_unrelated_responses_are_those_of_the_row_before_with_another_prompt():
     assert Counter(row.roles[0] for row in rows) == {Role.CHOSEN: 20, Role.REJECTED: 20}
 
 
-def test_rows_of_one_prompt_are_passed_over():
+def test_rows_of_one_prompt_are_passed_over(tmp_path):
     """Five judged responses to the prompts a, a, a, b: each takes one of the other prompt."""
     judged = [(i, True) for i in range(3)]
     examples = [Example("a", list("xyz"), feedback=judged), Example("b", ["u"], feedback=[(0, False)])]
-    settings = {"batch_size": 2, "max_length": 64, "max_prompt_length": 32, "cache_dir": ""}
+    settings = {"batch_size": 2, "max_length": 64, "max_prompt_length": 32, "cache_dir": str(tmp_path)}
     loader = dataloaders.MismatchedDataLoader(examples, tokenizer(), **settings)
     assert {(row.example, row.responses[1][0]) for row in loader.order(0)} == {(0, 1), (1, 0)}
     with pytest.raises(UserError, match="pairs responses with other prompts, and the data have one"):
