@@ -136,20 +136,21 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
         truncate_prompt(ids, config.model.max_prompt_length, prompt.truncation_mode, len(encoder.bos))
         for prompt, ids in zip(prompts, encoder.prompt_arrays([prompt.text for prompt in prompts]), strict=True)
     ]
-    ids *= args.n_per_prompt  # the first sample of every prompt, then the second of every prompt, and so on
     control = dataloaders.sampling_control(config, encoder)
-    prompt_ids = {"policy": [np.concatenate((one, control)) for one in ids], "reference": ids}
+    of_policy = [np.concatenate((one, control)) for one in ids]
+    # The first sample of every prompt, then the second of every prompt, and so on.
+    copies = {"policy": of_policy * args.n_per_prompt, "reference": ids * args.n_per_prompt}
     weights = {"policy": {"policy_pt": policy_pt}}
     if args.sample_reference and args.format == "rows":
         weights["reference"] = {"use_load_from": not args.hub_reference}
     samplers = {name: Sampler(config, encoder, name, **which) for name, which in weights.items()}
-    keys = {name: sampler.keys(prompt_ids[name]) for name, sampler in samplers.items()}
+    keys = {name: sampler.keys(copies[name]) for name, sampler in samplers.items()}
     run_name = sample_name(config, policy_pt)
     ending = ".json" if args.format == "rows" else f".{args.format}.json"
     path = args.output or os.path.join(config.samples_dir, run_name + ending)
     with PartialFile(f"{path.removesuffix(ending)}.partial.jsonl", sum(keys.values(), [])) as partial:
         texts = {
-            name: sampler.sample(prompt_ids[name], partial.known(keys[name]), partial.recorder(keys[name]))
+            name: sampler.sample(copies[name], partial.known(keys[name]), partial.recorder(keys[name]))
             for name, sampler in samplers.items()
         }
         if args.format == "rows":

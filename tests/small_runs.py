@@ -77,6 +77,19 @@ def losses() -> list[str]:
     return sorted(os.path.splitext(name)[0] for name in os.listdir(os.path.join(CONFIG_DIR, "loss")))
 
 
+# Losses for runs that are slower than a step or two: a format of data, a reference model and a critic each.
+FEW = ("sft", "dpo", "slic", "kto", "ppo")
+
+
+def one_per_loader() -> list[str]:
+    """Return a loss for each loader, with and without a reference model: for tests of what no loss can change."""
+    found: dict[tuple, str] = {}
+    for name in [*FEW, *losses()]:
+        loss = make_config("", f"loss={name}").loss
+        found.setdefault((loss.dataloader, loss.use_reference_model), name)
+    return list(found.values())
+
+
 def data_format(loss: str) -> str:
     """Return the data format of a loss's trainer: sft, unpaired or paired."""
     return components.find(trainers, make_config("", f"loss={loss}").loss.trainer).data_format
