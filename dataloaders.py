@@ -15,17 +15,19 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from halos import components, demo, sources
 from halos.chat import Renderer
 from halos.dataset_specs import base_spec, spec_of
-from halos.epoch import Row
+from halos.epoch import ROLES, Row, Rows
 from halos.errors import UserError
 from halos.example_table import give_back_memory
 from halos.examples import Dataset, Example, Text, merge
 from halos.hub import hub_rows
 from halos.loader import DataLoader
+from halos.tokens import Encoder, Role
 from halos.turns import messages_of, messages_of_turns, same_but_blanks, split_reply, text_of
 from utils import rank0_print
 
@@ -268,6 +270,69 @@ class UnpairedPreferenceDataLoader(DataLoader):
         return _merge_at_random(halves, feedback, rng)
 
 
+class ConditionalSFTDataLoader(UnpairedPreferenceDataLoader):
+    """Single responses, each with the control text of its kind between prompt and response.
+
+    The control text is read and not trained on. Truncation cuts the prompt before it and the response behind it.
+    """
+
+    loss_keys = ("chosen_control", "rejected_control")
+
+    def __init__(self, examples, tokenizer, *, chosen_control: str, rejected_control: str, **settings):
+        encoder, texts = Encoder(tokenizer), {Role.CHOSEN: chosen_control, Role.REJECTED: rejected_control}
+        limits = settings["max_length"], settings["max_prompt_length"]
+        self.control = {
+            role: control_ids(encoder, f"loss.{role}_control", text, *limits) for role, text in texts.items()
+        }
+        super().__init__(examples, tokenizer, **settings)
+
+    def whole(self, row: Row) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        prompt, responses = super().whole(row)
+        controls = (~self.control[role] for role in row.roles)  # ~id: context
+        return prompt, tuple(map(np.concatenate, zip(controls, responses, strict=True)))
+
+    def are_whole(self, rows: Rows) -> np.ndarray:
+        return np.zeros(len(rows), bool)
+
+    def _response_lengths(self, rows: Rows) -> np.ndarray:
+        lengths = np.array([len(self.control.get(role, ())) for role in ROLES])
+        return super()._response_lengths(rows) + lengths[rows.roles]
+
+
+def control_ids(encoder: Encoder, key: str, text: str, max_length: int, max_prompt_length: int) -> np.ndarray:
+    """Return the (n,) ids of a control text behind a prompt. Raises UserError if no response would fit behind it.
+
+    key: of the text in the config
+    """
+    ids = encoder.continuation(text)
+    if max_prompt_length + len(ids) >= max_length:
+        raise UserError(
+            f"{key}={text!r} has {len(ids)} tokens, which leave no room for a response behind a prompt of "
+            f"model.max_prompt_length={max_prompt_length}; use model.max_prompt_length={max_length - len(ids) - 1} or "
+            "less"
+        )
+    return ids
+
+
+class MismatchedDataLoader(UnpairedPreferenceDataLoader):
+    """Single responses, each with an unrelated one beside it: that of the closest row before it with another prompt.
+
+    The first rows take theirs from the end of the epoch.
+    """
+
+    def flatten(self, rng: random.Random) -> list[Row]:
+        rows = super().flatten(rng)
+        if rows and all(row.example == rows[0].example for row in rows):
+            raise UserError(
+                f"{type(self).__name__} pairs responses with other prompts, and the data have one; add more prompts"
+            )
+        return [row.with_unrelated(self._before(rows, position)) for position, row in enumerate(rows)]
+
+    def _before(self, rows: list[Row], position: int) -> Row:
+        earlier = (rows[position - step] for step in range(1, len(rows)))
+        return next(row for row in earlier if row.example != rows[position].example)
+
+
 def _merge_at_random(one: list[Row], other: list[Row], rng: random.Random) -> list[Row]:
     """Merge two lists, keeping the order of each. Every interleaving is equally likely."""
     from_one = [True] * len(one) + [False] * len(other)
@@ -307,7 +372,8 @@ def make_loader(config, tokenizer, split: str, keep_texts: bool = False) -> Data
     """
     datasets = read_datasets(config, split)
     training = split == "train"
-    loader = components.find(sys.modules[__name__], config.loss.dataloader)(
+    loader_class = components.find(sys.modules[__name__], config.loss.dataloader)
+    loader = loader_class(
         merge(datasets),
         tokenizer,
         batch_size=config.model.batch_size if training else config.model.eval_batch_size,
@@ -321,6 +387,7 @@ def make_loader(config, tokenizer, split: str, keep_texts: bool = False) -> Data
         group_prompts=training and config.group_prompts,
         keep_texts=keep_texts,
         description=split,
+        **{key: config.loss[key] for key in loader_class.loss_keys},
     )
     loader.account = [dataset.account() for dataset in datasets]
     datasets.clear()  # with their texts
@@ -395,6 +462,14 @@ def read_prompts(config, tokenizer, path: str | None = None, limit: int | None =
         )
         for example in examples
     ]
+
+
+def sampling_control(config, encoder: Encoder) -> np.ndarray:
+    """Return the ids that stand behind each prompt of the policy: with conditional SFT those of desirable responses."""
+    text, limits = config.loss.get("chosen_control"), (config.model.max_length, config.model.max_prompt_length)
+    if text is None:
+        return np.empty(0, np.int32)
+    return control_ids(encoder, "loss.chosen_control", text, *limits)
 
 
 def preferred(example: Example, renderer: Renderer) -> str:

@@ -141,6 +141,8 @@ def locate_cache(config: DictConfig, path: str) -> None:
 
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
     """Write samples/{exp_name}.json, a list of rows. Samples that an earlier command left are not made again."""
+    import numpy as np
+
     import dataloaders
     from halos import distributed, loading, scoring
     from halos.sample_files import PartialFile, alpaca_rows, rows_of
@@ -154,8 +156,10 @@ def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None
     encoded = encoder.prompt_arrays([prompt.text for prompt in prompts])
     limit, n_bos = config.model.max_prompt_length, len(encoder.bos)
     ids = [truncate_prompt(i, limit, p.truncation_mode, n_bos) for p, i in zip(prompts, encoded, strict=True)]
+    control = dataloaders.sampling_control(config, encoder)
+    of_policy = [np.concatenate((one, control)) for one in ids]
     # The first sample of every prompt, then the second of every prompt, and so on.
-    copies = {"policy": ids * (args.best_of or args.n_per_prompt), "reference": ids * args.n_per_prompt}
+    copies = {"policy": of_policy * (args.best_of or args.n_per_prompt), "reference": ids * args.n_per_prompt}
     weights = {"policy": {"policy_pt": policy_pt}}
     if args.sample_reference and args.format == "rows":
         weights["reference"] = {"use_load_from": not args.hub_reference}
@@ -197,11 +201,12 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     with distributed.first_on_each_node():
         loader = dataloaders.make_loader(config, tokenizer, "test")
     dataloaders.describe(loader, "test")
-    policy, reference, cache = reference_cache.load(config, tokenizer, [loader], policy_pt)
-    directory = os.path.dirname(os.path.abspath(args.config))
-    trainer = components.find(trainers, config.loss.trainer)(
-        policy, reference, tokenizer, config, None, loader, directory
+    trainer_class = components.find(trainers, config.loss.trainer)
+    policy, reference, cache = reference_cache.load(
+        config, tokenizer, [loader], policy_pt, trainer_class.uses_reference_kl
     )
+    directory = os.path.dirname(os.path.abspath(args.config))
+    trainer = trainer_class(policy, reference, tokenizer, config, None, loader, directory)
     trainer.reference_cache = cache
     results = trainer.evaluate()
     if not distributed.is_main():

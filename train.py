@@ -54,12 +54,13 @@ def run(config: DictConfig) -> None:
             json.dump(counts, file, indent=1)
 
     #### MODELS
-    policy, reference, cache = reference_cache.load(config, tokenizer, list(loaders.values()))
+    trainer_class = components.find(trainers, config.loss.trainer)
+    needs_model = trainer_class.uses_reference_kl
+    policy, reference, cache = reference_cache.load(config, tokenizer, list(loaders.values()), needs_model=needs_model)
     parameters = f"{type(policy.lm).__name__}, {policy.lm.num_parameters():,} parameters{adapters.describe(policy.lm)}"
     rank0_print(f"{parameters}; {policy.description}; {distributed.describe()}")
 
     #### TRAINING
-    trainer_class = components.find(trainers, config.loss.trainer)
     trainer = trainer_class(policy, reference, tokenizer, config, loaders.get("train"), loaders["test"], directory)
     trainer.reference_cache = cache
     if training:

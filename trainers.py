@@ -182,7 +182,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         for _ in range(self.config.loss.ppo_epochs):
             forward, batch = self.forward(examples, reference_logps)
             reference_logps, episode = batch.reference_logps, episode or self.episode(batch)
-            outcome = self.backward(self.clipped_loss(batch, episode), forward, examples)
+            outcome = self.backward(self.clipped_loss(batch, episode), forward, batch)
             self.update([outcome], examples)
 
     def batch_loss(self, batch):
@@ -227,7 +227,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         Losses and most metrics: (n_tokens,).
         """
         settings = self.config.loss
-        logps, values, entropy = batch.policy
+        logps, values, entropy = batch.policy[:3]
         logratios = logps - batch.reference_logps
         ratios = logratios.exp()
         unclipped = -episode.advantages * ratios

@@ -34,6 +34,7 @@ reference_cache.py  reference log-probs, computed once for all runs
 reference_key.py    what determines a reference log-prob besides its tokens
 logps_store.py      log-probs of responses on disk, under addresses of their content
 logps.py            log-probs of tokens from hidden states, in chunks
+reference_kl.py     KL divergence from the reference model at each token, in chunks
 optimizers.py       the optimizer: of torch.optim, Muon, or of torchao; which parameters it treats how
 muon.py             Muon for hidden matrices, on any number of ranks, and AdamW for the rest
 sharding.py         activation checkpointing, compilation and FSDP

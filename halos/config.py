@@ -44,10 +44,12 @@ RULES: dict[str, Rule] = {
             "model.max_grad_norm model.v_head_max_grad_norm",
         ),
         (rules.number(above=0, most=1), "top_p"),
+        (rules.number(most=0), "humanline.log_epsilon_P"),
+        (rules.number(least=0), "humanline.log_epsilon_R"),
         (
             rules.flag,
             "cache_reference_logps do_first_eval group_prompts intermediate_checkpoints overwrite resume strict_data"
-            " trust_remote_code wandb.enabled loss.use_reference_model model.compile"
+            " humanline.enabled trust_remote_code wandb.enabled loss.use_reference_model model.compile"
             " model.use_peft use_fsdp",
         ),
         (rules.choice(True, False, "auto"), "model.packing"),
@@ -244,6 +246,11 @@ def _check_loss(values: dict[str, Any], trainers: ModuleType, dataloaders: Modul
         if f"loss.{key}" not in values:
             raise UserError(f"loss.{key} is missing, and loss.trainer={trainer.__name__} needs it; add it to the YAML")
         _check_rule(f"loss.{key}", values[f"loss.{key}"], rule)
+    if values["humanline.enabled"] and not values["loss.use_reference_model"]:
+        raise UserError(
+            f"humanline.enabled=true clamps log-ratios to a reference model, and loss={values['loss.name']} has none; "
+            "use a loss with one, such as loss=kto, or humanline.enabled=false"
+        )
     needs, gives = (getattr(c, "data_format", None) for c in (trainer, loader))
     if needs is None or gives is None or needs == gives:
         return

@@ -6,8 +6,8 @@ gradient, into vectors over all response tokens of the batch, which are the same
 is the loss of the global batch. Change this file to change how a batch is computed; losses are in `trainers.py`.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from halos import distributed
 from halos.errors import UserError
 from halos.models import PerToken, PolicyModel
 from halos.packing import Inputs, moved, schedule
+from halos.reference_kl import Predictions
 from halos.scalars import Scalars
 from halos.tokens import Role, TokenizedExample
 
@@ -37,15 +38,17 @@ class Batch:
     other speakers between an assistant's. Vectors over
     responses are (n_responses,), in the same order: example after example.
 
-    policy: log-probs of the tokens, and values and entropies if the loss has a critic or wants them. In training
-        log-probs and values have gradients, except for those of unrelated responses. A reward model has no log-probs;
-        its values are the scores of the conversation up to and including each token.
+    policy: log-probs of the tokens, and values, entropies and divergences from the reference model if the loss has a
+        critic or wants them. In training all but entropies have gradients, except for those of unrelated responses. A
+        reward model has no log-probs; its values are the scores of the conversation up to and including each token.
     reference_logps: (n_tokens,) log-probs under the reference model, in nats; None without one
+    is_clamped: (n_tokens,) bool: tokens whose log-ratio was beyond the bounds of `clamped`; None without bounds
     """
 
     examples: list[TokenizedExample]
     policy: PerToken
     reference_logps: torch.Tensor | None
+    is_clamped: torch.Tensor | None = None
 
     @cached_property
     def lengths(self) -> torch.Tensor:
@@ -95,6 +98,21 @@ class Batch:
     def at_last_token(self, per_token: torch.Tensor) -> torch.Tensor:
         """(n_tokens,) -> (n_responses,): the entry of each response's last token that is trained on."""
         return per_token.index_select(0, self.lengths.cumsum(0) - 1)
+
+    def clamped(self, least: float, most: float) -> "Batch":
+        """Return the batch with the log-ratio of policy and reference clamped to [least, most] nats for each token.
+
+        The policy's log-probs change for this. Beyond the bounds they have no gradient, within they are what they were.
+        """
+        assert self.reference_logps is not None, "log-ratios need a reference model"
+        logps, bounds = self.policy.logps, (self.reference_logps + least, self.reference_logps + most)
+        is_clamped = (logps < bounds[0]) | (logps > bounds[1])
+        return replace(self, policy=self.policy._replace(logps=logps.clamp(*bounds)), is_clamped=is_clamped)
+
+    @property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """What is logged of a batch whatever its loss is: the share of clamped tokens, if there are bounds."""
+        return {} if self.is_clamped is None else {"clamped/tokens": self.is_clamped}
 
     def of_role(self, values: torch.Tensor, role: Role) -> torch.Tensor:
         """(n_responses,) -> (n_of_this_role,). Unlike a mask, this does not wait for a GPU."""
@@ -152,6 +170,9 @@ class Outcome:
     chosen_logps: torch.Tensor
     rejected_logps: torch.Tensor
     metrics: dict[str, torch.Tensor | Statistic] = field(default_factory=dict)
+
+    def with_metrics(self, metrics: Mapping[str, torch.Tensor | Statistic]) -> Self:
+        return replace(self, metrics={**self.metrics, **metrics})
 
     def detach(self) -> Self:
         return self.concatenate([self])
@@ -252,8 +273,8 @@ def joined(microbatches: list[list[TokenizedExample]]) -> list[TokenizedExample]
 class Forward:
     """A global batch through a model, on all ranks together.
 
-    `tokens` holds the log-probs of all response tokens of the batch (and their values and entropies), as views of an
-    autograd leaf. After the backward pass of a loss on them, `backward()` sends the leaf's gradient into the model.
+    `tokens` holds the log-probs of all response tokens of the batch (and what else is wanted), as views of an autograd
+    leaf. After the backward pass of a loss on them, `backward()` sends the leaf's gradient into the model.
 
     If all of this rank's share fits one forward pass, its graph is kept. Otherwise the pieces run without gradient
     first, and again, one by one, with gradient in `backward`: memory is bounded by one piece, and the loss is still
@@ -261,13 +282,22 @@ class Forward:
     model, too, so that it computes exactly what the policy does and log-ratios start at 0.
 
     max_tokens: limit of packed tokens in one forward pass; a longer example is a piece of its own
+    reference: the reference model, if its divergence from `model` is wanted: it runs the same forward passes, right
+        before the model, and gives `reference_logps`, too
     """
 
     def __init__(
-        self, model: PolicyModel, examples: list[TokenizedExample], max_tokens: int, with_entropy: bool = False
+        self,
+        model: PolicyModel,
+        examples: list[TokenizedExample],
+        max_tokens: int,
+        with_entropy: bool = False,
+        reference: PolicyModel | None = None,
     ):
         self.model = model
         self.with_entropy = with_entropy
+        self.reference = reference
+        self.reference_head = reference.whole_head() if reference is not None else None
         trains = torch.is_grad_enabled()
         plan = planned(examples, max_tokens, model.device)
         self.pieces, without_graph = plan.trained, plan.untrained
@@ -282,23 +312,43 @@ class Forward:
         self.leaf: torch.Tensor = distributed.gather_rows(outputs, where, n_tokens).requires_grad_(trains)
 
     def _run(self, piece: Piece) -> torch.Tensor:
-        """(n, columns): what `PerToken` has of each response token of a piece, in its order."""
-        output = self.model(piece.inputs(self.model), with_entropy=self.with_entropy)._asdict()
+        """(n, columns): what `PerToken` has of each response token of a piece, in its order, and after it the token's
+        reference log-prob, if there is a reference model."""
+        inputs = piece.inputs(self.model)
+        reference_logps, predictions = self._run_reference(inputs)
+        output = self.model(inputs, with_entropy=self.with_entropy, reference=predictions)._asdict()
+        output["reference_logps"] = reference_logps
         columns = {name: column for name, column in output.items() if column is not None and len(column)}
         self.names = list(columns)
         return torch.stack(list(columns.values()), dim=1)[: len(piece.positions)]
+
+    @torch.no_grad()
+    def _run_reference(self, inputs: Inputs) -> tuple[torch.Tensor | None, Predictions | None]:
+        """Return the log-probs and the predictions of the reference model; None without one."""
+        if self.reference is None or self.reference_head is None:
+            return None, None
+        output = self.reference(inputs, with_states=True)
+        if inputs.layout is None:
+            return output.logps, Predictions(output.states)
+        weight, bias = self.reference_head
+        return output.logps, Predictions(output.states, weight.to(output.states.dtype), bias)
 
     @property
     def tokens(self) -> PerToken:
         columns = dict(zip(self.names, self.leaf.unbind(1), strict=True))
         logps = columns.get("logps", self.leaf.new_empty(0))
-        return PerToken(logps, columns.get("values"), columns.get("entropy"))
+        return PerToken(logps, *(columns.get(name) for name in ("values", "entropy", "kl")))
+
+    @property
+    def reference_logps(self) -> torch.Tensor | None:
+        """(n_tokens,) log-probs under the reference model, in nats; None without one."""
+        return self.leaf.detach()[:, -1] if self.reference is not None else None
 
     def misuse(self) -> tuple[torch.Tensor, UserError] | None:
         """Return whether the loss has differentiated the entropy (a bool on the device), and the error if it has."""
         if not self.with_entropy or self.leaf.grad is None:
             return None
-        return self.leaf.grad[:, -1].any(), UserError(
+        return self.leaf.grad[:, self.names.index("entropy")].any(), UserError(
             "the loss differentiates batch.policy.entropy, which has no gradient: that term would train nothing; "
             "use batch.policy.entropy.detach(), or leave the term out"
         )

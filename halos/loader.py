@@ -39,6 +39,7 @@ class DataLoader:
     """
 
     data_format: str | None = None  # what a trainer's data_format is compared with: sft, unpaired, paired
+    loss_keys: tuple[str, ...] = ()  # keys of the loss's YAML that the loader takes as arguments
 
     def __init__(
         self,

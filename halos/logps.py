@@ -33,7 +33,7 @@ def plain(
     entropy: (N,) float32, filled with the entropy of each entry's distribution in nats, without gradient
     scale: factor of the logits, before the soft cap, as in Cohere
     """
-    return from_logits(_logits(hidden, weight, bias, softcap, scale), targets, entropy)
+    return from_logits(logits_of(hidden, weight, bias, softcap, scale), targets, entropy)
 
 
 def from_logits(logits: torch.Tensor, targets: torch.Tensor, entropy: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,9 +75,9 @@ class _FusedLogps(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         lse = torch.empty_like(logps)
         logits = None
-        for rows in _chunks(hidden, weight):
+        for rows in chunks(hidden, weight):
             del logits  # else two chunks would be in memory while the next one is computed
-            logits = _logits(hidden[rows], weight, bias, softcap, scale)
+            logits = logits_of(hidden[rows], weight, bias, softcap, scale)
             torch.cat([block.logsumexp(-1) for block in _blocks(logits)], out=lse[rows])
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
             if entropy is not None:
@@ -91,32 +91,60 @@ class _FusedLogps(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden, weight, targets, bias, lse = ctx.saved_tensors
         wants_hidden, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Summed over chunks in float32: a bfloat16 sum would round once per chunk.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        for rows in reversed(_chunks(hidden, weight)):
+        gradients = HeadGradients(hidden, weight, bias, wants_hidden, wants_weight, wants_bias)
+        for rows in reversed(chunks(hidden, weight)):
             logits, ctx.last_logits = ctx.last_logits, None
             if logits is None:
-                logits = _logits(hidden[rows], weight, bias, ctx.softcap, ctx.scale)
+                logits = logits_of(hidden[rows], weight, bias, ctx.softcap, ctx.scale)
             grad = _grad_logits(logits, lse[rows], targets[rows], upstream[rows], ctx.softcap, ctx.scale)
             del logits
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
+            gradients.add_bias(grad)
             grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                if grad.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, hidden[rows])
-                elif grad.is_cuda:  # else each chunk would be rounded before the sum
-                    grad_weight += torch.mm(grad.T, hidden[rows], out_dtype=torch.float32)
-                else:
-                    grad_weight += grad.T @ hidden[rows]
+            gradients.add(rows, grad)
             del grad  # else it would be in memory beside the next chunk
-        grad_weight = grad_weight.to(weight.dtype) if grad_weight is not None else None
-        grad_bias = grad_bias.to(bias.dtype) if grad_bias is not None else None
+        grad_hidden, grad_weight, grad_bias = gradients.results()
         return grad_hidden, grad_weight, None, grad_bias, None, None, None
+
+
+class HeadGradients:
+    """Gradients of hidden states, and of the head's weights and bias, from those of logits, chunk after chunk.
+
+    Sums over chunks are float32: a bfloat16 sum would round once per chunk.
+    """
+
+    def __init__(self, hidden, weight, bias, wants_hidden: bool, wants_weight: bool, wants_bias: bool):
+        self.inputs = hidden, weight, bias
+        self.hidden = torch.empty_like(hidden) if wants_hidden else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+
+    def add_bias(self, grad: torch.Tensor) -> None:
+        """grad: (rows, V) float32 gradient of logits"""
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+
+    def add(self, rows: slice, grad: torch.Tensor) -> None:
+        """grad: as in `add_bias`, in the dtype of the hidden states"""
+        hidden, weight, _ = self.inputs
+        if self.hidden is not None:
+            torch.mm(grad, weight, out=self.hidden[rows])
+        if self.weight is None:
+            return
+        if grad.dtype == torch.float32:
+            self.weight.addmm_(grad.T, hidden[rows])
+        elif grad.is_cuda:  # else each chunk would be rounded before the sum
+            self.weight += torch.mm(grad.T, hidden[rows], out_dtype=torch.float32)
+        else:
+            self.weight += grad.T @ hidden[rows]
+
+    def results(self) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of hidden states, weights and bias, in their dtypes; None for those not wanted."""
+        _, weight, bias = self.inputs
+        return (
+            self.hidden,
+            self.weight.to(weight.dtype) if self.weight is not None else None,
+            self.bias.to(bias.dtype) if self.bias is not None else None,
+        )
 
 
 def _grad_logits(logits, lse, targets, upstream, softcap, scale) -> torch.Tensor:
@@ -139,16 +167,19 @@ def _blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return logits.split(max(1, BLOCK_ELEMENTS[_kind(logits)] // vocab)) if n else ()
 
 
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    """Return equal slices of the entries of `hidden`, each with at most CHUNK_ELEMENTS logits."""
+def chunks(hidden: torch.Tensor, weight: torch.Tensor, arrays: int = 1) -> list[slice]:
+    """Return equal slices of the entries of `hidden`, each with at most CHUNK_ELEMENTS logits.
+
+    arrays: number of arrays of logits that share the memory of one
+    """
     n = len(hidden)
-    elements = CHUNK_ELEMENTS[_kind(hidden)]
+    elements = CHUNK_ELEMENTS[_kind(hidden)] // arrays
     most = max(1, elements // len(weight))
     size = -(-n // max(1, -(-n // most)))
     return [slice(start, min(start + size, n)) for start in range(0, n, max(1, size))]
 
 
-def _logits(hidden, weight, bias, softcap, scale) -> torch.Tensor:
+def logits_of(hidden, weight, bias, softcap, scale) -> torch.Tensor:
     """Compute float32 logits.
 
     Half-precision inputs are multiplied exactly. Rounding the logits to bfloat16 would cost 0.1 nat over a 512-token

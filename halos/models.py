@@ -10,17 +10,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from halos import logps
+from halos import distributed, logps, reference_kl
 from halos.packing import ATTENTION, Inputs, pack, pad
+from halos.reference_kl import Predictions
 from halos.tokens import TokenizedExample
 
 
 class PerToken(NamedTuple):
-    """Outputs of a forward pass for each response token: (n_targets,) float32 each."""
+    """Outputs of a forward pass for each response token: (n_targets,) float32 each, but for `states`."""
 
     logps: torch.Tensor  # in nats; (0,) of a reward model, which predicts no token
     values: torch.Tensor | None  # value of the state before the token, or score up to it; None without such a head
     entropy: torch.Tensor | None  # of the distribution that predicts the token, in nats, detached; None if not wanted
+    kl: torch.Tensor | None = None  # KL(reference || this model) of these distributions, in nats; None if not wanted
+    states: torch.Tensor | None = None  # `reference_kl.Predictions.states`; None if not wanted
 
 
 def logit_scale(lm_config: PreTrainedConfig) -> float:
@@ -96,16 +99,42 @@ class PolicyModel(nn.Module):
         inputs = pack(examples) if self.packs else pad(examples, self.pad_token_id)
         return inputs.to(self.device)
 
-    def forward(self, inputs: Inputs, with_entropy: bool = False) -> PerToken:
-        """Return the log-probs of `inputs.targets`, and the values if there is a value head."""
+    def forward(
+        self,
+        inputs: Inputs,
+        with_entropy: bool = False,
+        reference: Predictions | None = None,
+        with_states: bool = False,
+    ) -> PerToken:
+        """Return the log-probs of `inputs.targets`, the values if there is a value head, and what else is wanted.
+
+        reference: what the reference model predicts for the same inputs, for the KL divergence from it
+        """
         device = inputs.targets.device
         entropy = torch.empty(len(inputs.targets), dtype=torch.float32, device=device) if with_entropy else None
         way = self._plain_forward if inputs.layout is None else self._packed_forward
-        token_logps, hidden = way(inputs, entropy)
-        return PerToken(token_logps, self.v_head(hidden) if self.v_head is not None else None, entropy)
+        token_logps, hidden, predictions = way(inputs, entropy)
+        values = self.v_head(hidden) if self.v_head is not None else None
+        kl = self._kl(predictions, reference) if reference is not None else None
+        return PerToken(token_logps, values, entropy, kl, predictions.states if with_states else None)
 
-    def _packed_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probs and the hidden states that predict the targets. Fills in `entropy`."""
+    def whole_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (V, d) weights and (V,) bias of the head, without gradient. Of a sharded model they are gathered, in
+        which all ranks take part."""
+        head = self.lm.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return distributed.whole(head.weight.detach()), None if bias is None else distributed.whole(bias.detach())
+
+    def _kl(self, predictions: Predictions, reference: Predictions) -> torch.Tensor:
+        is_fused = self.token_logps is logps.fused and predictions.weight is not None
+        divergence = reference_kl.fused if is_fused else reference_kl.plain
+        return divergence(predictions, reference, self._softcap, logit_scale(self.lm.config))
+
+    def _packed_forward(
+        self, inputs: Inputs, entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Predictions]:
+        """Return log-probs, and the hidden states that predict the targets, alone and with the head. Fills in
+        `entropy`."""
         body = self.lm.base_model
         output = body(
             input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout, use_cache=False
@@ -113,9 +142,12 @@ class PolicyModel(nn.Module):
         hidden = output.last_hidden_state[0].index_select(0, inputs.target_positions)
         head = self.lm.get_output_embeddings()
         bias, scale = getattr(head, "bias", None), logit_scale(self.lm.config)
-        return self.token_logps(hidden, head.weight, inputs.targets, bias, self._softcap, entropy, scale), hidden
+        token_logps = self.token_logps(hidden, head.weight, inputs.targets, bias, self._softcap, entropy, scale)
+        return token_logps, hidden, Predictions(hidden, head.weight, bias)
 
-    def _plain_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _plain_forward(
+        self, inputs: Inputs, entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Predictions]:
         """Return the same as `_packed_forward`, from the model's own logits of a padded batch.
 
         This is the reference for every faster implementation.
@@ -132,7 +164,8 @@ class PolicyModel(nn.Module):
             return states.flatten(0, 1).index_select(0, inputs.target_positions)
 
         hidden = at_targets(output.hidden_states[-1]) if self.v_head is not None else None
-        return logps.from_logits(at_targets(output.logits), inputs.targets, entropy), hidden
+        logits = at_targets(output.logits)
+        return logps.from_logits(logits, inputs.targets, entropy), hidden, Predictions(logits)
 
     @property
     def _softcap(self) -> float | None:

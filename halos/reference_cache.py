@@ -54,13 +54,16 @@ class ReferenceCache:
         return torch.from_numpy(np.concatenate([self.store[entry] for entry in entries]))
 
 
-def load(config: DictConfig, tokenizer, loaders: list[DataLoader], policy_pt: str | None = None):
+def load(
+    config: DictConfig, tokenizer, loaders: list[DataLoader], policy_pt: str | None = None, needs_model: bool = False
+):
     """Return the policy, the reference model, and the cache: one of the last two is None, or both without a reference.
 
     policy_pt: a checkpoint to load into the policy instead
+    needs_model: whether the loss needs more of the reference model than log-probs, so that there is no cache
     """
     device = distributed.default_device()
-    directory = _directory(config, device)
+    directory = _directory(config, device, needs_model)
     if directory is None:
         return *loading.load_policy_and_reference(config, tokenizer, device, policy_pt), None
     responses = Responses(loaders)
@@ -87,9 +90,13 @@ def load(config: DictConfig, tokenizer, loaders: list[DataLoader], policy_pt: st
     return policy, None, ReferenceCache(store)
 
 
-def _directory(config: DictConfig, device: torch.device) -> str | None:
+def _directory(config: DictConfig, device: torch.device, needs_model: bool) -> str | None:
     """Return where the log-probs are of this run's reference model; None if there is none, or no cache is wanted."""
     if not (config.loss.use_reference_model and config.cache_reference_logps):
+        return None
+    if needs_model:
+        if distributed.is_main():
+            print(f"reference log-probs: computed in every step, since {config.loss.name} needs the reference model")
         return None
     key = distributed.from_main(distributed.on_main(reference_key.of_run, config, device))
     if key is None and distributed.is_main():

@@ -58,8 +58,8 @@ class RewardModel(PolicyModel):
         laid_out = pack(examples, at_targets=True) if self.packs else pad(examples, self.pad_token_id, at_targets=True)
         return laid_out.to(self.device)
 
-    def forward(self, inputs: Inputs, with_entropy: bool = False) -> PerToken:
-        """Return the score of the conversation up to and including each of `inputs.targets`."""
+    def forward(self, inputs: Inputs, *args, **kwargs) -> PerToken:
+        """Return the score of the conversation up to and including each of `inputs.targets`, and nothing else."""
         way = {"attention_mask": inputs.attention_mask} if inputs.layout is None else {"layout": inputs.layout}
         output = self.lm.base_model(inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **way)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, inputs.target_positions)

@@ -146,6 +146,10 @@ class Encoder:
         in_order = iter(ids_of)
         return [[*chain.from_iterable(next(in_order) for _ in response["segments"])] for response in responses]
 
+    def continuation(self, text: str) -> np.ndarray:
+        """Return the (n,) int32 ids that a text has after other text, without EOS."""
+        return np.array(self._after_text([text])[0], np.int32)
+
     def _after_text(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids that each text has after other text."""
         encoded: dict[int, list[int]] = {}

@@ -39,6 +39,7 @@ class BasicTrainer:
     needs: tuple[str, ...] = ()  # keys of the loss's YAML that cannot be false
     rules: Mapping[str, Rule] = {}  # keys of the loss's YAML -> the values they can have
     uses_entropy = False  # whether `Batch.policy` has the entropy of each token's distribution
+    uses_reference_kl = False  # whether it has the divergence from the reference model's, which then runs in every step
     departures: Mapping[str, str] = {}  # checks of the loss card (docs/loss_card.md) that do not hold -> why
 
     def __init__(
@@ -112,13 +113,19 @@ class BasicTrainer:
         self, examples: list[TokenizedExample], reference_logps: torch.Tensor | None = None
     ) -> tuple[Forward, Batch]:
         """Run the policy on a global batch, and the reference model unless its log-probs are given."""
-        examples = self.planned(examples)
+        examples, most = self.planned(examples), self.config.model.max_tokens_per_forward
+        reference = self.reference_model if self.uses_reference_kl else None
         with self.stopwatch("forward"):
-            forward = Forward(self.policy, examples, self.config.model.max_tokens_per_forward, self.uses_entropy)
-        if reference_logps is None:
+            forward = Forward(self.policy, examples, most, self.uses_entropy, reference)
+        if reference is not None:
+            reference_logps = forward.reference_logps
+        elif reference_logps is None:
             with self.stopwatch("reference_on_disk" if self.reference_cache else "reference"):
                 reference_logps = self.reference_logps(examples)
-        return forward, Batch(examples, forward.tokens, reference_logps)
+        batch, humanline = Batch(examples, forward.tokens, reference_logps), self.config.humanline
+        if humanline.enabled:
+            batch = batch.clamped(humanline.log_epsilon_P, humanline.log_epsilon_R)
+        return forward, batch
 
     @torch.no_grad()
     def reference_logps(self, examples: list[TokenizedExample]) -> torch.Tensor | None:
@@ -132,16 +139,16 @@ class BasicTrainer:
     def forward_backward(self, examples: list[TokenizedExample]) -> Outcome:
         """The outcome of a batch, without gradient; its gradient is added to that of the policy's parameters."""
         forward, batch = self.forward(examples)
-        return self.backward(self.batch_loss(batch), forward, examples)
+        return self.backward(self.batch_loss(batch), forward, batch)
 
-    def backward(self, outcome: Outcome, forward: Forward, examples: list[TokenizedExample]) -> Outcome:
+    def backward(self, outcome: Outcome, forward: Forward, batch: Batch) -> Outcome:
         """Send the gradient of the summed losses into the policy, divided by `divisor`; `update` does the rest."""
         if outcome.losses.ndim != 1:
             raise UserError(
                 f"the loss of {type(self).__name__} has the shape {tuple(outcome.losses.shape)}; return a vector, one "
                 "loss per pair, response or token, so that microbatches of different sizes weigh as they should"
             )
-        self.checks.finite(outcome.losses, "the loss", examples)
+        self.checks.finite(outcome.losses, "the loss", batch.examples)
         # Gradients become those of a mean here, where they are small, and not as those of all weights.
         self.divisor = self.divisor or len(outcome.losses)
         with self.stopwatch("backward"):
@@ -149,7 +156,7 @@ class BasicTrainer:
             if misuse := forward.misuse():
                 self.checks.add(*misuse)
             forward.backward()
-        return outcome.detach()
+        return outcome.with_metrics(batch.metrics).detach()
 
     def planned(self, examples: list[TokenizedExample]) -> Planned:
         """The batch with this rank's forward passes over it."""
@@ -377,7 +384,7 @@ class BasicTrainer:
         for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
             with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
                 _, batch = self.forward(examples)
-                outcomes.append(self.batch_loss(batch))
+                outcomes.append(self.batch_loss(batch).with_metrics(batch.metrics))
         self.policy.train()
         sharding.reshard(self.policy)
         seconds = time.monotonic() - started

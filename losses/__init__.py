@@ -3,6 +3,7 @@
 dpo.py              DPO's relatives: pairs, and a reference model
 reference_free.py   pairs, without a reference model
 tokens.py           pairs, and losses of single tokens
+tdpo.py             pairs, and KL divergences at their tokens
 unpaired.py         single responses
 sft.py              imitation
 reward.py           reward models

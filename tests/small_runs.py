@@ -97,13 +97,15 @@ def data_format(loss: str) -> str:
 
 def loader_for(loss: str, n_examples: int, seed: int = 0, **settings) -> DataLoader:
     """Make the loss's own loader over pairs of random tokens, each with the scores 1 and 0."""
-    loader_class = components.find(dataloaders, make_config("", f"loss={loss}").loss.dataloader)
+    keys = make_config("", f"loss={loss}").loss
+    loader_class = components.find(dataloaders, keys.dataloader)
     drawn = random_examples(n_examples, (2,), seed)
     examples = [
         Example(str(i), ["0", "1"], [1.0, 0.0], [(0, 1)], sft_index=0, dataset_name="drawn", id=f"drawn/{i}")
         for i in range(n_examples)
     ]
     settings = {"max_length": 100, "max_prompt_length": 50, "cache_dir": "", "seed": seed} | settings
+    settings |= {key: keys[key] for key in loader_class.loss_keys}
     return type("Drawn", (_OfTokens, loader_class), {"drawn": drawn})(examples, tokenizer(), **settings)
 
 

@@ -145,7 +145,7 @@ def test_the_product_of_the_head_is_float32(monkeypatch):
     product, seen = torch.mm, []
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: seen.append(kwargs) or product(*args, **kwargs))
     made = {"dtype": torch.bfloat16, "device": META}
-    logits = logps._logits(torch.empty(7, 64, **made), torch.empty(50, 64, **made), None, None, 1.0)
+    logits = logps.logits_of(torch.empty(7, 64, **made), torch.empty(50, 64, **made), None, None, 1.0)
     assert logits.shape == (7, 50) and logits.dtype == torch.float32 and seen == [{"out_dtype": torch.float32}]
 
 

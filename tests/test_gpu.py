@@ -94,7 +94,7 @@ def test_the_head_s_product_is_exact():
     """`torch.mm(..., out_dtype=float32)` of bfloat16 matrices has no rounding of its output to bfloat16."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 512, device=CUDA).bfloat16(), torch.randn(1000, 512, device=CUDA).bfloat16()
-    logits = logps._logits(hidden, weight, None, None, 1.0)
+    logits = logps.logits_of(hidden, weight, None, None, 1.0)
     expected = hidden.double() @ weight.double().T
     assert logits.dtype == torch.float32 and (logits - expected).norm() < 1e-5 * expected.norm()
 

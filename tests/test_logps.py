@@ -182,11 +182,11 @@ def test_chunks_cover_each_row_once(chunk):
     """
     chunk(1000)
     hidden, weight, *_ = case()
-    slices = logps._chunks(hidden, weight)
+    slices = logps.chunks(hidden, weight)
     assert [row for rows in slices for row in range(N)[rows]] == list(range(N))
     assert [rows.stop - rows.start for rows in slices] == [4] * 9 + [1]
     chunk(V - 1)  # less than one target: one at a time
-    assert len(logps._chunks(hidden, weight)) == N
+    assert len(logps.chunks(hidden, weight)) == N
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["hidden", "weight"])
@@ -276,7 +276,7 @@ def test_two_chunks_are_never_alive_at_once(chunk, monkeypatch):
     import weakref
 
     alive, made = weakref.WeakSet(), []
-    logits_of = logps._logits
+    logits_of = logps.logits_of
 
     def recorded(*args):
         made.append(len(alive))
@@ -284,7 +284,7 @@ def test_two_chunks_are_never_alive_at_once(chunk, monkeypatch):
         alive.add(logits)
         return logits
 
-    monkeypatch.setattr(logps, "_logits", recorded)
+    monkeypatch.setattr(logps, "logits_of", recorded)
     chunk(5 * V)
     values_and_gradients(logps.fused, *case())
     assert len(made) == 15  # 8 chunks, forward and backward; the last one's logits are kept from one to the other

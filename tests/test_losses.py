@@ -147,12 +147,13 @@ def test_order_of_the_batch_does_not_matter(name):
 
 
 def a_batch(name: str, seed: int = 0) -> Batch:
-    """Eight rows of the loss's own loader, with random log-probs, values and entropies of their tokens."""
+    """Eight rows of the loss's own loader, with random log-probs, values, entropies and divergences of their tokens."""
     examples = batches_for(name, 1, seed=seed)[0]
-    n_tokens = sum(len(response) for one in examples for response in one.responses)
+    n_tokens = sum(sum(one.n_targets) for one in examples)
     generator = torch.Generator().manual_seed(seed)
     logps, reference, values, entropy = torch.randn(4, n_tokens, generator=generator)
-    policy = PerToken((logps - 3).requires_grad_(), values.requires_grad_(), entropy.abs())
+    kl = torch.rand(n_tokens, generator=generator).requires_grad_()
+    policy = PerToken((logps - 3).requires_grad_(), values.requires_grad_(), entropy.abs(), kl)
     return Batch(examples, policy, reference - 3 if LOSSES[name]["use_reference_model"] else None)
 
 
@@ -167,7 +168,7 @@ def outcome_of(name: str, batch: Batch) -> Outcome:
 
 def permuted(batch: Batch, order: list[int]) -> Batch:
     """The batch with its examples in another order."""
-    lengths = [sum(map(len, one.responses)) for one in batch.examples]
+    lengths = [sum(one.n_targets) for one in batch.examples]
 
     def moved(vector):
         return None if vector is None else torch.cat([vector.detach().split(lengths)[i] for i in order])

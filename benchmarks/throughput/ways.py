@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import trainers
 from benchmarks.throughput.work import Batch, config_of, mismatched
 from benchmarks.workload import llama
 from halos import distributed, logps_store, packing_check, sharding
@@ -23,6 +22,7 @@ from halos.models import PolicyModel
 from halos.packing import pad
 from halos.reference_cache import ReferenceCache
 from halos.tokens import Role
+from losses.unpaired import MismatchedKTOTrainer
 
 NOISE = 0.1  # of the policy's weights at the start, relative to each tensor's own spread
 Numbers = dict[str, float]  # loss, and mean log-probs and rewards of chosen and rejected responses
@@ -73,18 +73,6 @@ def numbers_of(losses, chosen_logps, rejected_logps, chosen_rewards, rejected_re
 
 
 #### THIS PROJECT
-
-
-class MismatchedKTOTrainer(trainers.UnpairedPreferenceTrainer):
-    needs = ("use_reference_model",)
-
-    def batch_loss(self, batch):
-        """KTO, Eq. 8 of https://arxiv.org/abs/2402.01306: the KL is that of unrelated responses, without gradient."""
-        beta, logratios = self.config.loss.beta, batch.sum_by_response(batch.policy.logps - batch.reference_logps)
-        kl = logratios[batch.unrelated].detach().mean().clamp(min=0)
-        chosen, rejected = logratios[batch.chosen], logratios[batch.rejected]
-        losses = torch.cat((1 - torch.sigmoid(beta * (chosen - kl)), 1 - torch.sigmoid(beta * (kl - rejected))))
-        return Outcome(losses, beta * chosen.detach(), beta * rejected.detach(), *self.split(batch, batch.policy.logps))
 
 
 class Batches:

@@ -139,9 +139,9 @@ def _measure(loader: DataLoader, number: int, row: Row) -> Iterator[tuple]:
     """Yield the fields of `Responses` for each response of a row."""
     kept, prompt = loader.tokenized(row), loader.prompt_lengths[row.example]
     key = hash(kept.prompt.tobytes())
-    for (index, i), role, response, n in zip(row.responses, row.roles, kept.responses, kept.n_targets, strict=True):
-        whole = loader.response_lengths[loader.first_response[index] + i]
-        yield number, kept.dataset, role, prompt, len(kept.prompt), whole, len(response), n, key
+    whole = loader.whole(row)[1]
+    for role, before, response, n in zip(row.roles, whole, kept.responses, kept.n_targets, strict=True):
+        yield number, kept.dataset, role, prompt, len(kept.prompt), len(before), len(response), n, key
 
 
 def count_tokens(responses: Responses, batch_size: int) -> Tokens:
