@@ -1,6 +1,8 @@
 """The machinery below the loss. A new loss, dataset or model needs no change here.
 
-trainer.py          the loop: state, train, evaluate, update, save
+trainer.py          the loop: train, evaluate, update, log
+updates.py          an update of the weights: clipping, the optimizer, its schedule
+saving.py           what a trainer writes for later: LATEST, step-N/, states, not_finite/
 train_state.py      everything that changes during training, except for the weights
 engine.py           Batch, Outcome, Forward: one global batch through a model and its gradient back
 prefetch.py         batches prepared one ahead, in a thread

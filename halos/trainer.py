@@ -1,12 +1,12 @@
-"""The training loop: forward and backward passes, updates, evaluation, logging and saving.
+"""The training loop: forward and backward passes, updates, evaluation and logging.
 
 `BasicTrainer` is what every loss in `trainers.py` inherits. A loss defines `loss` (four vectors) or `batch_loss` (a
 `Batch`); `train` is the loop, and its steps (`train_step`, `update`, `evaluate`, `save`, `should_stop`) are methods to
-override. What one batch goes through is in `halos/engine.py`.
+override. What one batch goes through is in `halos/engine.py`; clipping, optimizer and schedule are in
+`halos/updates.py`, checkpoints and states in `halos/saving.py`.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
@@ -15,24 +15,24 @@ from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.nn.utils import get_total_norm
 
-from halos import advice, checkpoint, distributed, loading, metrics, mishaps, optimizers, sharding, states, stopping
+from halos import distributed, metrics, mishaps, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome, Planned, joined, planned
 from halos.errors import UserError
-from halos.files import make_room
 from halos.loader import DataLoader
 from halos.models import PolicyModel
 from halos.packing import moved
 from halos.prefetch import ahead
 from halos.reference_cache import ReferenceCache
 from halos.rules import Rule
+from halos.saving import Saving
 from halos.scalars import Stopwatch
 from halos.tokens import Role, TokenizedExample
 from halos.train_state import TrainState
+from halos.updates import Updates
 
 
-class BasicTrainer:
+class BasicTrainer(Updates, Saving):
     """Training and evaluation with a loss that a subclass defines."""
 
     data_format: str | None = None  # the DataLoader.data_format that the loss needs; None: any
@@ -289,74 +289,6 @@ class BasicTrainer:
         """
         return False
 
-    def clip_gradients(self, n_losses: int, examples: list[TokenizedExample]) -> dict[str, float]:
-        """Make the gradients those of the mean of n_losses losses, and scale them down to their largest allowed norms.
-
-        Returns the norms before that, by their names in the log. Raises NotFinite, and does what `checks` has. This is
-        the one place of a step where the host waits for the device.
-        """
-        limits = self.gradient_limits()
-        factor = self.divisor / max(1, n_losses)
-        on_device = [distributed.whole(get_total_norm(_gradients(module))) * factor for module, _ in limits.values()]
-        for norm in on_device:
-            self.checks.finite(norm, "the gradient", examples)
-        self.divisor = 0
-        norms = dict(zip(limits, self.checks.settle(*on_device), strict=True))
-        for name, (module, limit) in limits.items():
-            scale = factor * min(1.0, limit / (norms[name] + 1e-6))
-            if scale != 1.0:
-                torch._foreach_mul_([distributed.local(gradient) for gradient in _gradients(module)], scale)
-        return norms
-
-    def gradient_limits(self) -> dict[str, tuple[torch.nn.Module, float]]:
-        """Return modules and the largest norm of the gradient of each, by the name of that norm in the log."""
-        return {"grad_norm": (self.policy.lm, self.config.model.max_grad_norm)}
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        kwargs: Any = OmegaConf.to_container(self.config.optimizer_kwargs)
-        return optimizers.make(self.policy, self.config.optimizer, self.config.lr, kwargs)
-
-    def lr_factor(self, update: int) -> float:
-        """Factor of the peak learning rate: linear warm-up, then constant, or cosine or linear down to 0."""
-        warmup = self.config.warmup_steps
-        if update < warmup:
-            return (update + 1) / (warmup + 1)
-        progress = min(1.0, (update - warmup) / max(1, self.total_updates() - warmup))
-        return {
-            "constant": 1.0,
-            "linear": 1.0 - progress,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-        }[self.config.lr_scheduler]
-
-    def total_updates(self) -> int:
-        """Updates in this run."""
-        return -(-len(self.train_loader) // self.config.model.gradient_accumulation_steps)
-
-    def advice(self) -> list[str]:
-        """Return what is worth knowing before the first update, one line each. A loss may add lines of its own."""
-        updates, lr = self.total_updates(), self.config.lr
-        lines = advice.warmup(updates, self.config.warmup_steps, lr)
-        if self.policy.export_dtype != self.policy.lm.dtype and self.config.optimizer != "SGD":
-            matrices = (distributed.local(p.detach()) for p in self.policy.lm.parameters() if p.ndim > 1)
-            lines += advice.export_rounding(self.policy.export_dtype, matrices, lr, updates)
-        return lines + advice.slow_dtypes(loading.compute_dtypes(self.config, self.policy.device), self.policy.device)
-
-    def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
-        """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""
-        directory = os.path.join(self.run_dir, "not_finite")
-        self.log.settle()
-        if distributed.is_main():
-            make_room(directory)
-        self.write_checkpoint([directory])
-        if distributed.is_main():
-            mishaps.write_examples(os.path.join(directory, "examples.json"), problem.examples, self.tokenizer)
-        examples = f" and the {len(problem.examples)} examples" if problem.examples else ""
-        remedy = ", look at the examples, or skip such steps with on_nonfinite=skip" if problem.examples else ""
-        raise UserError(
-            f"{problem.what} is not finite after {self.state.updates} updates; LATEST stays what it was, and the "
-            f"weights now{examples} are in {directory}; lower lr{remedy}"
-        )
-
     #### EVALUATION
 
     def eval_is_due(self) -> bool:
@@ -431,61 +363,7 @@ class BasicTrainer:
             n_bytes=self.metrics_bytes,
         )
 
-    #### SAVING
-
-    def save(self) -> None:
-        """Write LATEST, step-N beside it if configured, and the curves."""
-        names = ["LATEST"]
-        if self.config.intermediate_checkpoints and self.state.updates:
-            names.append(f"step-{self.state.updates}")
-        self.write_checkpoint([os.path.join(self.run_dir, name) for name in names])
-        self.log.draw_curves(self.config.exp_name)
-
-    def write_checkpoint(self, directories: list[str]) -> None:
-        checkpoint.save(
-            directories,
-            self.policy.lm,
-            self.tokenizer,
-            self.config,
-            step=self.state.updates,
-            metrics=self.state.eval_metrics,
-            export_dtype=self.policy.export_dtype,
-            v_head=self.policy.v_head,
-        )
-
-    def state_is_due(self) -> bool:
-        """Return whether a multiple of save_every has been passed since the last state."""
-        every = self.config.save_every or self.config.eval_every
-        return self.state.examples // every > self.state.saved_at // every
-
-    def minutes_are_over(self) -> bool:
-        """Return whether this rank's clock says that a state is due."""
-        minutes = self.config.save_every_minutes
-        return minutes is not None and time.monotonic() - self.state_written > 60 * minutes
-
-    def save_state(self) -> None:
-        """Write what a resumed run starts from, in the background."""
-        self.state.saved_at = self.state.examples
-        kept = {"metrics_bytes": self.log.flush(), "data": self.state.loader.fingerprint}
-        self.states.write(self.policy, self.state.optimizer, {**self.state.progress(), **kept})
-        self.state_written = time.monotonic()
-
-    def load_state(self, path: str) -> None:
-        """Go on from a state that `save_state` wrote, on any number of ranks. `train` does the rest."""
-        progress = states.load(path, self.policy, self.state.optimizer)
-        if progress["data"] != self.state.loader.fingerprint:
-            raise UserError(
-                f"resume=true, but the training data have other texts or other rows than those of {path}; restore "
-                "them, or train on these under another exp_name"
-            )
-        self.metrics_bytes = progress["metrics_bytes"]
-        self.state.load_progress(progress)
-
 
 def wins(rewards: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Share of the entries in which a reward is larger than the other; equal ones count as half. A scalar."""
     return ((rewards > others).float() + 0.5 * (rewards == others).float()).mean()
-
-
-def _gradients(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
