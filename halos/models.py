@@ -3,7 +3,8 @@
 Change this file to change what a model computes. `halos/loading.py` loads the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -103,6 +104,17 @@ class PolicyModel(nn.Module):
         way = self._plain_forward if inputs.layout is None else self._packed_forward
         token_logps, hidden = way(inputs, entropy)
         return PerToken(token_logps, self.v_head(hidden) if self.v_head is not None else None, entropy)
+
+    @contextmanager
+    def keeping_hidden(self) -> Iterator[list[torch.Tensor]]:
+        """Inside, each forward pass appends the hidden states that the head reads: (batch * seq_len, d)."""
+        kept: list[torch.Tensor] = []
+        body = self.lm.base_model
+        hook = body.register_forward_hook(lambda body, args, output: kept.append(output[0].flatten(0, 1)))
+        try:
+            yield kept
+        finally:
+            hook.remove()
 
     def _packed_forward(self, inputs: Inputs, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probs and the hidden states that predict the targets. Fills in `entropy`."""

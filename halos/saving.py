@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from omegaconf import DictConfig
 
-from halos import checkpoint, distributed, metrics, mishaps, states
+from halos import best, checkpoint, distributed, metrics, mishaps, records, states
 from halos.errors import UserError
 from halos.files import make_room
 from halos.models import PolicyModel
@@ -31,12 +31,23 @@ class Saving:
     log: metrics.MetricsLog | metrics.NoLog
 
     def save(self) -> None:
-        """Write LATEST, step-N beside it if configured, and the curves."""
+        """Write LATEST, step-N and BEST beside it if configured, and the curves."""
         names = ["LATEST"]
         if self.config.intermediate_checkpoints and self.state.updates:
             names.append(f"step-{self.state.updates}")
+        if self.is_best():
+            names.append(best.BEST)
         self.write_checkpoint([os.path.join(self.run_dir, name) for name in names])
         self.log.draw_curves(self.config.exp_name)
+
+    def is_best(self) -> bool:
+        """Return whether the last evaluation is the best so far, of a run that keeps its best weights."""
+        return self.state.best.get("updates") == self.state.updates
+
+    def save_if_best(self) -> None:
+        """Write BEST alone: at the start of a run, where there is nothing else to save."""
+        if self.is_best():
+            self.write_checkpoint([os.path.join(self.run_dir, best.BEST)])
 
     def write_checkpoint(self, directories: list[str]) -> None:
         checkpoint.save(
@@ -77,6 +88,8 @@ class Saving:
             )
         self.metrics_bytes = progress["metrics_bytes"]
         self.state.load_progress(progress)
+        if distributed.is_main():
+            records.remove_after(self.run_dir, self.state.updates)
 
     def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
         """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""

@@ -7,24 +7,27 @@ override. What one batch goes through is in `halos/engine.py`; clipping, optimiz
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, NoReturn
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from halos import distributed, metrics, mishaps, sharding, states, stopping
+from halos import best, ches, displacement, distributed, loggers, metrics, mishaps, records, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome, Planned, joined, planned
 from halos.errors import UserError
 from halos.loader import DataLoader
 from halos.models import PolicyModel
 from halos.packing import moved
 from halos.prefetch import ahead
+from halos.records import Records
 from halos.reference_cache import ReferenceCache
 from halos.rules import Rule
+from halos.run_dir import EVALUATIONS
 from halos.saving import Saving
 from halos.scalars import Stopwatch
 from halos.tokens import Role, TokenizedExample
@@ -57,6 +60,7 @@ class BasicTrainer(Updates, Saving):
         self.train_loader: Any = train_loader  # None: evaluation only
         self.eval_loader = eval_loader
         self.run_dir = run_dir
+        self.records: Records | None = None  # of the last evaluation
         self.reference_cache: ReferenceCache | None = None  # then `reference_model` is None
         self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
         self.metrics_bytes: int | None = None  # of metrics.jsonl, that a resumed run keeps
@@ -178,6 +182,7 @@ class BasicTrainer(Updates, Saving):
         starts = state.examples == 0
         if starts and self.config.do_first_eval:
             self.log_evaluation()
+            self.save_if_best()
         self.step_started = time.monotonic()
         # A state can be from before the evaluation that followed its step: a resumed run begins with that.
         if starts or self.after_step():
@@ -223,7 +228,9 @@ class BasicTrainer(Updates, Saving):
         if is_time or self.state_is_due():
             self.save_state()
         self.step_started = time.monotonic()  # the next step's speed is without what was saved
-        return not distributed.any_rank(self.should_stop())
+        if is_over := best.patience_is_over(self.state.best, self.config.best):
+            self.log.say(best.line(self.state.best, self.config.best))
+        return not distributed.any_rank(is_over or self.should_stop())
 
     def stop(self, signal: int) -> NoReturn:
         """Save the state, and end the run as a signal asks for it."""
@@ -298,28 +305,70 @@ class BasicTrainer(Updates, Saving):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The closed-form metrics over the test examples."""
-        self.policy.eval()
+        """The closed-form metrics over the test examples. `records` then has what they are of each response."""
         self.eval_loader.restart()
         started = time.monotonic()
-        outcomes = []
+        outcomes, parts = [], []
         coming = ahead(map(self.planned, self.eval_loader), self.policy.device)
-        for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
-            with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
-                _, batch = self.forward(examples)
-                outcomes.append(self.batch_loss(batch))
+        with self.evaluating():
+            for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
+                with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
+                    _, batch = self.forward(examples)
+                    outcomes.append(self.batch_loss(batch))
+                    parts.append(records.of_batch(batch, outcomes[-1]))
+        seconds = time.monotonic() - started
+        self.records = Records.concatenate(parts)
+        values = self.summarize(outcomes, "eval") | self.records.by_dataset(self.accuracy)
+        return values | {"examples_per_second": self.eval_loader.examples_seen / seconds}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the policy is in evaluation mode; afterwards it is what training needs."""
+        self.policy.eval()
+        yield
         self.policy.train()
         sharding.reshard(self.policy)
-        seconds = time.monotonic() - started
-        return self.summarize(outcomes, "eval") | {"examples_per_second": self.eval_loader.examples_seen / seconds}
 
     def log_evaluation(self) -> None:
-        state = self.state
+        """Evaluate, and write and show what was found: metrics, records, the best evaluation so far, displacement."""
+        state, self.records = self.state, None
         state.eval_metrics, state.evaluated_at = self.evaluate(), state.examples
         if not math.isfinite(state.eval_metrics["loss/eval"]):
             self.give_up(mishaps.NotFinite("the loss on the test examples", []))
+        warning = self.keep_records()
+        state.best = best.after(state.best, self.config.best, state.updates, state.eval_metrics)
         self.log.evaluation(state.updates, state.examples, state.eval_metrics)
+        if warning:
+            self.log.say(warning)
         self.stopwatch.lap()
+
+    def keep_records(self) -> str:
+        """Write evaluations/step-N.parquet. Returns a warning if the log-probs of chosen responses are displaced."""
+        if self.records is None:  # an evaluate() of one's own
+            return ""
+        found = distributed.from_main(distributed.on_main(displacement.since_first, self.run_dir, self.records))
+        if distributed.is_main():
+            self.records.write(records.path_of(self.run_dir, self.state.updates))
+        if found is None:
+            return ""
+        change, of_chosen = found
+        self.state.eval_metrics |= {"displacement/found": float(change.is_found)}
+        return f"{change.line()}; {self.pairs_alike(of_chosen)}" if change.is_found else ""
+
+    def pairs_alike(self, changes: dict[str, float]) -> str:
+        """Write the test pairs of the highest CHES scores, once in a run. Returns a line that names them.
+
+        changes: id -> how the log-prob of a chosen response has changed, in nats
+        """
+        path = distributed.from_main(ches.found_in(self.run_dir))
+        if path is None:
+            path = os.path.join(self.run_dir, EVALUATIONS, f"ches-{self.state.updates}.json")
+            pairs = ches.pairs_of(self.eval_loader, set(changes))
+            with self.evaluating():
+                scores = ches.scores(self.policy, pairs, self.config.model.max_tokens_per_forward)
+            if distributed.is_main():
+                ches.write(path, pairs, scores, changes, self.tokenizer)
+        return ches.line(path) if distributed.is_main() else ""
 
     #### METRICS
 
@@ -350,14 +399,13 @@ class BasicTrainer(Updates, Saving):
     def open_log(self) -> metrics.MetricsLog | metrics.NoLog:
         if not distributed.is_main():
             return metrics.NoLog()
-        settings: Any = OmegaConf.to_container(self.config, resolve=True)
-        sink = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
+        resumed_after = None if self.metrics_bytes is None else self.state.updates
         interval, total = self.config.minimum_log_interval_secs, self.train_loader.total_examples
         return metrics.MetricsLog(
             self.run_dir,
             total,
             interval,
-            sink,
+            loggers.open_all(self.config, self.run_dir, resumed_after),
             late=self.policy.device.type == "cuda",
             examples=self.state.examples,
             n_bytes=self.metrics_bytes,

@@ -185,6 +185,8 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
         "samples_dir": "samples",
         "sampler": "hf",
         "sampler_url": None,
+        "best": {"metric": None, "mode": None, "patience": None, "min_delta": 0.0},
+        "log_to": [],
         "wandb": {"enabled": False, "entity": None, "project": "archangel"},
         "trust_remote_code": False,
         "loss": {
