@@ -134,5 +134,5 @@ def line(path: str) -> str:
     """Return where the worst pairs are listed, and which these are."""
     with open(path, encoding="utf-8") as file:
         worst = [pair["chosen_id"] for pair in json.load(file)["worst"]]
-    named = f": {', '.join(worst[:NAMED])}" if worst else ""
-    return f"pairs that are most alike to the model (CHES) are listed in {path}{named}"
+    named = f", such as {', '.join(worst[:NAMED])}" if worst else ""
+    return f"pairs that are most alike to the model (CHES) are in {path}{named}"
