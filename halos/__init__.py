@@ -49,7 +49,12 @@ resume.py           going on with a run: is it the same, and from which state
 stopping.py         signals that ask a run to stop
 mishaps.py          a value that is not finite, too little memory: what is said and kept of it
 run_dir.py          the run directory: its path, its lock, its config.yaml, its model card
-metrics.py          metrics.jsonl, the progress bar, wandb
+records.py          what an evaluation says of each test response: evaluations/step-N.parquet
+displacement.py     likelihood displacement: chosen responses become less likely while margins rise
+ches.py             CHES scores: pairs that are too alike to the model
+best.py             the best evaluation of a run: when BEST/ is written, and when the patience is over
+metrics.py          metrics.jsonl and the progress bar
+loggers.py          other places for metrics: wandb, trackio, tensorboard
 curves.py           curves.png
 sampling.py         responses from a model
 samplers.py         the models that eval.py samples from, and where they run
@@ -59,6 +64,7 @@ advice.py           what is worth knowing before the first update
 config.py           validation of the configuration: values
 config_keys.py      validation of the configuration: which keys there are
 saved_config.py     the config.yaml of a run: read, completed and changed
+components.py       the classes that a configuration names
 rules.py            what values of the configuration can be
 commands.py         errors and flags of the commands
 console.py          halos-train, halos-eval, halos-compare

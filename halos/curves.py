@@ -110,7 +110,11 @@ def draw_curves(run_dir: str, title: str, rows: Series) -> None:
 
 def _panels_of_own_metrics(names: Iterable[str]) -> dict[str, list[str]]:
     """A panel for each group of metrics that a loss reports and PANELS does not know, such as all of `kl/...`."""
-    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {"counters", "displacement", "returns"}
+    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {
+        "counters",
+        "displacement",
+        "returns",
+    }
     panels = defaultdict(list)
     for name in sorted(names):
         if "/" in name and _group(name) not in known:
