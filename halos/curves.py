@@ -77,21 +77,17 @@ def draw_curves(run_dir: str, title: str, rows: Series) -> None:
     from matplotlib.figure import Figure
 
     series = {key: curve.all_points() for key, curve in rows.curves.items()}
-    panels = {
-        title: [key for pattern in patterns for one in _in_both_modes(pattern) for key in _matching(one, series)]
-        for title, patterns in PANELS.items()
-    } | _panels_of_own_metrics(series)
-    panels = {title: keys for title, keys in panels.items() if keys}
-    if not panels:
+    shown = panels(series)
+    if not shown:
         return
-    columns = min(3, len(panels))
-    n_rows = -(-len(panels) // columns)
+    columns = min(3, len(shown))
+    n_rows = -(-len(shown) // columns)
     # Not by pyplot, which keeps what it has drawn.
     figure = Figure(figsize=(4.6 * columns, 3.2 * n_rows), dpi=110)
     axes = figure.subplots(n_rows, columns, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.axis("off")
-    for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, keys) in zip(axes.flat, shown.items(), strict=False):
         both = list(dict.fromkeys(_without_mode(key) for key in keys))  # a metric has one color in both modes
         for index, key in enumerate(keys):
             _draw(axis, key, series[key], f"C{both.index(_without_mode(key)) if len(both) > 1 else index}")
@@ -108,13 +104,20 @@ def draw_curves(run_dir: str, title: str, rows: Series) -> None:
         FigureCanvasAgg(figure).print_png(unfinished)
 
 
+def panels(names: Iterable[str]) -> dict[str, list[str]]:
+    """The panels of these metrics: title -> the metrics in it."""
+    names = list(names)
+    known = {
+        title: [name for pattern in patterns for one in _in_both_modes(pattern) for name in _matching(one, names)]
+        for title, patterns in PANELS.items()
+    }
+    return {title: found for title, found in known.items() if found} | _panels_of_own_metrics(names)
+
+
 def _panels_of_own_metrics(names: Iterable[str]) -> dict[str, list[str]]:
     """A panel for each group of metrics that a loss reports and PANELS does not know, such as all of `kl/...`."""
-    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {
-        "counters",
-        "displacement",
-        "returns",
-    }
+    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns}
+    known |= {"counters", "displacement", "returns"}
     panels = defaultdict(list)
     for name in sorted(names):
         if "/" in name and _group(name) not in known:

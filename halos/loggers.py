@@ -48,9 +48,7 @@ def check(values: Mapping[str, Any]) -> None:
         if name not in OPENERS:
             raise UserError(f"log_to=[{shown(name)}] is not a logger; {did_you_mean(str(name), OPENERS)}")
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"log_to=[{name}]: {name} is not installed; pip install {name} (the extra `log` has all), or leave it out"
-            )
+            raise UserError(f"log_to=[{name}]: {name} is not installed; pip install {name}, or leave it out")
 
 
 def open_all(config: DictConfig, run_dir: str, resumed_after: int | None) -> Loggers:
