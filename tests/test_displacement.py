@@ -99,7 +99,7 @@ def test_ches_by_hand():
 def test_ches_is_that_of_plain_forward_passes(packs):
     """Each response alone, with the hidden states that transformers returns: of the last token of the prompt, and of
     all tokens of the response but the last. In one forward pass and in many."""
-    policy, pairs = tiny_policy("llama", packs=packs), random_examples(6)
+    policy, pairs = tiny_policy("llama"), random_examples(6)
     expected = []
     for pair in pairs:
         sums = []
@@ -111,7 +111,6 @@ def test_ches_is_that_of_plain_forward_passes(packs):
         n = [len(response) for response in pair.responses]
         (a, b), (x, y) = sums, (sums[0] / n[0], sums[1] / n[1])
         expected.append([float(a @ b - a @ a), float(x @ y - x @ x)])
-    policy.use_packing(False)
     policy.use_packing(packs)
     for limit in (10_000, 30, 1):
         scored = torch.stack(ches.scores(policy, pairs, limit), 1)
