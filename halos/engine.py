@@ -133,7 +133,7 @@ class Statistic:
 class Outcome:
     """The loss of one batch. `losses.mean()` is optimised.
 
-    losses: one loss per pair, per response or per token
+    losses: one loss per pair, per response (the chosen ones first) or per token
     chosen_rewards, rejected_rewards, chosen_logps, rejected_logps: (n_chosen,) or (n_rejected,), to be logged
     metrics: more to be logged, `name: vector` or `name: Statistic`. Of a vector the mean is logged, over all batches of
         an update or of an evaluation. `kl/chosen` is logged as `kl/chosen` in training, as `kl_eval/chosen` in

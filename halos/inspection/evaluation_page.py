@@ -11,6 +11,7 @@ from halos.records import Records
 from halos.tokens import Role
 
 WIDTH, HEIGHT, MARGIN = 860, 260, 20  # of the picture, in its units
+RADIUS = 3  # of a point
 MOST = 4000  # points that it has
 
 
@@ -50,10 +51,10 @@ def scatter(rows: Records) -> Iterator[str]:
     """Draw reward against tokens, a point per response; the highest and lowest 0.5 % of each are at the edge."""
     known = rows.only(~rows.reward.isnan() & ~rows.is_role(Role.UNRELATED))
     step = -(-len(known) // MOST)
-    x, left, right = _scaled(known.n_tokens.double(), WIDTH)
+    x, left, right = _scaled(known.n_tokens.double(), WIDTH - 2 * RADIUS)
     y, low, high = _scaled(known.reward, HEIGHT)
     points = "".join(
-        f'<circle class="{known.role[i]}" cx="{float(x[i]):.1f}" cy="{MARGIN + HEIGHT - float(y[i]):.1f}" r="3"/>'
+        f'<circle class="{known.role[i]}" cx="{RADIUS + float(x[i]):.1f}" cy="{MARGIN + HEIGHT - float(y[i]):.1f}" r="{RADIUS}"/>'
         for i in range(0, len(known), step)
     )
     labels = _label(0, HEIGHT + 2 * MARGIN - 6, f"{left:,.0f} tokens", "start")
@@ -102,5 +103,5 @@ def _side(one: Response) -> str:
 
 
 def _text(name: str, numbers: str, text: str) -> str:
-    box = f'<div class="tokens" tabindex="0" dir="auto">{html.escape(text)}</div>' if text else ""
+    box = f'<div class="tokens" tabindex="0" dir="auto">{html.escape(text.strip())}</div>' if text else ""
     return f"<h4>{tag('b', name)} {tag('span', numbers)}</h4>{box}"
