@@ -53,10 +53,8 @@ def scatter(rows: Records) -> Iterator[str]:
     step = -(-len(known) // MOST)
     x, left, right = _scaled(known.n_tokens.double(), WIDTH - 2 * RADIUS)
     y, low, high = _scaled(known.reward, HEIGHT)
-    points = "".join(
-        f'<circle class="{known.role[i]}" cx="{RADIUS + float(x[i]):.1f}" cy="{MARGIN + HEIGHT - float(y[i]):.1f}" r="{RADIUS}"/>'
-        for i in range(0, len(known), step)
-    )
+    shown = range(0, len(known), step)
+    points = "".join(_point(known.role[i], float(x[i]), float(y[i])) for i in shown)
     labels = _label(0, HEIGHT + 2 * MARGIN - 6, f"{left:,.0f} tokens", "start")
     labels += _label(WIDTH, HEIGHT + 2 * MARGIN - 6, f"{right:,.0f} tokens", "end")
     labels += _label(0, 12, f"reward {high:.3g}", "start") + _label(
@@ -66,6 +64,10 @@ def scatter(rows: Records) -> Iterator[str]:
     box = f"0 0 {WIDTH} {HEIGHT + 2 * MARGIN}"
     picture = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(caption)}">{points}{labels}</svg>'
     yield f'<figure class="panel">{picture}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def _point(role: str, x: float, y: float) -> str:
+    return f'<circle class="{role}" cx="{RADIUS + x:.1f}" cy="{MARGIN + HEIGHT - y:.1f}" r="{RADIUS}"/>'
 
 
 def _scaled(values: torch.Tensor, size: int) -> tuple[torch.Tensor, float, float]:
