@@ -72,7 +72,7 @@ def load_run(args: argparse.Namespace) -> tuple[DictConfig, str]:
         raise UserError(f"--n_per_prompt {args.n_per_prompt} --format alpaca_eval: {reason}; leave one of them out")
     check_best_of(args)
     config = saved_config.read(args.config)
-    locate_cache(config, args.config)
+    saved_config.locate_cache(config, args.config)
     config = saved_config.overrides(config, args.overrides)
     validate(config, trainers, dataloaders)
     config.model.eval_batch_size = args.batch_size or config.model.eval_batch_size
@@ -122,21 +122,6 @@ def check_output(args: argparse.Namespace, config: DictConfig) -> None:
     if problem := rules.problem_of_path(path, spare=NAME_SPARE):
         raise UserError(f"{key}={short(path)!r} {problem}; give another")
     require_file(path, key)
-
-
-def locate_cache(config: DictConfig, path: str) -> None:
-    """Make a relative cache_dir absolute. It is relative to the directory where the run was started.
-
-    That directory is found from the place of the config file.
-    """
-    cache_dir, name = str(config.get("cache_dir")), str(config.get("exp_name"))
-    if os.path.isabs(cache_dir):
-        return
-    directory = os.path.dirname(os.path.abspath(path))
-    ending = os.path.join(os.sep, os.path.normpath(cache_dir), name)
-    for run_dir in (directory, os.path.dirname(directory)):  # the latter for RUN/step-N/config.yaml
-        if run_dir.endswith(ending):
-            config.cache_dir = run_dir.removesuffix(os.sep + name)
 
 
 def sample(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:

@@ -1,6 +1,8 @@
 """The machinery below the loss. A new loss, dataset or model needs no change here.
 
-trainer.py          the loop: state, train, evaluate, update, save
+trainer.py          the loop: train, evaluate, update, log
+updates.py          an update of the weights: clipping, the optimizer, its schedule
+saving.py           what a trainer writes for later: LATEST, step-N/, states, not_finite/
 train_state.py      everything that changes during training, except for the weights
 engine.py           Batch, Outcome, Forward: one global batch through a model and its gradient back
 prefetch.py         batches prepared one ahead, in a thread
@@ -49,7 +51,12 @@ resume.py           going on with a run: is it the same, and from which state
 stopping.py         signals that ask a run to stop
 mishaps.py          a value that is not finite, too little memory: what is said and kept of it
 run_dir.py          the run directory: its path, its lock, its config.yaml, its model card
-metrics.py          metrics.jsonl, the progress bar, wandb
+records.py          what an evaluation says of each test response: evaluations/step-N.parquet
+displacement.py     likelihood displacement: chosen responses become less likely while margins rise
+ches.py             CHES scores: pairs that are too alike to the model
+best.py             the best evaluation of a run: when BEST/ is written, and when the patience is over
+metrics.py          metrics.jsonl and the progress bar
+loggers.py          other places for metrics: wandb, trackio, tensorboard
 curves.py           curves.png
 reward_model.py     a reward model: its head, its forward pass, and the form in which transformers opens it
 scoring.py          scores of a trained reward model; the best of several responses

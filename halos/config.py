@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from halos import config_keys, dataset_specs, rules
+from halos import best, config_keys, dataset_specs, loggers, rules
 from halos.components import component
 from halos.config_keys import check_complete, check_names, flat, is_open, resolved, shown
 from halos.errors import UserError, did_you_mean, first_line
@@ -35,10 +35,10 @@ RULES: dict[str, Rule] = {
         ),
         (rules.number(above=0), "model.lora.alpha"),
         (rules.names.or_null(), "model.lora.targets"),
-        (rules.whole(least=1).or_null(), "n_epochs n_examples nproc_per_node hsdp_replicas save_every"),
+        (rules.whole(least=1).or_null(), "n_epochs n_examples nproc_per_node hsdp_replicas save_every best.patience"),
         (rules.number(above=0).or_null(), "save_every_minutes"),
         (rules.whole(least=0), "keep_checkpoints seed warmup_steps"),
-        (rules.number(least=0), "lr temperature minimum_log_interval_secs"),
+        (rules.number(least=0), "lr temperature minimum_log_interval_secs best.min_delta"),
         (
             Rule("a number above 0", lambda x: x == float("inf") or rules.number(above=0).allows(x)),
             "model.max_grad_norm model.v_head_max_grad_norm",
@@ -57,7 +57,8 @@ RULES: dict[str, Rule] = {
         (rules.text, "cache_dir samples_dir optimizer loss.name loss.trainer loss.dataloader model.name wandb.project"),
         (
             rules.text.or_null(),
-            "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name sampler_url wandb.entity",
+            "model.load_from model.name_or_path model.tokenizer_name_or_path model.block_name sampler_url wandb.entity"
+            " best.metric",
         ),
         (Rule("a dictionary of fields", lambda x: isinstance(x, dict)).or_null(), "model.architecture"),
     )
@@ -67,6 +68,7 @@ RULES: dict[str, Rule] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("train", "eval"),
     "on_nonfinite": ("stop", "skip"),
+    "best.mode": ("min", "max", "null"),
     "lr_scheduler": ("constant", "cosine", "linear"),
     "sampler": ("hf", "server", "vllm"),
     "model.logps": ("fused", "plain"),
@@ -95,6 +97,8 @@ def validate(config: DictConfig, trainers: ModuleType, dataloaders: ModuleType) 
     OmegaConf.resolve(config)
     _check_values(values)
     _check_lengths(values)
+    best.check(values)
+    loggers.check(values)
     _check_run_directory(values)
     _check_loss(values, trainers, dataloaders)
     _check_datasets(values, dataloaders)

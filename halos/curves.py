@@ -10,14 +10,21 @@ from halos.files import finished
 Point = tuple[float, float]
 MOST = 2000  # points of a curve: more than a picture can show
 
-# The panels of curves.png: title -> its metrics. A metric that the loss does not report is left out.
+LOGPS = "log-probs (nats per response)"
+# The panels of curves.png: title -> its metrics, with * for any ending. What the loss does not report is left out.
 PANELS = {
     "loss": ["loss/{mode}"],
     "reward margin": ["rewards_{mode}/margins"],
     "reward accuracy": ["rewards_{mode}/accuracies"],
     "rewards": ["rewards_{mode}/chosen", "rewards_{mode}/rejected"],
-    "log-probs (nats per response)": ["logps_{mode}/chosen", "logps_{mode}/rejected"],
+    LOGPS: ["logps_{mode}/chosen", "logps_{mode}/rejected"],
     "gradient norm": ["grad_norm"],
+    "learning rate": ["lr"],
+    "loss per dataset": ["loss/eval/*"],
+    "reward margin per dataset": ["rewards_eval/margins/*"],
+    "reward accuracy per dataset": ["rewards_eval/accuracies/*"],
+    "KL of a batch (nats per response)": ["kl/*", "kl_eval/*"],
+    "share of clamped values": ["clamped/*", "clamped_eval/*"],
     "critic: explained variance": ["val/explained_variance", "val_eval/explained_variance"],
     "KL estimate (nats per token)": ["loss/policykl", "loss_eval/policykl"],
     "share of clipped tokens": ["clipfrac/policy", "clipfrac_eval/policy"],
@@ -70,24 +77,22 @@ def draw_curves(run_dir: str, title: str, rows: Series) -> None:
     from matplotlib.figure import Figure
 
     series = {key: curve.all_points() for key, curve in rows.curves.items()}
-    panels = {
-        title: [key for pattern in patterns for key in _in_both_modes(pattern) if key in series]
-        for title, patterns in PANELS.items()
-    } | _panels_of_own_metrics(series)
-    panels = {title: keys for title, keys in panels.items() if keys}
-    if not panels:
+    shown = panels(series)
+    if not shown:
         return
-    columns = min(3, len(panels))
-    n_rows = -(-len(panels) // columns)
+    columns = min(3, len(shown))
+    n_rows = -(-len(shown) // columns)
     # Not by pyplot, which keeps what it has drawn.
     figure = Figure(figsize=(4.6 * columns, 3.2 * n_rows), dpi=110)
     axes = figure.subplots(n_rows, columns, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.axis("off")
-    for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, keys) in zip(axes.flat, shown.items(), strict=False):
         both = list(dict.fromkeys(_without_mode(key) for key in keys))  # a metric has one color in both modes
         for index, key in enumerate(keys):
             _draw(axis, key, series[key], f"C{both.index(_without_mode(key)) if len(both) > 1 else index}")
+        if name == LOGPS:
+            _mark_displacement(axis, series.get("displacement/found", []))
         axis.set_title(name)
         axis.set_xlabel("examples")
         axis.locator_params(axis="x", nbins=6)
@@ -99,14 +104,39 @@ def draw_curves(run_dir: str, title: str, rows: Series) -> None:
         FigureCanvasAgg(figure).print_png(unfinished)
 
 
+def panels(names: Iterable[str]) -> dict[str, list[str]]:
+    """The panels of these metrics: title -> the metrics in it."""
+    names = list(names)
+    known = {
+        title: [name for pattern in patterns for one in _in_both_modes(pattern) for name in _matching(one, names)]
+        for title, patterns in PANELS.items()
+    }
+    return {title: found for title, found in known.items() if found} | _panels_of_own_metrics(names)
+
+
 def _panels_of_own_metrics(names: Iterable[str]) -> dict[str, list[str]]:
     """A panel for each group of metrics that a loss reports and PANELS does not know, such as all of `kl/...`."""
-    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns} | {"counters", "returns"}
+    known = {_group(pattern) for patterns in PANELS.values() for pattern in patterns}
+    known |= {"counters", "displacement", "returns"}
     panels = defaultdict(list)
     for name in sorted(names):
         if "/" in name and _group(name) not in known:
             panels[_group(name)].append(name)
     return panels
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The metrics that a pattern means, where they exist."""
+    if not pattern.endswith("*"):
+        return [pattern] if pattern in names else []
+    return sorted(name for name in names if name.startswith(pattern[:-1]))
+
+
+def _mark_displacement(axis, found: list[Point]) -> None:
+    """Colour the part of a run after an evaluation that found likelihood displacement (halos/displacement.py)."""
+    first = next((x for x, is_found in found if is_found), None)
+    if first is not None:
+        axis.axvspan(first, found[-1][0], color="C3", alpha=0.12, label="likelihood displacement")
 
 
 def _group(name: str) -> str:

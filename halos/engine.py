@@ -156,7 +156,7 @@ class Statistic:
 class Outcome:
     """The loss of one batch. `losses.mean()` is optimised.
 
-    losses: one loss per pair, per response or per token
+    losses: one loss per pair, per response (the chosen ones first) or per token
     chosen_rewards, rejected_rewards, chosen_logps, rejected_logps: (n_chosen,) or (n_rejected,), to be logged; empty if
         the loss has none
     metrics: more to be logged, `name: vector` or `name: Statistic`. Of a vector the mean is logged, over all batches of

@@ -1,28 +1,30 @@
-"""Log a run: metrics.jsonl, the progress bar, and wandb if it is enabled. Change this file to log to another place.
+"""Log a run: metrics.jsonl, the progress bar, and the loggers of `halos/loggers.py`.
 
 The picture of the metrics is drawn in `halos/curves.py`.
 """
 
 import json
 import os
+import re
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from tqdm import tqdm
 
-from halos import distributed, secrets
+from halos import distributed
 from halos.curves import Series, draw_curves
-from halos.files import finished, writing
+from halos.files import writing
+from halos.loggers import Loggers
+
+# Metrics of one dataset, such as loss/eval/shp: in metrics.jsonl and the curves, and too many for the terminal.
+OF_DATASET = re.compile(r"(loss/eval|rewards_eval/\w+)/.")
 
 
 class MetricsLog:
     """Writes one flat JSON object per update or evaluation, and shows progress on the terminal.
 
     total_examples: examples of the whole run, for the progress bar
-    interval: least seconds between two refreshes of the bar, and between two lines in the sink
-    sink: the result of `open_wandb`
+    interval: least seconds between two refreshes of the bar, and between two lines in the loggers
     late: write the line of an update at the next one, so that nothing waits for its numbers
     examples, n_bytes: of a resumed run: examples before, and what metrics.jsonl had then. Later lines are cut off: they
         are of steps that are made again.
@@ -33,7 +35,7 @@ class MetricsLog:
         run_dir: str,
         total_examples: int,
         interval: float,
-        sink,
+        loggers: Loggers,
         *,
         late: bool = False,
         examples: int = 0,
@@ -46,7 +48,7 @@ class MetricsLog:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  open for the whole run; flushed at every line
         self.series = Series(whole_rows(path))
         self.interval = interval
-        self.sink = sink
+        self.loggers = loggers
         self.last_shown = -float("inf")
         self.late = late
         self.pending: Callable[[], None] | None = None
@@ -98,13 +100,13 @@ class MetricsLog:
             shown |= {"acc": metrics["rewards_train/accuracies"]} if "rewards_train/accuracies" in metrics else {}
             postfix = ", ".join(f"{name}={value:.3g}" for name, value in shown.items())
             self.bar.set_postfix_str(f"{postfix}, {tokens_per_second:,.0f} tok/s")
-            self.sink.log(metrics, step=step)
+            self.loggers.log(metrics, step=step)
 
     def evaluation(self, step: int, examples: int, metrics: dict[str, float]) -> None:
         self.settle()
         self.write(step, examples, "eval", metrics)
-        self.sink.log(metrics, step=step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.loggers.log(metrics, step=step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not OF_DATASET.match(name))
         self.say(f"eval after {examples} examples: {shown}")
 
     def say(self, line: str) -> None:
@@ -114,7 +116,7 @@ class MetricsLog:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
-        self.sink.finish()
+        self.loggers.finish()
 
 
 class NoLog:
@@ -193,45 +195,3 @@ def _row(line: str) -> dict | None:
     if not isinstance(row, dict) or "examples" not in row:
         return None
     return row if all(type(value) in (int, float) for key, value in row.items() if key != "mode") else None
-
-
-class NoSink:
-    """A sink that discards everything, for runs without wandb."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-def open_wandb(settings, run_dir: str, name: str, config: dict):
-    """Open a wandb run; return a `NoSink` if wandb is not enabled.
-
-    Without an API key, the run is logged offline in the run directory, so wandb never prompts or waits. A resumed run
-    goes on in the run of wandb that is named in `wandb_id`.
-    """
-    if not settings.enabled:
-        return NoSink()
-    import wandb
-
-    has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    id_path = os.path.join(run_dir, "wandb_id")
-    if not os.path.exists(id_path):
-        with finished(id_path) as unfinished, open(unfinished, "w") as file:
-            file.write(uuid.uuid4().hex[:8])
-    with open(id_path) as file:
-        run_id = file.read()
-    return wandb.init(
-        id=run_id,
-        resume="allow",
-        entity=settings.entity,
-        project=settings.project,
-        name=name,
-        config=secrets.without_urls_secrets(config),
-        dir=run_dir,
-        mode=mode,
-        reinit="finish_previous",
-        settings=wandb.Settings(init_timeout=30, silent=True),
-    )

@@ -3,7 +3,8 @@
 Change this file to change what a model computes. `halos/loading.py` loads the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -117,6 +118,17 @@ class PolicyModel(nn.Module):
         values = self.v_head(hidden) if self.v_head is not None else None
         kl = self._kl(predictions, reference) if reference is not None else None
         return PerToken(token_logps, values, entropy, kl, predictions.states if with_states else None)
+
+    @contextmanager
+    def keeping_hidden(self) -> Iterator[list[torch.Tensor]]:
+        """Inside, each forward pass appends the hidden states that the head reads: (batch * seq_len, d)."""
+        kept: list[torch.Tensor] = []
+        body = self.lm.base_model
+        hook = body.register_forward_hook(lambda body, args, output: kept.append(output[0].flatten(0, 1)))
+        try:
+            yield kept
+        finally:
+            hook.remove()
 
     def whole_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (V, d) weights and (V,) bias of the head, without gradient. Of a sharded model they are gathered, in

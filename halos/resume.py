@@ -12,10 +12,10 @@ from halos.errors import UserError
 # What may differ between the parts of a run: where and how fast it runs, how long, and what it writes. The other keys
 # decide what is learned.
 FREE = (
-    "cache_dir cache_reference_logps do_first_eval eval_every exp_name hsdp_replicas intermediate_checkpoints"
-    " keep_checkpoints minimum_log_interval_secs mode n_epochs n_eval_examples n_examples n_samples nproc_per_node"
-    " on_nonfinite overwrite resume sampler sampler_url samples_dir save_every save_every_minutes temperature"
-    " top_p trust_remote_code use_fsdp wandb model.activation_checkpointing model.block_name model.compile"
+    "best cache_dir cache_reference_logps do_first_eval eval_every exp_name hsdp_replicas intermediate_checkpoints"
+    " keep_checkpoints log_to minimum_log_interval_secs mode n_epochs n_eval_examples n_examples n_samples"
+    " nproc_per_node on_nonfinite overwrite resume sampler sampler_url samples_dir save_every save_every_minutes"
+    " temperature top_p trust_remote_code use_fsdp wandb model.activation_checkpointing model.block_name model.compile"
     " model.eval_batch_size model.export_dtype model.logps model.max_tokens_per_forward model.packing"
 ).split()
 

@@ -19,7 +19,8 @@ from halos.locks import Lock
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 STATES = "states"  # a run's states to resume from
-WRITTEN_WHOLE = r"LATEST|step-\d+|not_finite"  # directories that are written beside their place
+EVALUATIONS = "evaluations"  # what evaluations said of each response
+WRITTEN_WHOLE = r"LATEST|BEST|step-\d+|not_finite"  # directories that are written beside their place
 
 
 def path_of(config: DictConfig) -> str:
@@ -123,7 +124,7 @@ def recover(path: str) -> None:
     A checkpoint that was to be replaced is in its place again afterwards: the new one if it was complete, else the old.
     Files and directories with names of one's own are left alone.
     """
-    for folder in (path, os.path.join(path, STATES)):
+    for folder in (path, os.path.join(path, STATES), os.path.join(path, EVALUATIONS)):
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
             if found := re.fullmatch(rf"({WRITTEN_WHOLE})({re.escape(UNFINISHED)}|{re.escape(OLD)})", name):
                 finish_replacement(os.path.join(folder, found[1]), manifest.is_complete)

@@ -110,6 +110,21 @@ def _always(given: dict[str, Any], known: dict[str, Any]) -> Iterator[str]:
         yield from (f"dataset.{name}.{key}" for key in ALWAYS_OF_DATASET)
 
 
+def locate_cache(config: DictConfig, path: str) -> None:
+    """Make a relative cache_dir absolute. It is relative to the directory where the run was started.
+
+    That directory is found from the place of the config file.
+    """
+    cache_dir, name = str(config.get("cache_dir")), str(config.get("exp_name"))
+    if os.path.isabs(cache_dir):
+        return
+    directory = os.path.dirname(os.path.abspath(path))
+    ending = os.path.join(os.sep, os.path.normpath(cache_dir), name)
+    for run_dir in (directory, os.path.dirname(directory)):  # the latter for RUN/step-N/config.yaml
+        if run_dir.endswith(ending):
+            config.cache_dir = run_dir.removesuffix(os.sep + name)
+
+
 def overrides(config: DictConfig, assignments: Iterable[str]) -> DictConfig:
     """Return a copy of a saved config with assignments such as 'top_p=0.9' applied. Unknown keys raise UserError."""
     known, result = flat(config), config.copy()

@@ -7,7 +7,8 @@ import torch
 
 from halos.loader import DataLoader
 
-PLAIN = ("updates", "evaluated_at", "saved_at", "skipped", "skipped_in_a_row", "eval_metrics", "own")  # of a TrainState
+# Of a TrainState.
+PLAIN = ("updates", "evaluated_at", "saved_at", "skipped", "skipped_in_a_row", "eval_metrics", "best", "own")
 
 
 @dataclass
@@ -23,6 +24,7 @@ class TrainState:
     skipped: int = 0  # training steps without an update, since a value was not finite
     skipped_in_a_row: int = 0
     eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far (halos/best.py)
     own: dict[str, Any] = field(default_factory=dict)  # what a trainer keeps between updates, such as a running mean
     position: dict[str, int] = field(default_factory=dict)  # after the last batch used; the loader itself is ahead
 
@@ -44,7 +46,7 @@ class TrainState:
         self.loader.load_state_dict(self.position)
         self.scheduler.load_state_dict(progress["scheduler"])
         for name in PLAIN:
-            setattr(self, name, progress[name])
+            setattr(self, name, progress.get(name, getattr(self, name)))  # a state of an earlier version lacks some
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.progress(), "optimizer": self.optimizer.state_dict()}

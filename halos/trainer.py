@@ -1,38 +1,41 @@
-"""The training loop: forward and backward passes, updates, evaluation, logging and saving.
+"""The training loop: forward and backward passes, updates, evaluation and logging.
 
 `BasicTrainer` is what every loss in `trainers.py` inherits. A loss defines `loss` (four vectors) or `batch_loss` (a
 `Batch`); `train` is the loop, and its steps (`train_step`, `update`, `evaluate`, `save`, `should_stop`) are methods to
-override. What one batch goes through is in `halos/engine.py`.
+override. What one batch goes through is in `halos/engine.py`; clipping, optimizer and schedule are in
+`halos/updates.py`, checkpoints and states in `halos/saving.py`.
 """
 
 import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, NoReturn
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torch.nn.utils import get_total_norm
+from omegaconf import DictConfig
 
-from halos import advice, checkpoint, distributed, loading, metrics, mishaps, optimizers, sharding, states, stopping
+from halos import best, ches, displacement, distributed, loggers, metrics, mishaps, records, sharding, states, stopping
 from halos.engine import Batch, Forward, Outcome, Planned, joined, planned
 from halos.errors import UserError
-from halos.files import make_room
 from halos.loader import DataLoader
 from halos.models import PolicyModel
 from halos.packing import moved
 from halos.prefetch import ahead
+from halos.records import Records
 from halos.reference_cache import ReferenceCache
 from halos.rules import Rule
+from halos.run_dir import EVALUATIONS
+from halos.saving import Saving
 from halos.scalars import Stopwatch
 from halos.tokens import Role, TokenizedExample
 from halos.train_state import TrainState
+from halos.updates import Updates
 
 
-class BasicTrainer:
+class BasicTrainer(Updates, Saving):
     """Training and evaluation with a loss that a subclass defines."""
 
     data_format: str | None = None  # the DataLoader.data_format that the loss needs; None: any
@@ -59,6 +62,7 @@ class BasicTrainer:
         self.train_loader: Any = train_loader  # None: evaluation only
         self.eval_loader = eval_loader
         self.run_dir = run_dir
+        self.records: Records | None = None  # of the last evaluation
         self.reference_cache: ReferenceCache | None = None  # then `reference_model` is None
         self.log: metrics.MetricsLog | metrics.NoLog = metrics.NoLog()
         self.metrics_bytes: int | None = None  # of metrics.jsonl, that a resumed run keeps
@@ -186,6 +190,7 @@ class BasicTrainer:
         starts = state.examples == 0
         if starts and self.config.do_first_eval:
             self.log_evaluation()
+            self.save_if_best()
         self.step_started = time.monotonic()
         # A state can be from before the evaluation that followed its step: a resumed run begins with that.
         if starts or self.after_step():
@@ -231,7 +236,9 @@ class BasicTrainer:
         if is_time or self.state_is_due():
             self.save_state()
         self.step_started = time.monotonic()  # the next step's speed is without what was saved
-        return not distributed.any_rank(self.should_stop())
+        if is_over := best.patience_is_over(self.state.best, self.config.best):
+            self.log.say(best.line(self.state.best, self.config.best))
+        return not distributed.any_rank(is_over or self.should_stop())
 
     def stop(self, signal: int) -> NoReturn:
         """Save the state, and end the run as a signal asks for it."""
@@ -297,75 +304,6 @@ class BasicTrainer:
         """
         return False
 
-    def clip_gradients(self, n_losses: int, examples: list[TokenizedExample]) -> dict[str, float]:
-        """Make the gradients those of the mean of n_losses losses, and scale them down to their largest allowed norms.
-
-        Returns the norms before that, by their names in the log. Raises NotFinite, and does what `checks` has. This is
-        the one place of a step where the host waits for the device.
-        """
-        limits = self.gradient_limits()
-        factor = self.divisor / max(1, n_losses)
-        on_device = [distributed.whole(get_total_norm(_gradients(module))) * factor for module, _ in limits.values()]
-        for norm in on_device:
-            self.checks.finite(norm, "the gradient", examples)
-        self.divisor = 0
-        norms = dict(zip(limits, self.checks.settle(*on_device), strict=True))
-        for name, (module, limit) in limits.items():
-            scale = factor * min(1.0, limit / (norms[name] + 1e-6))
-            if scale != 1.0:
-                torch._foreach_mul_([distributed.local(gradient) for gradient in _gradients(module)], scale)
-        return norms
-
-    def gradient_limits(self) -> dict[str, tuple[torch.nn.Module, float]]:
-        """Return modules and the largest norm of the gradient of each, by the name of that norm in the log."""
-        return {"grad_norm": (self.policy.lm, self.config.model.max_grad_norm)}
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        kwargs: Any = OmegaConf.to_container(self.config.optimizer_kwargs)
-        return optimizers.make(self.policy, self.config.optimizer, self.config.lr, kwargs)
-
-    def lr_factor(self, update: int) -> float:
-        """Factor of the peak learning rate: linear warm-up, then constant, or cosine or linear down to 0."""
-        warmup = self.config.warmup_steps
-        if update < warmup:
-            return (update + 1) / (warmup + 1)
-        progress = min(1.0, (update - warmup) / max(1, self.total_updates() - warmup))
-        return {
-            "constant": 1.0,
-            "linear": 1.0 - progress,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-        }[self.config.lr_scheduler]
-
-    def total_updates(self) -> int:
-        """Updates in this run."""
-        return -(-len(self.train_loader) // self.config.model.gradient_accumulation_steps)
-
-    def advice(self) -> list[str]:
-        """Return what is worth knowing before the first update, one line each. A loss may add lines of its own."""
-        updates, lr = self.total_updates(), self.config.lr
-        lines = advice.warmup(updates, self.config.warmup_steps, lr)
-        trains_matrices = self.config.optimizer != "SGD" and not self.config.model.use_peft
-        if self.policy.export_dtype != self.policy.lm.dtype and trains_matrices:
-            matrices = (distributed.local(p.detach()) for p in self.policy.lm.parameters() if p.ndim > 1)
-            lines += advice.export_rounding(self.policy.export_dtype, matrices, lr, updates)
-        return lines + advice.slow_dtypes(loading.compute_dtypes(self.config, self.policy.device), self.policy.device)
-
-    def give_up(self, problem: mishaps.NotFinite) -> NoReturn:
-        """End the run. The last good checkpoint stays; the present weights and the examples go to `not_finite/`."""
-        directory = os.path.join(self.run_dir, "not_finite")
-        self.log.settle()
-        if distributed.is_main():
-            make_room(directory)
-        self.write_checkpoint([directory])
-        if distributed.is_main():
-            mishaps.write_examples(os.path.join(directory, "examples.json"), problem.examples, self.tokenizer)
-        examples = f" and the {len(problem.examples)} examples" if problem.examples else ""
-        remedy = ", look at the examples, or skip such steps with on_nonfinite=skip" if problem.examples else ""
-        raise UserError(
-            f"{problem.what} is not finite after {self.state.updates} updates; LATEST stays what it was, and the "
-            f"weights now{examples} are in {directory}; lower lr{remedy}"
-        )
-
     #### EVALUATION
 
     def eval_is_due(self) -> bool:
@@ -375,28 +313,73 @@ class BasicTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The closed-form metrics over the test examples."""
-        self.policy.eval()
+        """The closed-form metrics over the test examples. `records` then has what they are of each response."""
         self.eval_loader.restart()
         started = time.monotonic()
-        outcomes = []
+        outcomes, parts = [], []
         coming = ahead(map(self.planned, self.eval_loader), self.policy.device)
-        for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
-            with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
-                _, batch = self.forward(examples)
-                outcomes.append(self.batch_loss(batch).with_metrics(batch.metrics))
+        with self.evaluating():
+            for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
+                with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
+                    _, batch = self.forward(examples)
+                    outcomes.append(self.batch_loss(batch).with_metrics(batch.metrics))
+                    parts.append(records.of_batch(batch, outcomes[-1]))
+        seconds = time.monotonic() - started
+        self.records = Records.concatenate(parts)
+        values = self.summarize(outcomes, "eval") | self.records.by_dataset(self.accuracy)
+        return values | {"examples_per_second": self.eval_loader.examples_seen / seconds}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the policy is in evaluation mode; afterwards it is what training needs."""
+        self.policy.eval()
+        yield
         self.policy.train()
         sharding.reshard(self.policy)
-        seconds = time.monotonic() - started
-        return self.summarize(outcomes, "eval") | {"examples_per_second": self.eval_loader.examples_seen / seconds}
 
     def log_evaluation(self) -> None:
-        state = self.state
+        """Evaluate, and write and show what was found: metrics, records, the best evaluation so far, displacement."""
+        state, self.records = self.state, None
         state.eval_metrics, state.evaluated_at = self.evaluate(), state.examples
         if not math.isfinite(state.eval_metrics["loss/eval"]):
             self.give_up(mishaps.NotFinite("the loss on the test examples", []))
+        warning = self.keep_records()
+        state.best = best.after(state.best, self.config.best, state.updates, state.eval_metrics)
         self.log.evaluation(state.updates, state.examples, state.eval_metrics)
+        if warning:
+            self.log.say(warning)
         self.stopwatch.lap()
+
+    def keep_records(self) -> str:
+        """Write evaluations/step-N.parquet. Returns a warning if the log-probs of chosen responses are displaced."""
+        if self.records is None:  # an evaluate() of one's own
+            return ""
+        found = distributed.from_main(distributed.on_main(displacement.since_first, self.run_dir, self.records))
+        if distributed.is_main():
+            self.records.write(records.path_of(self.run_dir, self.state.updates))
+        if found is None:
+            return ""
+        change, of_chosen = found
+        self.state.eval_metrics |= {"displacement/found": float(change.is_found)}
+        return f"{change.line()}; {self.pairs_alike(of_chosen)}" if change.is_found else ""
+
+    def pairs_alike(self, changes: dict[str, float]) -> str:
+        """Score the test pairs by CHES and write the worst ones, once in a run. Returns where they are, on rank 0.
+
+        changes: id -> how the log-prob of a chosen response has changed, in nats
+        """
+        if known := distributed.from_main(ches.found_in(self.run_dir)):
+            return f"pairs: {known}"
+        pairs = ches.pairs_of(self.eval_loader, set(changes))
+        if not pairs:
+            return "the test data have no pairs to score by CHES"
+        with self.evaluating():
+            scores = ches.scores(self.policy, pairs, self.config.model.max_tokens_per_forward)
+        if not distributed.is_main():
+            return ""
+        path = os.path.join(self.run_dir, EVALUATIONS, f"ches-{self.state.updates}.json")
+        ches.write(path, pairs, scores, changes, self.tokenizer)
+        return ches.line(path)
 
     #### METRICS
 
@@ -427,74 +410,19 @@ class BasicTrainer:
     def open_log(self) -> metrics.MetricsLog | metrics.NoLog:
         if not distributed.is_main():
             return metrics.NoLog()
-        settings: Any = OmegaConf.to_container(self.config, resolve=True)
-        sink = metrics.open_wandb(self.config.wandb, self.run_dir, self.config.exp_name, settings)
+        resumed_after = None if self.metrics_bytes is None else self.state.updates
         interval, total = self.config.minimum_log_interval_secs, self.train_loader.total_examples
         return metrics.MetricsLog(
             self.run_dir,
             total,
             interval,
-            sink,
+            loggers.open_all(self.config, self.run_dir, resumed_after),
             late=self.policy.device.type == "cuda",
             examples=self.state.examples,
             n_bytes=self.metrics_bytes,
         )
 
-    #### SAVING
-
-    def save(self) -> None:
-        """Write LATEST, step-N beside it if configured, and the curves."""
-        names = ["LATEST"]
-        if self.config.intermediate_checkpoints and self.state.updates:
-            names.append(f"step-{self.state.updates}")
-        self.write_checkpoint([os.path.join(self.run_dir, name) for name in names])
-        self.log.draw_curves(self.config.exp_name)
-
-    def write_checkpoint(self, directories: list[str]) -> None:
-        checkpoint.save(
-            directories,
-            self.policy.lm,
-            self.tokenizer,
-            self.config,
-            step=self.state.updates,
-            metrics=self.state.eval_metrics,
-            export_dtype=self.policy.export_dtype,
-            v_head=self.policy.v_head,
-        )
-
-    def state_is_due(self) -> bool:
-        """Return whether a multiple of save_every has been passed since the last state."""
-        every = self.config.save_every or self.config.eval_every
-        return self.state.examples // every > self.state.saved_at // every
-
-    def minutes_are_over(self) -> bool:
-        """Return whether this rank's clock says that a state is due."""
-        minutes = self.config.save_every_minutes
-        return minutes is not None and time.monotonic() - self.state_written > 60 * minutes
-
-    def save_state(self) -> None:
-        """Write what a resumed run starts from, in the background."""
-        self.state.saved_at = self.state.examples
-        kept = {"metrics_bytes": self.log.flush(), "data": self.state.loader.fingerprint}
-        self.states.write(self.policy, self.state.optimizer, {**self.state.progress(), **kept})
-        self.state_written = time.monotonic()
-
-    def load_state(self, path: str) -> None:
-        """Go on from a state that `save_state` wrote, on any number of ranks. `train` does the rest."""
-        progress = states.load(path, self.policy, self.state.optimizer)
-        if progress["data"] != self.state.loader.fingerprint:
-            raise UserError(
-                f"resume=true, but the training data have other texts or other rows than those of {path}; restore "
-                "them, or train on these under another exp_name"
-            )
-        self.metrics_bytes = progress["metrics_bytes"]
-        self.state.load_progress(progress)
-
 
 def wins(rewards: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Share of the entries in which a reward is larger than the other; equal ones count as half. A scalar."""
     return ((rewards > others).float() + 0.5 * (rewards == others).float()).mean()
-
-
-def _gradients(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

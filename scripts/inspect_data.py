@@ -9,6 +9,11 @@ Takes the words of the training command, and four of its own:
 
     python scripts/inspect_data.py loss=dpo model=llama7b datasets=[shp,hh] model.max_length=1024
 
+Opens an evaluation of a run as well, with the texts of its worst examples where the data are at hand. Of the words
+above it takes examples and output:
+
+    python scripts/inspect_data.py evaluation=.cache/kto/evaluations/step-100.parquet
+
 Prints a report and writes it as one HTML page, with coloured tokens: context, trained on, end of turn, cut. Only the
 tokenizer and the data are read, by the code that training uses; no weights. An earlier page is renamed to FILE.bak-N.
 How the numbers are computed is in halos/inspection/.
@@ -26,7 +31,7 @@ from halos.commands import hydra_main, report_user_errors, take_words, whole_num
 from halos.errors import UserError, did_you_mean  # noqa: E402
 from halos.project_dir import PROJECT  # noqa: E402
 
-OWN = {"split": "both", "examples": "8", "show": "", "output": ""}
+OWN = {"split": "both", "examples": "8", "show": "", "output": "", "evaluation": ""}
 SPLITS = {"both": ["train", "test"], "train": ["train"], "test": ["test"]}
 
 
@@ -40,6 +45,9 @@ def main() -> None:
         n_shown = whole_number("examples", own["examples"], OWN["examples"], least=0)
         if own["split"] not in SPLITS:
             raise UserError(f"split={own['split']} is not a split; {did_you_mean(own['split'], SPLITS)}")
+        if own["evaluation"]:
+            inspect_evaluation(own["evaluation"], n_shown, own["output"], command)
+            return
 
     @hydra_main(os.path.join(PROJECT, "config"), "config")
     def run(config: DictConfig) -> None:
@@ -55,8 +63,12 @@ def main() -> None:
 
 
 def page_path(config: DictConfig, output: str) -> str:
-    """Return where the page goes; its folder must exist if the user has named it."""
-    path = os.path.expanduser(output) or os.path.join(config.cache_dir, f"{config.exp_name}.data.html")
+    """Return where the page of the data goes; its folder must exist if the user has named it."""
+    return checked(os.path.expanduser(output) or os.path.join(config.cache_dir, f"{config.exp_name}.data.html"), output)
+
+
+def checked(path: str, output: str) -> str:
+    """Return the path of a page. Raises UserError if it cannot be one."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or (output and not os.path.isdir(folder)):
         raise UserError(
@@ -82,6 +94,46 @@ def inspect(config: DictConfig, splits: list[str], n_shown: int, wanted: str, pa
     page.write(path, report, f"Data of {config.exp_name}", command)
     print(terminal.text(report, terminal.has_colors()))
     print(f"\nthe page with all of this: {path}")
+
+
+def inspect_evaluation(path: str, n_shown: int, output: str, command: str) -> None:
+    """Write the page of an evaluation beside it, and print loss and mean rewards of its datasets."""
+    from halos.files import make_room
+    from halos.inspection import evaluation, evaluation_page
+    from halos.records import Records
+
+    page = checked(os.path.expanduser(output) or f"{path.removesuffix('.parquet')}.html", output)
+    rows = Records.read(path)
+    evaluation.check_some(rows, path)
+    ids = {rows.id[i] for case in evaluation.worst(rows, n_shown) for i in case}
+    make_room(page)
+    evaluation_page.write(page, rows, known_texts(path, ids), n_shown, f"Evaluation {path}", command)
+    for row in evaluation.datasets(rows):
+        rewards = (
+            f"rewards {evaluation_page.number(row.chosen)} chosen, {evaluation_page.number(row.rejected)} rejected"
+        )
+        print(f"{row.name}: {row.responses:,} responses, loss {row.loss:.4g}, {rewards}")
+    print(f"\nthe page with the worst examples: {page}")
+
+
+def known_texts(path: str, ids: set[str]) -> dict[str, tuple[str, str]]:
+    """Return the texts of responses of a run's test data; none, with the reason, where these cannot be read."""
+    import dataloaders
+    import trainers
+    from halos import loading, saved_config
+    from halos.config import validate
+    from halos.inspection.evaluation import texts_of
+
+    config_path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "config.yaml")
+    try:
+        config = saved_config.read(config_path)
+        saved_config.locate_cache(config, config_path)
+        validate(config, trainers, dataloaders)
+        loader = dataloaders.make_loader(config, loading.load_tokenizer(config), "test")
+    except UserError as error:
+        print(f"warning: the page has no texts: {error}")
+        return {}
+    return texts_of(loader, ids)
 
 
 if __name__ == "__main__":

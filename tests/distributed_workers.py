@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 import trainers
-from halos import checkpoint, distributed, loading, metrics, reference_cache, sampling, sharding, states, weights
+from halos import checkpoint, ches, distributed, loading, metrics, reference_cache, sampling, sharding, states, weights
 from halos.models import PolicyModel
 from halos.tokens import Encoder
 from helpers import judged, make_config, random_examples
@@ -47,8 +47,10 @@ def train(folder: str, cases: dict[str, str]) -> None:
         trainer.train()
         after, critic = state_of(trainer), trainer.policy.v_head
         critic = {} if critic is None else checkpoint.full_state(critic, torch.float32)
+        scores = torch.stack(ches.scores(trainer.policy, random_examples(5), 40))
         if distributed.is_main():
-            torch.save({"before": before, "after": after, "critic": critic}, os.path.join(folder, f"{name}.pt"))
+            saved = {"before": before, "after": after, "critic": critic, "ches": scores}
+            torch.save(saved, os.path.join(folder, f"{name}.pt"))
 
 
 def load_architectures(folder: str, directories: dict[str, str]) -> None:

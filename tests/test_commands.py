@@ -17,7 +17,7 @@ import compare as compare_program
 import completions_server
 import eval as eval_program
 import train as train_program
-from halos import demo, sampling
+from halos import demo, sampling, saved_config
 from halos.metrics import read_metrics
 from halos.sample_files import PartialFile
 from halos.tokens import Encoder
@@ -479,7 +479,7 @@ def test_a_relative_cache_dir_is_where_the_run_is(tmp_path, monkeypatch):
     }
     for (path, cache_dir), located in cases.items():
         config = OmegaConf.create({"cache_dir": cache_dir, "exp_name": "a"})
-        eval_program.locate_cache(config, path)
+        saved_config.locate_cache(config, path)
         assert config.cache_dir == located, path
 
 

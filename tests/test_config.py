@@ -188,6 +188,8 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
         "sampler": "hf",
         "sampler_url": None,
         "humanline": {"enabled": False, "log_epsilon_P": -1.0, "log_epsilon_R": 1.5},
+        "best": {"metric": None, "mode": None, "patience": None, "min_delta": 0.0},
+        "log_to": [],
         "wandb": {"enabled": False, "entity": None, "project": "archangel"},
         "trust_remote_code": False,
         "loss": {

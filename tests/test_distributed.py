@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import distributed_workers as workers
-from halos import checkpoint, loading, metrics
+from halos import checkpoint, loading, metrics, records
 from halos.errors import UserError
 from halos.launch import launch
 from halos.models import PolicyModel
+from halos.records import Records
 from helpers import ARCHITECTURES, CONFIG_DIR, PROJECT, make_config, random_examples, tiny_lm
 from small_runs import CPU, FEW, SMALL, make_trainer, moved, state_of, tokenizer
 
@@ -183,6 +184,22 @@ def test_several_processes_train_as_one(request, one, folder, name):
     Each run has updates on several batches, the last of a single example, and at least one evaluation.
     """
     assert_same_run(request.getfixturevalue(folder), one, name)
+
+
+@several
+@pytest.mark.parametrize("name", [*LOSSES, "padded", "tied", "replicated"])
+def test_several_processes_say_the_same_of_each_response(request, one, folder, name):
+    """Every evaluation's file has the rows of one process, and pairs have its CHES scores."""
+    folder = request.getfixturevalue(folder)
+    scores, expected = (torch.load(place / f"{name}.pt")["ches"] for place in (folder, one))
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
+    runs = [str(place / name / "run") for place in (folder, one)]
+    assert list(records.steps(runs[0])) == list(records.steps(runs[1])) != []
+    for step in records.steps(runs[0]):
+        rows, expected_rows = (Records.read(records.path_of(run, step)) for run in runs)
+        assert rows.id == expected_rows.id and rows.row.tolist() == expected_rows.row.tolist()
+        torch.testing.assert_close(rows.logps, expected_rows.logps, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(rows.weight, expected_rows.weight)
 
 
 @pytest.mark.slow

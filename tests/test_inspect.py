@@ -12,18 +12,20 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 from dataloaders import PairedPreferenceDataLoader, SFTDataLoader, UnpairedPreferenceDataLoader, make_loader
 from halos import packing
 from halos.errors import UserError
 from halos.examples import Dataset, merge
-from halos.inspection import numbers, page, spans, terminal
+from halos.inspection import evaluation, evaluation_page, numbers, page, spans, terminal
 from halos.inspection.facts import common_line, sizes
 from halos.inspection.histogram import histogram
 from halos.inspection.pairs import common_prompts
 from halos.inspection.report import make_report
 from halos.inspection.spans import Kind
 from halos.loader import DataLoader
+from halos.records import Records
 from halos.tokens import Role
 from helpers import PROJECT, make_config
 from test_chat import CHATML, LLAMA2, TURNS, make_tokenizer, user
@@ -518,3 +520,72 @@ def test_mistakes_are_one_line(words, part, tmp_path):
 def test_help_is_the_docstring(tmp_path):
     done = run(tmp_path, "--help")
     assert done.returncode == 0 and "split=both" in done.stdout
+
+
+#### AN EVALUATION
+
+
+def evaluation_of(ids: list[str], roles: list[str], rewards: list[float], rows: list[int]) -> Records:
+    n = len(ids)
+    lengths = torch.arange(1, n + 1)
+    return Records(
+        id=ids, dataset=["hh"] * n, role=roles, row=torch.tensor(rows), n_tokens=lengths,
+        reward=torch.tensor(rewards, dtype=torch.float64), logps=-lengths.double(),
+        reference_logps=-lengths.double() - 2, loss=lengths.double(), weight=torch.full((n,), 1 / n),
+    )  # fmt: skip
+
+
+PAIRED = evaluation_of(
+    ["hh/a/0", "hh/a/1", "hh/b/0", "hh/b/1"], ["chosen", "rejected"] * 2, [3, 1, 1, 2.5], [0, 0, 1, 1]
+)
+
+
+def test_the_numbers_of_an_evaluation_by_hand():
+    """Margins are 2 and -1.5; lengths 1, 3 and 2, 4; chosen rewards 3 and 1 fall with length, rejected ones rise."""
+    (row,) = evaluation.datasets(PAIRED)
+    assert row == ("hh", 4, 2.5, 2.0, 1.75, 0.5, 2.0, 3.0)
+    assert evaluation.length_correlation(PAIRED, Role.CHOSEN) == pytest.approx(-1)
+    assert evaluation.length_correlation(PAIRED, Role.REJECTED) == pytest.approx(1)
+    assert evaluation.worst(PAIRED, 8) == [[2, 3], [0, 1]] and evaluation.worst(PAIRED, 1) == [[2, 3]]
+
+
+def test_the_worst_single_responses():
+    """Without pairs: a rejected response of reward 5, then a chosen one of -2; without rewards there are none."""
+    rows = evaluation_of(list("abcd"), ["chosen", "rejected", "chosen", "rejected"], [-2, 5, 1, -9], [0, 1, 2, 3])
+    assert evaluation.worst(rows, 3) == [[1], [0], [2]]
+    (row,) = evaluation.datasets(rows)
+    assert row.wins is None
+    unknown = evaluation_of(["a"], ["chosen"], [float("nan")], [0])
+    assert evaluation.worst(unknown, 3) == [] and evaluation.length_correlation(unknown, Role.CHOSEN) is None
+
+
+def test_the_page_of_an_evaluation_has_the_texts_of_the_data(tmp_path):
+    """Ids are matched with the loader's examples. What is in a text is shown as it is, and is no element."""
+    data = dataset("hh", ("<b>who?</b>", "abc", "<script>x</script>"))
+    loader = loader_of(tmp_path, data)
+    (example,) = loader.examples
+    ids = [f"{example.id}/0", f"{example.id}/1"]
+    texts = evaluation.texts_of(loader, {ids[1]})
+    assert list(texts) == [ids[1]] and texts[ids[1]][1].startswith("<script>x</script>")
+    rows = evaluation_of(ids, ["chosen", "rejected"], [1, 4], [0, 0])
+    path = str(tmp_path / "page.html")
+    evaluation_page.write(path, rows, evaluation.texts_of(loader, set(ids)), 8, "step <4>", "python x")
+    with open(path) as file:
+        content = file.read()
+    assert "<script" not in content and "<b>who" not in content
+    assert "&lt;script&gt;x&lt;/script&gt;" in content and "&lt;b&gt;who?&lt;/b&gt;" in content
+    assert f"{example.id}, margin -3.000, loss 1.000" in content and "+2.00 nats against the reference" in content
+    assert content.count("<circle") == 2 and "step &lt;4&gt;" in content
+
+
+def test_an_evaluation_whose_data_are_gone_is_shown_without_texts(tmp_path):
+    """The command as it is typed. The run has no config.yaml, so there are no texts; an earlier page is kept."""
+    path = tmp_path / "run" / "evaluations" / "step-4.parquet"
+    PAIRED.write(str(path))
+    (path.parent / "step-4.html").touch()
+    command = [sys.executable, SCRIPT, f"evaluation={path}"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the page has no texts: " in done.stdout and "config.yaml cannot be read" in done.stdout
+    assert "hh: 4 responses, loss 2.5, rewards 2.000 and 1.750" in done.stdout
+    assert sorted(os.listdir(path.parent)) == ["step-4.html", "step-4.html.bak-1", "step-4.parquet"]

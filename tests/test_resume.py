@@ -16,9 +16,10 @@ import torch
 from omegaconf import OmegaConf
 
 import distributed_workers as workers
-from halos import checkpoint, files, manifest, metrics, mishaps, resume, run_dir, states
+from halos import checkpoint, files, manifest, metrics, mishaps, records, resume, run_dir, states
 from halos.errors import Stopped, UserError
 from halos.launch import launch
+from halos.records import Records
 from helpers import PROJECT, make_config
 from small_runs import FEW, SMALL, batches_for, loader_for, make_trainer, moved
 
@@ -69,9 +70,16 @@ def numbers(trainer) -> list[dict]:
     return [{key: value for key, value in row.items() if not metrics.is_time(key)} for row in rows]
 
 
+def evaluations(trainer) -> dict[int, Records]:
+    """All files in evaluations/, by the updates before them."""
+    return {step: Records.read(records.path_of(trainer.run_dir, step)) for step in records.steps(trainer.run_dir)}
+
+
 def assert_same_run(trainer, other) -> None:
-    """Weights, optimizer and every row of the metrics are equal bit by bit."""
+    """Weights, optimizer, every row of the metrics and every evaluation are equal bit by bit."""
     assert numbers(trainer) == numbers(other)
+    ours, theirs = evaluations(trainer), evaluations(other)
+    assert list(ours) == list(theirs) and all(torch.equal(ours[step].logps, theirs[step].logps) for step in theirs)
     ours, theirs = (t.policy.state_dict() for t in (trainer, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = (t.state.optimizer.state_dict() for t in (trainer, other))

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from halos.metrics import MetricsLog, NoSink
+from halos.loggers import Loggers
+from halos.metrics import MetricsLog
 from halos.mishaps import Checks, NotFinite
 from halos.prefetch import ahead
 from halos.scalars import Scalars, Stopwatch
@@ -84,7 +85,7 @@ def test_the_first_check_that_fails_is_raised():
 @pytest.mark.parametrize("late", [False, True])
 def test_a_late_line_is_the_same_line(tmp_path, late):
     """The line of an update is written at the next one if late, at once if not; before an evaluation in any case."""
-    log = MetricsLog(str(tmp_path), 24, 1000.0, NoSink(), late=late)
+    log = MetricsLog(str(tmp_path), 24, 1000.0, Loggers(), late=late)
     written = lambda: [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")]  # noqa: E731
     log.training_step(1, 8, lambda: {"loss/train": 1.0}, 1.0)
     assert written() == ([] if late else [1])

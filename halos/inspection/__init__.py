@@ -9,6 +9,8 @@
     terminal.py   the report in the terminal
     histogram.py  histograms of lengths, as SVG
     page.py       the report as one HTML page; its style is in page.html
+    evaluation.py       an evaluation of a run: its datasets, reward by length, the worst examples
+    evaluation_page.py  these as a page
 
 Everything is read from the loaders that train.py builds. Nothing else in halos imports these rooms.
 """

@@ -34,6 +34,11 @@ def write(path: str, report: Report, title: str, command: str) -> None:
     if report.shown:
         body += [tag("h2", "Tokens of some rows"), legend(), *(row for shown in report.shown for row in _row(shown))]
     body.append(f"<footer>Made by {tag('code', command)}</footer>")
+    save(path, title, body)
+
+
+def save(path: str, title: str, body: list[str]) -> None:
+    """Write a page. body: elements, in which all texts are escaped"""
     blanks = {"<!--TITLE-->": html.escape(title), "<!--BODY-->": "\n".join(body)}
     page = re.sub("|".join(blanks), lambda mark: blanks[mark.group()], SKELETON.read_text(encoding="utf-8"))
     # Lone surrogates in texts become character references, which browsers show as U+FFFD.
