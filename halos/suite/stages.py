@@ -1,0 +1,120 @@
+"""The suite from its start to its results: prompts, bases, tuning, the comparison, and the A/A run."""
+
+import json
+import math
+import os
+import random
+
+from hydra import compose, initialize_config_dir
+
+from halos import demo, loading, locks
+from halos.errors import UserError
+from halos.files import finished
+from halos.project_dir import PROJECT
+from halos.suite import findings, plan, report, runner
+from halos.suite.plan import Run
+from halos.suite.runner import Programs, Runner
+from halos.suite.settings import Suite, before
+
+Settings = dict[str, dict[str, tuple[str, ...]]]  # size -> row -> the words that were best
+
+
+def whole(suite: Suite, programs: Programs) -> None:
+    """Do what is missing of the suite, and write its results."""
+    with locks.take(suite.out, on_wait=lambda who: print(f"waiting for {who}, who runs this suite", flush=True)):
+        runner.prepare(suite)
+        write_prompts(suite, programs)
+        if suite.base:
+            write_texts(suite)
+        worker = Runner(suite, programs, total=n_runs(suite))
+        settings = {size: tuned(suite, size, worker) for size in suite.sizes}
+        write_json(os.path.join(suite.out, "settings.json"), settings)
+        for seed in range(1, suite.seeds + 1):
+            for size in suite.sizes:
+                for run in plan.final_runs(suite, size, range(seed, seed + 1), settings[size]):
+                    worker.finish(run)
+            report.write(suite, findings.of_suite(suite, settings, seed), settings)
+        if suite.aa:
+            twice(suite, worker, settings)
+            report.write(suite, findings.of_suite(suite, settings, suite.seeds), settings)
+
+
+def n_runs(suite: Suite) -> int:
+    n_tries = sum(sum(map(len, suite.tries_of(row).values())) for row in suite.rows if needs_tuning(suite))
+    n_aa = suite.seeds * (suite.aa.count("+") + 1) if suite.aa else 0
+    return len(suite.sizes) * (bool(suite.base) + n_tries + suite.seeds * len(suite.rows)) + n_aa
+
+
+def needs_tuning(suite: Suite) -> bool:
+    """Return whether more than one setting is tried."""
+    return any(sum(map(len, suite.tries_of(row).values())) > 1 for row in suite.rows)
+
+
+def tuned(suite: Suite, size: str, worker: Runner) -> dict[str, tuple[str, ...]]:
+    """Find the best settings of every row, on the tuning seed and prompts."""
+    base = plan.base_run(suite, size)
+    if base:
+        worker.finish(base)
+    best: dict[str, Run] = {}
+    for row in suite.rows:
+        start = best.get(before(row)) or base
+        best[row] = plan.tries(suite, size, row, start, lambda run: quality(run, worker))
+    return {row: run.words for row, run in best.items()}
+
+
+def quality(run: Run, worker: Runner) -> float:
+    """Finish a run that tries a setting. One that fails, as with a learning rate that diverges, is the worst."""
+    try:
+        return findings.quality(worker.finish(run))
+    except UserError as reason:
+        print(f"this setting is left out: {reason}", flush=True)
+        return -math.inf
+
+
+def twice(suite: Suite, worker: Runner, settings: Settings) -> None:
+    """Train the A/A row with as many further seeds, at the last size."""
+    assert suite.aa
+    size, seeds = list(suite.sizes)[-1], range(suite.seeds + 1, 2 * suite.seeds + 1)
+    parts = suite.aa.split("+")
+    rows = tuple("+".join(parts[:n]) for n in range(1, len(parts) + 1))
+    for run in plan.final_runs(suite, size, seeds, settings[size], rows):
+        worker.finish(run)
+
+
+#### DATA
+
+
+def write_prompts(suite: Suite, programs: Programs) -> None:
+    """Write the prompts of the comparison and those of tuning: two parts of one shuffle of the test split."""
+    paths = [os.path.join(suite.out, name) for name in ("prompts.jsonl", "prompts_tuning.jsonl")]
+    if suite.judge is None or all(map(os.path.isfile, paths)):
+        return
+    with initialize_config_dir(os.path.join(PROJECT, "config"), version_base="1.3"):
+        config = compose("config", [*next(iter(suite.sizes.values())), *suite.words, "seed=0"])
+    n = suite.n_samples + suite.n_tuning_samples
+    prompts = programs.dataloaders.read_prompts(config, loading.load_tokenizer(config), None, n)
+    if len(prompts) < n:
+        raise UserError(f"n_samples + n_tuning_samples = {n}: the test split has {len(prompts)} prompts; use fewer")
+    rows = [{"prompt": prompt.messages or prompt.text, "chosen": prompt.chosen} for prompt in prompts]
+    for path, part in zip(paths, (rows[: suite.n_samples], rows[suite.n_samples :]), strict=True):
+        write_lines(path, part)
+
+
+def write_texts(suite: Suite) -> None:
+    """Write the texts of the base: questions of the embedded data, each with one of its responses, good or bad."""
+    path = plan.texts_of(suite)
+    if not os.path.isfile(path):
+        rng = random.Random("suite/base")
+        n, per_seed = suite.base["prompts"], demo.N_PROMPTS["train"]  # type: ignore[index]
+        items = [item for seed in range(1, -(-n // per_seed) + 1) for item in demo.generate("train", seed)][:n]
+        write_lines(path, [{"prompt": item["prompt"], "completion": rng.choice(item["responses"])} for item in items])
+
+
+def write_lines(path: str, rows: list[dict]) -> None:
+    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_json(path: str, content) -> None:
+    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
