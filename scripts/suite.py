@@ -12,6 +12,7 @@ stop. Its own words, all optional; other key=value words go to every training co
     settings=FILE    other settings than halos/suite/settings/{model}.yaml (or default.yaml)
     out=DIR          where everything goes; .cache/suite_{model}
     --print          print the commands instead, for other machines; with hydra/launcher=submitit_slurm they submit
+    --prompts        write the prompts that all rows answer, and stop
 
     python scripts/suite.py model=tiny seeds=5 losses=[dpo,kto,sft+ipo]
     python scripts/suite.py --print model=llama13b seeds=3
@@ -28,6 +29,7 @@ from halos.errors import UserError  # noqa: E402
 from halos.project_dir import PROJECT  # noqa: E402
 
 OWN = {"model": "tiny", "seeds": "5", "losses": "", "sizes": "", "aa": "", "settings": "", "out": ""}
+FLAGS = ("--print", "--prompts")
 
 
 def main() -> None:
@@ -35,23 +37,25 @@ def main() -> None:
         print(__doc__)
         return
     with report_user_errors():
-        is_printed = "--print" in sys.argv[1:]
-        sys.argv[1:] = [word for word in sys.argv[1:] if word != "--print"]
+        flags = [word for word in sys.argv[1:] if word in FLAGS]
+        words = sys.argv[1:] = [word for word in sys.argv[1:] if word not in FLAGS]
         own = take_words(OWN)
-        if flags := [word for word in sys.argv[1:] if word.startswith("-") or "=" not in word]:
-            raise UserError(f"{flags[0]} is not key=value; --help lists the words")
+        if unknown := [word for word in sys.argv[1:] if word.startswith("-") or "=" not in word]:
+            raise UserError(f"{unknown[0]} is not key=value; --help lists the words")
         dataset_specs.register(os.path.join(PROJECT, "config"))
         from halos.suite import settings
 
         suite = settings.load(own, sys.argv[1:])
         programs = imported(suite.losses)
-        if is_printed:
-            from halos.suite import commands
+        from halos.suite import commands, stages
 
-            print(commands.as_text(suite, own["model"], programs.formats))
+        if "--print" in flags:
+            print(commands.as_text(suite, words, programs.formats))
+        elif "--prompts" in flags:
+            stages.write_data(suite, programs)
+        elif any(map(commands.is_of_launcher, words)):
+            raise UserError("hydra/launcher is for --print; the suite itself trains one run after the other, here")
         else:
-            from halos.suite import stages
-
             stages.whole(suite, programs)
 
 

@@ -1,11 +1,10 @@
 """Differences between rows of the suite, with seeds and prompts as random effects.
 
-Scores are matrices (n_seeds, n_prompts): run s answered prompt p. All runs answer the same prompts, so that a difference
-of two rows is paired over prompts, and over seeds where both rows have them. The runs of a seed share their luck in all
-prompts: seeds are clusters, and there are few. Both facts are those of radiologists who read the same cases with
-two methods, and we use the analysis of that field: D. Dorfman, K. Berbaum, C. Metz, Investigative Radiology 27 (1992),
-with the degrees of freedom of S. Hillis, Statistics in Medicine 26 (2007). A bootstrap over 5 clusters would be too
-narrow.
+Scores are matrices (n_seeds, n_prompts): run s answered prompt p. All runs answer the same prompts, so a difference of
+two rows is paired over prompts, and over seeds where both rows have them. The runs of a seed share their luck over all
+prompts: seeds are clusters, and there are few. Radiologists who read the same cases with two methods pose the same
+problem, and we use the analysis of that field: D. Dorfman, K. Berbaum, C. Metz, Investigative Radiology 27 (1992), with
+the degrees of freedom of S. Hillis, Statistics in Medicine 26 (2007). Resampling 5 clusters gives too narrow intervals.
 """
 
 from dataclasses import dataclass

@@ -34,8 +34,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        end = f"seed{self.seed}" if self.attempt is None else f"try{self.attempt}"
-        return f"{self.size}_{self.row.replace('+', '_')}_{end}"
+        end = name_of_seed(self.seed) if self.attempt is None else f"_try{self.attempt}"
+        return f"{self.size}_{self.row.replace('+', '_')}{end}"
+
+
+def name_of_seed(seed: int | str) -> str:
+    return f"_seed{seed}"
 
 
 def base_run(suite: Suite, size: str) -> Run | None:
@@ -59,6 +63,11 @@ def tries(suite: Suite, size: str, row: str, start: Run | None, score: Callable[
         run = Run(size, row, TUNING_SEED, (*best.words, word), start, number)
         scores[run] = score(run)
     return max(scores, key=scores.__getitem__)
+
+
+def first_settings(suite: Suite) -> dict[str, tuple[str, ...]]:
+    """Return the first setting of each row, for a suite without tuning."""
+    return {row: (f"lr={suite.tries_of(row)['lr'][0]}",) for row in suite.rows}
 
 
 def final_runs(

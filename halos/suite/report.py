@@ -4,7 +4,6 @@ import json
 import os
 from dataclasses import asdict
 
-
 from halos.files import finished
 from halos.suite import figure
 from halos.suite.contrasts import Estimate

@@ -46,6 +46,11 @@ class Suite:
         """Names of config/loss, in the order of the rows."""
         return list(dict.fromkeys(loss for row in self.rows for loss in row.split("+")))
 
+    @property
+    def n_tries(self) -> int:
+        """Number of settings that are tried for each row."""
+        return sum(map(len, self.tries_of("sft").values()))
+
     def tries_of(self, row: str) -> dict[str, list]:
         return self.tries.get(loss_of(row), self.tries["other"])
 

@@ -22,10 +22,7 @@ Settings = dict[str, dict[str, tuple[str, ...]]]  # size -> row -> the words tha
 def whole(suite: Suite, programs: Programs) -> None:
     """Do what is missing of the suite, and write its results."""
     with locks.take(suite.out, on_wait=lambda who: print(f"waiting for {who}, who runs this suite", flush=True)):
-        runner.prepare(suite)
-        write_prompts(suite, programs)
-        if suite.base:
-            write_texts(suite)
+        write_data(suite, programs)
         worker = Runner(suite, programs, total=n_runs(suite))
         settings = {size: tuned(suite, size, worker) for size in suite.sizes}
         write_json(os.path.join(suite.out, "settings.json"), settings)
@@ -40,14 +37,9 @@ def whole(suite: Suite, programs: Programs) -> None:
 
 
 def n_runs(suite: Suite) -> int:
-    n_tries = sum(sum(map(len, suite.tries_of(row).values())) for row in suite.rows if needs_tuning(suite))
+    n_tries = len(suite.rows) * suite.n_tries if suite.n_tries > 1 else 0
     n_aa = suite.seeds * (suite.aa.count("+") + 1) if suite.aa else 0
     return len(suite.sizes) * (bool(suite.base) + n_tries + suite.seeds * len(suite.rows)) + n_aa
-
-
-def needs_tuning(suite: Suite) -> bool:
-    """Return whether more than one setting is tried."""
-    return any(sum(map(len, suite.tries_of(row).values())) > 1 for row in suite.rows)
 
 
 def tuned(suite: Suite, size: str, worker: Runner) -> dict[str, tuple[str, ...]]:
@@ -55,6 +47,8 @@ def tuned(suite: Suite, size: str, worker: Runner) -> dict[str, tuple[str, ...]]
     base = plan.base_run(suite, size)
     if base:
         worker.finish(base)
+    if suite.n_tries == 1:
+        return plan.first_settings(suite)
     best: dict[str, Run] = {}
     for row in suite.rows:
         start = best.get(before(row)) or base
@@ -84,10 +78,19 @@ def twice(suite: Suite, worker: Runner, settings: Settings) -> None:
 #### DATA
 
 
+def write_data(suite: Suite, programs: Programs) -> None:
+    """Make the suite's directory, with the prompts and, for a base, its texts."""
+    runner.prepare(suite)
+    if suite.judge is not None:
+        write_prompts(suite, programs)
+    if suite.base:
+        write_texts(suite, **suite.base)
+
+
 def write_prompts(suite: Suite, programs: Programs) -> None:
     """Write the prompts of the comparison and those of tuning: two parts of one shuffle of the test split."""
     paths = [os.path.join(suite.out, name) for name in ("prompts.jsonl", "prompts_tuning.jsonl")]
-    if suite.judge is None or all(map(os.path.isfile, paths)):
+    if all(map(os.path.isfile, paths)):
         return
     with initialize_config_dir(os.path.join(PROJECT, "config"), version_base="1.3"):
         config = compose("config", [*next(iter(suite.sizes.values())), *suite.words, "seed=0"])
@@ -100,13 +103,12 @@ def write_prompts(suite: Suite, programs: Programs) -> None:
         write_lines(path, part)
 
 
-def write_texts(suite: Suite) -> None:
+def write_texts(suite: Suite, prompts: int, **_) -> None:
     """Write the texts of the base: questions of the embedded data, each with one of its responses, good or bad."""
     path = plan.texts_of(suite)
     if not os.path.isfile(path):
-        rng = random.Random("suite/base")
-        n, per_seed = suite.base["prompts"], demo.N_PROMPTS["train"]  # type: ignore[index]
-        items = [item for seed in range(1, -(-n // per_seed) + 1) for item in demo.generate("train", seed)][:n]
+        rng, n_seeds = random.Random("suite/base"), math.ceil(prompts / demo.N_PROMPTS["train"])
+        items = [item for seed in range(1, n_seeds + 1) for item in demo.generate("train", seed)][:prompts]
         write_lines(path, [{"prompt": item["prompt"], "completion": rng.choice(item["responses"])} for item in items])
 
 
