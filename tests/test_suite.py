@@ -283,6 +283,10 @@ def test_only_what_is_at_least_one_is_right():
     assert measures.rights("halos.demo:check", rows) == [1.0, 0.0, 0.0]
 
 
+def test_pairs_of_one_prompt_count_once():
+    assert measures.means(np.array([1.0, 0.0, 0.0, 1.0]), [b"b", b"a", b"b", b"c"]) == [0.5, 0.0, 1.0]
+
+
 #### --print
 
 

@@ -135,7 +135,7 @@ def aa(suite: Suite, settings, measure: str) -> float | None:
     """Return the share of A/A resamplings without a difference; None if its runs are not all there."""
     if not suite.aa:
         return None
-    size, seeds = list(suite.sizes)[-1], range(1, 2 * suite.seeds + 1)
+    size, seeds = next(iter(suite.sizes)), range(1, 2 * suite.seeds + 1)
     parts = suite.aa.split("+")
     rows = tuple("+".join(parts[:n]) for n in range(1, len(parts) + 1))
     runs = [run for run in plan.final_runs(suite, size, seeds, settings[size], rows) if run.row == suite.aa]

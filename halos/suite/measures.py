@@ -1,4 +1,4 @@
-"""What is measured of a finished run: one number per prompt and per held-out pair, in scores.json.
+"""What is measured of a finished run, one number per prompt, in scores.json.
 
 right: 1 where the truth says that the sampled response is right; win: compare.py's score against the response that
 people preferred; length: characters of the response. chosen, rejected: how the log-probs of held-out pairs have moved
@@ -10,7 +10,6 @@ import csv
 import importlib
 import json
 import os
-from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -62,7 +61,7 @@ def rights(truth: str, rows: list[dict]) -> list[float]:
 
 @torch.no_grad()
 def of_pairs(suite: Suite, run: Run, trainers: ModuleType, dataloaders: ModuleType) -> dict[str, list[float]]:
-    """chosen, rejected and order, one per held-out pair."""
+    """chosen, rejected and order: means over the held-out pairs of each prompt, since these are not independent."""
     config = config_for_pairs(suite, run)
     tokenizer = loading.load_tokenizer(config)
     loader = dataloaders.make_loader(config, tokenizer, "test")
@@ -71,13 +70,24 @@ def of_pairs(suite: Suite, run: Run, trainers: ModuleType, dataloaders: ModuleTy
     policy, reference, cache = reference_cache.load(config, tokenizer, [loader], policy_pt)
     trainer = trainers.DPOTrainer(policy.eval(), reference, tokenizer, config, None, loader, directory)
     trainer.reference_cache = cache
-    outcomes = [trainer.batch_loss(trainer.forward(examples)[1]) for examples in islice(loader, len(loader))]
+    batches = list(loader)
+    outcomes = [trainer.batch_loss(trainer.forward(examples)[1]) for examples in batches]
     chosen, rejected = (
         torch.cat([getattr(outcome, f"{role}_rewards") for outcome in outcomes]).cpu().numpy()
         for role in ("chosen", "rejected")
     )
     order = np.where(chosen == rejected, 0.5, chosen > rejected)
-    return {"chosen": chosen.tolist(), "rejected": rejected.tolist(), "order": order.tolist()}
+    prompts = [bytes(example.prompt) for examples in batches for example in examples]
+    columns = {"chosen": chosen, "rejected": rejected, "order": order}
+    return {name: means(values, prompts) for name, values in columns.items()}
+
+
+def means(values: np.ndarray, prompts: list[bytes]) -> list[float]:
+    """Return the mean of the values of each prompt, in the order of the prompts' first values."""
+    by_prompt: dict[bytes, list[float]] = {}
+    for value, prompt in zip(values, prompts, strict=True):
+        by_prompt.setdefault(prompt, []).append(float(value))
+    return [float(np.mean(one)) for one in by_prompt.values()]
 
 
 def config_for_pairs(suite: Suite, run: Run) -> DictConfig:

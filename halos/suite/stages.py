@@ -66,9 +66,9 @@ def quality(run: Run, worker: Runner) -> float:
 
 
 def twice(suite: Suite, worker: Runner, settings: Settings) -> None:
-    """Train the A/A row with as many further seeds, at the last size."""
+    """Train the A/A row with as many further seeds, at the first size."""
     assert suite.aa
-    size, seeds = list(suite.sizes)[-1], range(suite.seeds + 1, 2 * suite.seeds + 1)
+    size, seeds = next(iter(suite.sizes)), range(suite.seeds + 1, 2 * suite.seeds + 1)
     parts = suite.aa.split("+")
     rows = tuple("+".join(parts[:n]) for n in range(1, len(parts) + 1))
     for run in plan.final_runs(suite, size, seeds, settings[size], rows):
