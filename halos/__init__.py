@@ -81,6 +81,7 @@ secrets.py          keys and passwords: learned when they come in, replaced in w
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 inspection/         everything of scripts/inspect_data.py
+suite/              everything of scripts/suite.py
 """
 
 from halos import openmp

@@ -149,12 +149,13 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
             if os.environ.get(FULL_ERROR) == "1":
                 return main(task)()
             failures: list[int | str | None] = []
+            owner = os.getpid()
             with report_user_errors():
                 _refuse_unknown_flags()
                 dataset_specs.register(path, *_more_config_dirs())
                 os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
                 try:
-                    main(functools.wraps(task)(lambda config: _run_job(task, config, failures)))()
+                    main(functools.wraps(task)(lambda config: _run_job(task, config, failures, owner)))()
                 except BrokenPipeError:
                     raise
                 except Exception as error:  # an error of Hydra's: _run_job catches those of the task
@@ -171,10 +172,14 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
     return decorate
 
 
-def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: list[int | str | None]) -> None:
+def _run_job(
+    task: Callable[[DictConfig], None], config: DictConfig, failures: list[int | str | None], owner: int
+) -> None:
     """Run one job of a sweep, and report a failure at once.
 
     Hydra itself reports only the first failed job, and only at the end of the sweep.
+    owner: id of the process of the command. A job in another process (hydra/launcher=submitit_slurm) reports its
+        failure in its own log, and raises for the command, which does not see `failures` change
     """
     os.environ.pop(FULL_ERROR, None)  # processes that the task starts must not inherit our setting
     try:
@@ -193,8 +198,11 @@ def _run_job(task: Callable[[DictConfig], None], config: DictConfig, failures: l
     if OmegaConf.is_missing(job.job, "num") or code == 130 or "RANK" in os.environ:
         sys.exit(code)
     if code:
-        _say(f"job #{job.job.num} failed: {' '.join(command_words())}")
+        failed = f"job #{job.job.num} failed: {' '.join(command_words())}"
+        _say(failed)
         failures.append(code)
+        if os.getpid() != owner:
+            raise UserError(f"{failed}; the log of this job says why, and the other jobs went on")
 
 
 def _more_config_dirs() -> list[str]:

@@ -1017,6 +1017,18 @@ def test_an_interrupt_ends_a_sweep(run):
     assert (result.code, result.err, result.configs) == (130, "interrupted\n", [])
 
 
+def test_a_job_that_fails_in_another_process_fails_the_command(run, monkeypatch):
+    """Launchers of clusters run jobs elsewhere. What a job there adds to a list of failures, the command never sees."""
+
+    def elsewhere(config):
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        raise UserError("no GPU")
+
+    result = run("-m", "seed=2", task=elsewhere)
+    assert result.code == 2
+    assert "error: no GPU\n" in result.err and result.err.count("job #0 failed: seed=2") == 2
+
+
 def test_full_errors_on_demand(monkeypatch):
     with pytest.raises(SystemExit, match="2"), report_user_errors():
         raise UserError("x")
