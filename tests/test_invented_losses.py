@@ -14,7 +14,7 @@ import pytest
 from helpers import PROJECT, clone
 
 BLOCK = re.compile(r"<!-- (\S+?)(?:: (\w+))? -->\n```\w*\n(.*?)```", re.DOTALL)
-NAMES = ("ipo", "simpo", "rdpo", "clipped_dpo", "kto_pairs")
+NAMES = ("exo", "cpo", "length_dpo", "clipped_dpo", "logistic_kto")
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -69,10 +69,10 @@ def test_they_train_alike_on_any_number_of_processes(extended):
 
 
 def test_their_runs_by_command(extended, tmp_path):
-    """`python train.py loss=kto_pairs` trains on the demo data; a value outside a loss's rules is one error line."""
-    words = ["loss=kto_pairs", "n_examples=64", "n_eval_examples=32", f"cache_dir={tmp_path}"]
+    """`python train.py loss=logistic_kto` trains on the demo data; a value outside a loss's rules is one error line."""
+    words = ["loss=logistic_kto", "n_examples=64", "n_eval_examples=32", f"cache_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "train.py", *words], cwd=extended, capture_output=True, text=True)
-    assert done.returncode == 0 and "kl_eval/raw" in done.stderr + done.stdout, done.stderr
-    assert os.path.exists(tmp_path / "kto_pairs_tiny" / "LATEST" / "policy.pt")
-    done = subprocess.run([sys.executable, "train.py", "loss=ipo", "loss.tau=-1"], cwd=extended, capture_output=True)
-    assert done.returncode == 2 and done.stderr == b"error: loss.tau=-1 must be a number above 0\n"
+    assert done.returncode == 0 and "kl_eval/unrelated" in done.stderr + done.stdout, done.stderr
+    assert os.path.exists(tmp_path / "logistic_kto_tiny" / "LATEST" / "policy.pt")
+    done = subprocess.run([sys.executable, "train.py", "loss=cpo", "loss.beta=-1"], cwd=extended, capture_output=True)
+    assert done.returncode == 2 and done.stderr == b"error: loss.beta=-1 must be a number above 0\n"
