@@ -70,6 +70,7 @@ secrets.py          keys and passwords: learned when they come in, replaced in w
 judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 inspection/         everything of scripts/inspect_data.py
+loss_card/          everything of scripts/loss_card.py
 """
 
 from halos import openmp
