@@ -82,6 +82,7 @@ judge/              everything of compare.py
 plan/               everything of scripts/plan.py
 inspection/         everything of scripts/inspect_data.py
 suite/              everything of scripts/suite.py
+loss_card/          everything of scripts/loss_card.py
 """
 
 from halos import openmp

@@ -15,6 +15,7 @@ the numbers are computed is in halos/loss_card/.
 """
 
 import os
+import re
 import sys
 from glob import glob
 
@@ -46,14 +47,15 @@ def main() -> None:
 def one_job_per_loss(words: list[str]) -> list[str]:
     """Turn loss=all and loss=[a,b] into the several runs of Hydra's -m."""
     everything = sorted(os.path.basename(path).removesuffix(".yaml") for path in glob(f"{CONFIG_DIR}/loss/*.yaml"))
-    for index, word in enumerate(words):
-        key, _, value = word.partition("=")
-        is_list = value.startswith("[") and value.endswith("]")
-        if key == "loss" and (is_list or value == "all"):
-            names = value[1:-1] if is_list else ",".join(everything)
-            words = [*words[:index], f"loss={names}", *words[index + 1 :]]
-            return words if {"-m", "--multirun"} & set(words) or "," not in names else ["-m", *words]
-    return words
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    names = {"all": ",".join(everything)}.get(values.get("loss", ""), values.get("loss", ""))
+    names = names[1:-1] if names.startswith("[") and names.endswith("]") else names
+    words = [f"loss={names}" if word.startswith("loss=") else word for word in words]
+    if "," not in names:
+        return words
+    # Hydra looks for loss.beta in the default loss, unless its values, too, are those of a sweep.
+    words = [re.sub(r"^(loss\.\w+)=(.*[^)])$", r"\1=choice(\2)", word) for word in words]
+    return words if {"-m", "--multirun"} & set(words) else ["-m", *words]
 
 
 def examine(config: DictConfig, output: str, cards: dict) -> None:

@@ -5,7 +5,6 @@ import os
 from functools import cache
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -13,8 +12,8 @@ from transformers import AutoTokenizer
 import dataloaders
 import trainers
 from halos import checkpoint, components, loading, run_dir
-from halos.examples import Example
 from halos.loader import DataLoader
+from halos.loss_card.batches import loader_over
 from helpers import CONFIG_DIR, PROJECT, make_config, random_examples
 
 CPU = torch.device("cpu")
@@ -99,42 +98,15 @@ def loader_for(loss: str, n_examples: int, seed: int = 0, **settings) -> DataLoa
     """Make the loss's own loader over pairs of random tokens, each with the scores 1 and 0."""
     keys = make_config("", f"loss={loss}").loss
     loader_class = components.find(dataloaders, keys.dataloader)
-    drawn = random_examples(n_examples, (2,), seed)
-    examples = [
-        Example(str(i), ["0", "1"], [1.0, 0.0], [(0, 1)], sft_index=0, dataset_name="drawn", id=f"drawn/{i}")
-        for i in range(n_examples)
-    ]
-    settings = {"max_length": 100, "max_prompt_length": 50, "cache_dir": "", "seed": seed} | settings
-    settings |= {key: keys[key] for key in loader_class.loss_keys}
-    return type("Drawn", (_OfTokens, loader_class), {"drawn": drawn})(examples, tokenizer(), **settings)
+    pairs = [one._replace(scores=(1.0, 0.0)) for one in random_examples(n_examples, (2,), seed)]
+    settings = {"max_length": 100, "max_prompt_length": 50, "seed": seed} | settings
+    settings |= {key: keys[key] for key in getattr(loader_class, "loss_keys", ())}
+    return loader_over(loader_class, pairs, tokenizer(), **settings)
 
 
 def batches_for(loss: str, n_batches: int = 3, n: int = 8, seed: int = 0) -> list:
     """Return batches of the loss's own loader over pairs of random tokens."""
     return list(islice(loader_for(loss, n_batches * n, seed, batch_size=n), n_batches))
-
-
-class _OfTokens:
-    """A mixin for a DataLoader whose token ids are given instead of encoded."""
-
-    drawn: list
-
-    def _tokenize(self, *args):
-        self.prompt_ids = _Ids(one.prompt for one in self.drawn)
-        self.response_ids = _Ids(response for one in self.drawn for response in one.responses)
-        self.first_response = np.arange(0, 2 * len(self.drawn), 2)
-
-
-class _Ids(list):
-    """A TokenStore in memory."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(ids) for ids in self])
-
-    @property
-    def ids(self) -> np.ndarray:
-        return np.concatenate(self)
 
 
 def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None, train_loader=None):

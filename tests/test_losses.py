@@ -1,8 +1,7 @@
-"""Every loss as a plain function: hand-computed values, gradients, and what all losses must keep.
+"""The losses of trainers.py as plain functions: hand-computed values and gradients.
 
-A loss runs on an instance of its trainer that has `config.loss` and nothing else: a loss that reads anything else fails
-here. The generic tests run on each file of config/loss/, so a new loss is tested without a new test: if it defines
-`loss`, as a function of four vectors, and in any case as a function of a batch.
+A loss runs on an instance of its trainer that has `config.loss`, an empty state and nothing else: a loss that reads
+anything else fails here. What all losses must keep is tested in test_loss_card.py.
 """
 
 import glob
@@ -12,23 +11,20 @@ import os
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 
 import trainers
 from halos import components
 from halos.advice import balance, export_rounding
-from halos.engine import Batch, Outcome
+from halos.engine import Batch
+from halos.loss_card import subject
 from halos.models import PerToken
 from helpers import CONFIG_DIR, example
-from small_runs import batches_for
 from trainers import CDPOTrainer, DPOTrainer, KTOTrainer, SFTTrainer, SLiCTrainer
 
 
 def bare(trainer, /, **hyper):
     """A trainer that has its hyperparameters and nothing else."""
-    instance = trainer.__new__(trainer)
-    instance.config = OmegaConf.create({"loss": hyper})
-    return instance
+    return subject.bare(trainer, hyper)
 
 
 def loss_of(trainer, /, **hyper):
@@ -62,171 +58,19 @@ def trainer_of(name: str) -> type:
 
 
 LOSSES = yaml_losses()
-OF_FOUR_VECTORS = [name for name in LOSSES if trainer_of(name).loss is not trainers.BasicTrainer.loss]
-every_loss = pytest.mark.parametrize("name", OF_FOUR_VECTORS)
-every_batch_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def settings_of(name: str):
+    """The loss of a YAML as a function of four vectors, its data format, and whether it has a reference model."""
     settings = LOSSES[name]
     return loss_of(trainer_of(name), **settings), trainer_of(name).data_format, settings["use_reference_model"]
-
-
-def arguments(
-    data_format: str, with_reference: bool, n_chosen: int, n_rejected: int, scale: float = 5.0, seed: int = 0
-):
-    """Make the four vectors of a batch. Pairs have as many rejected as chosen responses, and SFT has none."""
-    n_rejected = {"paired": n_chosen, "sft": 0}.get(data_format, n_rejected)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [scale * torch.randn(n, generator=generator) - 20 for n in (n_chosen, n_rejected) * 2]
-    policy = [part.requires_grad_() for part in drawn[:2]]
-    return [*policy, *(drawn[2:] if with_reference else (None, None))]
 
 
 def test_the_losses_are_found():
     assert {"sft", "dpo", "cdpo", "kto", "slic", "ppo"} <= set(LOSSES)
 
 
-@every_loss
-@pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (4, 0), (0, 4)], ids=str)
-def test_lengths_dtypes_and_detached_rewards(name, sizes):
-    """A loss returns one reward per response and one loss per pair or per response: float32, rewards detached."""
-    loss, data_format, with_reference = settings_of(name)
-    args = arguments(data_format, with_reference, *sizes)
-    n_chosen, n_rejected = len(args[0]), len(args[1])
-    losses, chosen_rewards, rejected_rewards = loss(*args)
-    n_losses = n_chosen if data_format in ("paired", "sft") else n_chosen + n_rejected
-    assert losses.shape == (n_losses,) and chosen_rewards.shape == (n_chosen,)
-    assert rejected_rewards.shape == (n_rejected,)
-    assert {losses.dtype, chosen_rewards.dtype, rejected_rewards.dtype} == {torch.float32}
-    assert losses.requires_grad and not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
-
-
-@every_loss
-@pytest.mark.parametrize("scale", [1e-3, 5.0, 1e4])
-@pytest.mark.parametrize("sizes", [(5, 3), (4, 0), (0, 4)], ids=str)
-def test_finite_values_and_gradients(name, scale, sizes):
-    """Values and gradients are finite, also with an empty half, whose mean is NaN, and where exp overflows."""
-    loss, data_format, with_reference = settings_of(name)
-    args = arguments(data_format, with_reference, *sizes, scale=scale)
-    results = loss(*args)
-    assert all(part.isfinite().all() for part in results)
-    results[0].sum().backward()
-    for part in args[:2]:
-        assert part.grad is None or part.grad.isfinite().all()
-
-
-@every_loss
-def test_pure_function_of_its_arguments(name):
-    """The same arguments give the same result, and the loss does not change them."""
-    loss, data_format, with_reference = settings_of(name)
-    args = arguments(data_format, with_reference, 6, 4)
-    before = [None if part is None else part.detach().clone() for part in args]
-    first, second = loss(*args), loss(*args)
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one, other)
-    for part, old in zip(args, before, strict=True):
-        assert part is None or torch.equal(part, old)
-
-
-@every_loss
-def test_order_of_the_batch_does_not_matter(name):
-    """A permuted batch gives the permuted rewards and the same mean loss."""
-    loss, data_format, with_reference = settings_of(name)
-    args = arguments(data_format, with_reference, 6, 6)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    permuted = [part if part is None or not len(part) else part[order] for part in args]
-    losses, chosen_rewards, rejected_rewards = loss(*args)
-    p_losses, p_chosen_rewards, p_rejected_rewards = loss(*permuted)
-    close(p_losses.mean(), losses.mean())
-    close(p_chosen_rewards, chosen_rewards[order])
-    close(p_rejected_rewards, rejected_rewards[order] if len(rejected_rewards) else rejected_rewards)
-
-
-#### EVERY LOSS OF A BATCH
-
-
-def a_batch(name: str, seed: int = 0) -> Batch:
-    """Eight rows of the loss's own loader, with random log-probs, values, entropies and divergences of their tokens."""
-    examples = batches_for(name, 1, seed=seed)[0]
-    n_tokens = sum(sum(one.n_targets) for one in examples)
-    generator = torch.Generator().manual_seed(seed)
-    logps, reference, values, entropy = torch.randn(4, n_tokens, generator=generator)
-    kl = torch.rand(n_tokens, generator=generator).requires_grad_()
-    policy = PerToken((logps - 3).requires_grad_(), values.requires_grad_(), entropy.abs(), kl)
-    return Batch(examples, policy, reference - 3 if LOSSES[name]["use_reference_model"] else None)
-
-
-def learned(name: str, batch: Batch) -> torch.Tensor:
-    """What a loss of the batch trains: the log-probs, or the scores of a reward model."""
-    return batch.policy.values if LOSSES[name].get("use_reward_head") else batch.policy.logps
-
-
-def outcome_of(name: str, batch: Batch) -> Outcome:
-    return bare(trainer_of(name), **LOSSES[name]).batch_loss(batch)
-
-
-def permuted(batch: Batch, order: list[int]) -> Batch:
-    """The batch with its examples in another order."""
-    lengths = [sum(one.n_targets) for one in batch.examples]
-
-    def moved(vector):
-        return None if vector is None else torch.cat([vector.detach().split(lengths)[i] for i in order])
-
-    policy = PerToken(*(moved(vector) for vector in batch.policy))
-    return Batch([batch.examples[i] for i in order], policy, moved(batch.reference_logps))
-
-
-@every_batch_loss
-def test_outcomes(name):
-    """One reward and one log-prob per trained response, detached rewards, finite losses that depend on the policy.
-
-    A reward model has no log-probs.
-    """
-    batch = a_batch(name)
-    outcome = outcome_of(name, batch)
-    n_chosen, n_rejected = int(batch.chosen.sum()), int(batch.rejected.sum())
-    each = 0 if LOSSES[name].get("use_reward_head") else 1
-    assert outcome.chosen_rewards.shape == (n_chosen,) and outcome.chosen_logps.shape == (each * n_chosen,)
-    assert outcome.rejected_logps.shape == (each * n_rejected,) and len(outcome.rejected_rewards) in (0, n_rejected)
-    assert outcome.losses.ndim == 1 and outcome.losses.isfinite().all() and outcome.losses.dtype == torch.float32
-    assert not outcome.chosen_rewards.requires_grad and not outcome.rejected_rewards.requires_grad
-    outcome.losses.sum().backward()
-    assert learned(name, batch).grad.isfinite().all() and learned(name, batch).grad.any()
-
-
-@every_batch_loss
-def test_trained_responses_have_gradients(name):
-    """Most of them: a hinge may be inactive. An unrelated response has none: `Forward` would not pass it on."""
-    batch = a_batch(name)
-    outcome_of(name, batch).losses.mean().backward()
-    moves = batch.sum_by_response(learned(name, batch).grad.abs()) > 0
-    assert moves[batch.chosen | batch.rejected].float().mean() > 0.5
-    assert not moves[batch.unrelated].any()
-
-
-@every_batch_loss
-def test_order_of_the_examples_does_not_matter(name):
-    """A permuted batch has the same mean loss and mean rewards."""
-    batch = a_batch(name)
-    one, other = (outcome_of(name, b) for b in (batch, permuted(batch, [3, 0, 5, 1, 7, 4, 6, 2])))
-    close(other.losses.mean(), one.losses.mean())
-    close(other.chosen_rewards.mean(), one.chosen_rewards.mean())
-
-
-@every_batch_loss
-def test_metrics_are_numbers(name):
-    """Two batches as one: every metric of a loss is finite, in training and, under another name, in evaluation."""
-    trainer = bare(trainer_of(name), **LOSSES[name])
-    outcomes = [trainer.batch_loss(a_batch(name, seed=seed)) for seed in (0, 1)]
-    values, in_evaluation = trainer.summarize(outcomes, "train"), trainer.summarize(outcomes, "eval")
-    assert all(isinstance(value, float) and math.isfinite(value) for value in values.values())
-    assert values["loss/train"] == pytest.approx(torch.cat([o.losses for o in outcomes]).mean().item(), rel=1e-5)
-    assert set(outcomes[0].metrics) <= set(values)
-    assert {key.replace("/", "_eval/", 1) for key in outcomes[0].metrics} <= set(in_evaluation)
-
-
-@every_batch_loss
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_yaml_keeps_the_rules_of_its_trainer(name):
     trainer = trainer_of(name)
     assert all(rule.allows(LOSSES[name][key]) for key, rule in trainer.rules.items())
@@ -305,7 +149,7 @@ def test_cdpo_is_least_where_the_margin_says_how_sure_the_labels_are():
 
 
 def test_cdpo_with_epsilon_0_is_dpo():
-    args = arguments("paired", True, 16, 16)
+    args = -20 + 5 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     for one, other in zip(
         loss_of(CDPOTrainer, beta=0.3, epsilon=0.0)(*args), loss_of(DPOTrainer, beta=0.3)(*args), strict=True
     ):
@@ -477,20 +321,7 @@ def test_kto_logs_its_kl_before_the_clamp():
     assert [values[key] for key in ("kl/chosen", "kl/rejected", "clamped/kl")] == pytest.approx([-2, 1.5, 0.5])
 
 
-#### SIGNS
-
-
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "kto", "slic"])
-def test_a_step_prefers_the_chosen_response(name):
-    """A gradient step raises every chosen log-prob and lowers every rejected one, where policy equals reference.
-
-    SLiC's hinge is active there, because the margins are far below its beta of 1 nat.
-    """
-    loss, _, with_reference = settings_of(name)
-    policy = [torch.linspace(-9.2, -9.0, 5).requires_grad_(), torch.linspace(-9.1, -9.0, 5).requires_grad_()]
-    reference = [part.detach().clone() for part in policy] if with_reference else [None, None]
-    loss(*policy, *reference)[0].mean().backward()
-    assert (policy[0].grad < 0).all() and (policy[1].grad > 0).all()
+#### ADVICE
 
 
 def test_an_export_that_rounds_the_run_away():

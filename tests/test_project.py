@@ -43,7 +43,7 @@ def test_halos_never_imports_what_researchers_edit():
         assert not tops & {"trainers", "dataloaders", "utils", "train", "eval", "compare"}, path
 
 
-@pytest.mark.parametrize("wing", ["judge", "plan", "inspection", "suite"])
+@pytest.mark.parametrize("wing", ["judge", "plan", "inspection", "suite", "loss_card"])
 def test_the_engine_never_imports_a_wing(wing):
     for path in rooms("*.py"):
         assert not [name for name in imports_of(path) if name.startswith(f"halos.{wing}")], path
@@ -59,7 +59,7 @@ def test_the_judge_imports_little_of_the_engine():
 
 def test_the_map_names_every_room():
     """halos/__init__.py has one line for each file of halos/, and so has the __init__.py of each wing."""
-    for folder in ("", "judge/", "plan/", "inspection/", "suite/"):
+    for folder in ("", "judge/", "plan/", "inspection/", "suite/", "loss_card/"):
         found = {os.path.basename(path) for path in rooms(f"{folder}*.py")} - {"__init__.py"}
         with open(os.path.join(PROJECT, "halos", folder, "__init__.py")) as file:
             named = re.findall(r"^ *(\w+\.py|\w+/) +\S", ast.get_docstring(ast.parse(file.read()), clean=False), re.M)
