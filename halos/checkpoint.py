@@ -84,9 +84,9 @@ def _write_files(directory, states, adapter, lm, tokenizer, config, step, metric
         # Opened here, because torch's own error does not say why a file cannot be written.
         with open(os.path.join(directory, name), "wb") as file:
             torch.save({"step_idx": step, "state": content, "metrics": metrics}, file)
-    export(directory, lm, states[POLICY], tokenizer, export_dtype)
     if adapter:
         adapters.write(os.path.join(directory, ADAPTER), lm, adapter)
+    export(directory, lm, states[POLICY], tokenizer, export_dtype)
     with open(os.path.join(directory, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(directory, run_dir.CONFIG), resolve=True)
