@@ -26,8 +26,8 @@ def main(config: DictConfig) -> None:
     with joined(), run_dir.locked(config) as lock:
         distributed.on_main(resume.check_same, config)
         loading.check_positions(config)
-        loading.check_load_from(config)
         loading.check_adapter(config)
+        loading.check_load_from(config)
         launch(run, config, nproc_per_node=config.nproc_per_node, held=lock)
 
 

@@ -86,13 +86,13 @@ def _write_files(directory, states, adapter, lm, tokenizer, config, step, metric
         # Opened here, because torch's own error does not say why a file cannot be written.
         with open(os.path.join(directory, name), "wb") as file:
             torch.save({"step_idx": step, "state": content, "metrics": metrics}, file)
-    exported, exported_lm = states[POLICY], lm
-    if config.loss.get("use_reward_head", False):
-        exported_lm = reward_model.classifier(lm.config, tokenizer.pad_token_id)
-        exported = {name: (exported | states[V_HEAD])[name] for name in exported_lm.state_dict()}
-    export(directory, exported_lm, exported, tokenizer, export_dtype)
     if adapter:
         adapters.write(os.path.join(directory, ADAPTER), lm, adapter)
+    exported = states[POLICY]
+    if config.loss.get("use_reward_head", False):
+        lm = reward_model.classifier(lm.config, tokenizer.pad_token_id)
+        exported = {name: (exported | states[V_HEAD])[name] for name in lm.state_dict()}
+    export(directory, lm, exported, tokenizer, export_dtype)
     with open(os.path.join(directory, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))
     OmegaConf.save(config, os.path.join(directory, run_dir.CONFIG), resolve=True)

@@ -219,6 +219,8 @@ def test_defaults_of_a_real_model_are_those_of_the_original(check):
             "v_head_max_grad_norm": 0.10,
             "activation_checkpointing": True,
             "compile": False,
+            "use_peft": False,
+            "lora": {"rank": 16, "alpha": 32, "targets": None},
             "packing": "auto",
             "logps": "fused",
         },
