@@ -88,16 +88,18 @@ def _scored(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Return Spearman's rho; None if all values of a side are equal."""
+    """Return Spearman's rho; None where it is undefined: equal values, or unknown ones."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(one, other).statistic) if len(set(one)) > 1 and len(set(other)) > 1 else None
+    if np.isnan(other).any() or len(set(one)) < 2 or len(set(other)) < 2:
+        return None
+    return float(spearmanr(one, other).statistic)
 
 
 def write(path: str, pairs: list[TokenizedExample], scored: Scores, changes: dict[str, float], tokenizer) -> None:
     """Write the pairs with the highest normalised scores, with texts.
 
-    changes: id -> how the log-prob of a chosen response has changed, in nats
+    changes: id -> how the log-prob of a chosen response has changed, in nats; NaN where this is unknown
     """
     ches, normalised = (values.cpu().numpy() for values in scored)
     moved = np.array([changes[pair.ids[0]] for pair in pairs])
@@ -108,7 +110,7 @@ def write(path: str, pairs: list[TokenizedExample], scored: Scores, changes: dic
             "rejected_id": pairs[i].ids[1],
             "ches": float(ches[i]),
             "ches_normalised": float(normalised[i]),
-            "chosen_logps_change": float(moved[i]),
+            "chosen_logps_change": None if np.isnan(moved[i]) else float(moved[i]),
             "prompt": tokenizer.decode(pairs[i].prompt),
             "chosen": tokenizer.decode(pairs[i].responses[0]),
             "rejected": tokenizer.decode(pairs[i].responses[1]),

@@ -356,22 +356,26 @@ class BasicTrainer(Updates, Saving):
         return f"{change.line()}; {self.pairs_alike(of_chosen)}" if change.is_found else ""
 
     def pairs_alike(self, changes: dict[str, float]) -> str:
-        """Score the test pairs by CHES and write the worst ones, once in a run. Returns where they are, on rank 0.
+        """Score the test pairs by CHES, once in a run. Returns where the worst are, on rank 0.
 
         changes: id -> how the log-prob of a chosen response has changed, in nats
         """
         if known := distributed.from_main(ches.found_in(self.run_dir)):
             return f"pairs: {known}"
-        pairs = ches.pairs_of(self.eval_loader, set(changes))
-        if not pairs:
-            return "the test data have no pairs to score by CHES"
-        with self.evaluating():
-            scores = ches.scores(self.policy, pairs, self.config.model.max_tokens_per_forward)
-        if not distributed.is_main():
-            return ""
         path = os.path.join(self.run_dir, EVALUATIONS, f"ches-{self.state.updates}.json")
-        ches.write(path, pairs, scores, changes, self.tokenizer)
-        return ches.line(path)
+        if not self.score_pairs(path, changes):
+            return "the test data have no pairs to score by CHES"
+        return ches.line(path) if distributed.is_main() else ""
+
+    def score_pairs(self, path: str, changes: dict[str, float]) -> bool:
+        """Write the test pairs of the highest CHES scores. Returns False if there are no pairs."""
+        pairs = ches.pairs_of(self.eval_loader, set(changes))
+        if pairs:
+            with self.evaluating():
+                scores = ches.scores(self.policy, pairs, self.config.model.max_tokens_per_forward)
+            if distributed.is_main():
+                ches.write(path, pairs, scores, changes, self.tokenizer)
+        return bool(pairs)
 
     #### METRICS
 

@@ -124,7 +124,9 @@ def known_texts(path: str, ids: set[str]) -> dict[str, tuple[str, str]]:
     from halos.config import validate
     from halos.inspection.evaluation import texts_of
 
-    config_path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "config.yaml")
+    beside = os.path.dirname(os.path.abspath(path))  # eval.parquet has its config there, evaluations/ above
+    folder = beside if os.path.isfile(os.path.join(beside, "config.yaml")) else os.path.dirname(beside)
+    config_path = os.path.join(folder, "config.yaml")
     try:
         config = saved_config.read(config_path)
         saved_config.locate_cache(config, config_path)
