@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -310,7 +310,7 @@ class BasicTrainer(Updates, Saving):
         started = time.monotonic()
         outcomes, parts = [], []
         coming = ahead(map(self.planned, self.eval_loader), self.policy.device)
-        with self.evaluating():
+        with sharding.evaluating(self.policy):
             for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
                 with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
                     _, batch = self.forward(examples)
@@ -320,14 +320,6 @@ class BasicTrainer(Updates, Saving):
         self.records = Records.concatenate(parts)
         values = self.summarize(outcomes, "eval") | self.records.by_dataset(self.accuracy)
         return values | {"examples_per_second": self.eval_loader.examples_seen / seconds}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside, the policy is in evaluation mode; afterwards it is what training needs."""
-        self.policy.eval()
-        yield
-        self.policy.train()
-        sharding.reshard(self.policy)
 
     def log_evaluation(self) -> None:
         """Evaluate, and write and show what was found: metrics, records, the best evaluation so far, displacement."""
@@ -363,19 +355,12 @@ class BasicTrainer(Updates, Saving):
         if known := distributed.from_main(ches.found_in(self.run_dir)):
             return f"pairs: {known}"
         path = os.path.join(self.run_dir, EVALUATIONS, f"ches-{self.state.updates}.json")
-        if not self.score_pairs(path, changes):
-            return "the test data have no pairs to score by CHES"
-        return ches.line(path) if distributed.is_main() else ""
+        return ches.line(path) if self.score_pairs(path, changes) else "the test data have no pairs to score by CHES"
 
     def score_pairs(self, path: str, changes: dict[str, float]) -> bool:
         """Write the test pairs of the highest CHES scores. Returns False if there are no pairs."""
-        pairs = ches.pairs_of(self.eval_loader, set(changes))
-        if pairs:
-            with self.evaluating():
-                scores = ches.scores(self.policy, pairs, self.config.model.max_tokens_per_forward)
-            if distributed.is_main():
-                ches.write(path, pairs, scores, changes, self.tokenizer)
-        return bool(pairs)
+        max_tokens = self.config.model.max_tokens_per_forward
+        return ches.score(path, self.policy, self.eval_loader, changes, max_tokens, self.tokenizer)
 
     #### METRICS
 
