@@ -109,10 +109,8 @@ def inspect_evaluation(path: str, n_shown: int, output: str, command: str) -> No
     make_room(page)
     evaluation_page.write(page, rows, known_texts(path, ids), n_shown, f"Evaluation {path}", command)
     for row in evaluation.datasets(rows):
-        rewards = (
-            f"rewards {evaluation_page.number(row.chosen)} chosen, {evaluation_page.number(row.rejected)} rejected"
-        )
-        print(f"{row.name}: {row.responses:,} responses, loss {row.loss:.4g}, {rewards}")
+        chosen, rejected = (evaluation_page.number(reward) or "none" for reward in (row.chosen, row.rejected))
+        print(f"{row.name}: {row.responses:,} responses, loss {row.loss:.4g}, rewards {chosen} and {rejected}")
     print(f"\nthe page with the worst examples: {page}")
 
 
