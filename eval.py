@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("-o", "--output", help="the file to write (default: {samples_dir}/{exp_name}.json)")
     parser.add_argument("-f", "--file", help="sample for the prompts of this .jsonl, .json or .parquet file instead")
+    parser.add_argument("--ches", action="store_true", help="with -m eval: score the test pairs (docs/metrics.md)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the run's config")
     return parser.parse_intermixed_args()
 
@@ -177,7 +178,8 @@ def sample_name(config: DictConfig, policy_pt: str) -> str:
 
 
 def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> None:
-    """Write eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
+    """Write eval.json beside the config: {"metadata": config, "results": {metric: mean}}; and eval.parquet, a row per
+    response. With --ches, also eval.ches.json."""
     import dataloaders
     import trainers
     from halos import components, distributed, loading, reference_cache
@@ -194,6 +196,8 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     trainer = trainer_class(policy, reference, tokenizer, config, None, loader, directory)
     trainer.reference_cache = cache
     results = trainer.evaluate()
+    if args.ches:
+        write_ches(trainer, os.path.join(directory, "eval.ches.json"))
     if not distributed.is_main():
         return
     for name, value in results.items():
@@ -202,6 +206,26 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     metadata = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
     write_json(path, {"metadata": metadata, "results": results})
     print(f"written to {path}")
+    if trainer.records:
+        write_rows(trainer.records, os.path.join(directory, "eval.parquet"))
+
+
+def write_rows(records, path: str) -> None:
+    """Write a row per response. An existing file is kept as NAME.bak-N."""
+    with locks.take(path, on_wait=lambda who: None):
+        make_room(path)
+        records.write(path)
+    print(f"a row per response: {path}")
+
+
+def write_ches(trainer, path: str) -> None:
+    """Write the pairs that are most alike to the model. All ranks must call this. An existing file is kept."""
+    from halos import displacement, distributed
+
+    if distributed.is_main():
+        make_room(path)
+    if not trainer.score_pairs(path, displacement.against_reference(trainer.records)):
+        raise UserError("--ches: the test data have no pairs to score; leave it out")
 
 
 def write_json(path: str, content) -> None:

@@ -36,7 +36,8 @@ def run(config: DictConfig) -> None:
     with importing():  # again, for processes that `launch` has started
         import dataloaders
         import trainers
-        from halos import adapters, checkpoint, components, distributed, loading, reference_cache, resume, run_dir
+        from halos import adapters, checkpoint, components, distributed, loading, records, reference_cache
+        from halos import resume, run_dir
         from utils import rank0_print
 
     tokenizer = loading.load_tokenizer(config)
@@ -75,6 +76,8 @@ def run(config: DictConfig) -> None:
     else:
         for name, value in trainer.evaluate().items():
             rank0_print(f"{name}: {value:.6g}")
+        if distributed.is_main() and trainer.records:
+            trainer.records.write(records.path_of(directory, step=0))
 
 
 if __name__ == "__main__":

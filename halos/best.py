@@ -16,6 +16,10 @@ def check(values: dict[str, Any]) -> None:
         raise UserError(f"best.patience={patience} needs a metric to compare; use for example best.metric=loss/eval")
     if metric is not None and values["best.mode"] is None:
         raise UserError(f"best.metric={metric} needs a direction: best.mode=min if a lower value is better, else max")
+    if metric is not None and not values["do_first_eval"]:
+        raise UserError(
+            f"best.metric={metric} needs do_first_eval=true: the weights may be best before the first update"
+        )
 
 
 def after(best: dict[str, Any], settings: DictConfig, updates: int, metrics: dict[str, float]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from halos.loader import DataLoader
 from halos.models import PolicyModel
 from halos.packing import schedule
 from halos.run_dir import EVALUATIONS
+from halos.sharding import evaluating
 from halos.tokens import TokenizedExample
 
 MOST = 512  # pairs that are scored
@@ -51,6 +52,24 @@ def pairs_of(loader: DataLoader, ids: set[str]) -> list[TokenizedExample]:
         if len(pairs) < MOST and not loader.is_one_response(row):
             pairs.append(loader.tokenized(row))
     return pairs
+
+
+def score(
+    path: str, policy: PolicyModel, loader: DataLoader, changes: dict[str, float], max_tokens: int, tokenizer
+) -> bool:
+    """Score the pairs of these chosen responses, and write the worst. Returns False if there are none.
+
+    All ranks must call this. Rank 0 writes.
+
+    changes: id -> how the log-prob of a chosen response has changed, in nats; NaN where this is unknown
+    """
+    pairs = pairs_of(loader, set(changes))
+    if pairs:
+        with evaluating(policy):
+            scored = scores(policy, pairs, max_tokens)
+        if distributed.is_main():
+            write(path, pairs, scored, changes, tokenizer)
+    return bool(pairs)
 
 
 @torch.no_grad()
@@ -88,17 +107,16 @@ def _scored(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Return Spearman's rho; None if all values of a side are equal."""
+    """Return Spearman's rho; None where it is undefined: equal values, or unknown ones."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(one, other).statistic) if len(set(one)) > 1 and len(set(other)) > 1 else None
+    if np.isnan(other).any() or len(set(one)) < 2 or len(set(other)) < 2:
+        return None
+    return float(spearmanr(one, other).statistic)
 
 
 def write(path: str, pairs: list[TokenizedExample], scored: Scores, changes: dict[str, float], tokenizer) -> None:
-    """Write the pairs with the highest normalised scores, with texts.
-
-    changes: id -> how the log-prob of a chosen response has changed, in nats
-    """
+    """Write the pairs with the highest normalised scores, with texts."""
     ches, normalised = (values.cpu().numpy() for values in scored)
     moved = np.array([changes[pair.ids[0]] for pair in pairs])
     worst = np.argsort(-normalised, kind="stable")[:LISTED].tolist()
@@ -108,7 +126,7 @@ def write(path: str, pairs: list[TokenizedExample], scored: Scores, changes: dic
             "rejected_id": pairs[i].ids[1],
             "ches": float(ches[i]),
             "ches_normalised": float(normalised[i]),
-            "chosen_logps_change": float(moved[i]),
+            "chosen_logps_change": None if np.isnan(moved[i]) else float(moved[i]),
             "prompt": tokenizer.decode(pairs[i].prompt),
             "chosen": tokenizer.decode(pairs[i].responses[0]),
             "rejected": tokenizer.decode(pairs[i].responses[1]),
@@ -131,7 +149,9 @@ def found_in(directory: str) -> str | None:
 
 
 def line(path: str) -> str:
-    """Return where the worst pairs are listed, and which these are."""
+    """Return where the worst pairs are listed, and which these are; nothing on ranks but 0."""
+    if not distributed.is_main():
+        return ""
     with open(path, encoding="utf-8") as file:
         worst = [pair["chosen_id"] for pair in json.load(file)["worst"]]
     named = f", such as {', '.join(worst[:NAMED])}" if worst else ""

@@ -93,3 +93,9 @@ def changes(first: Records, now: Records, role: Role) -> dict[str, float]:
         for one in (first, now)
     )
     return {name: after[name] - before[name] for name in before.keys() & after.keys()}
+
+
+def against_reference(rows: Records) -> dict[str, float]:
+    """Return by how many nats each chosen response is likelier than under the reference; NaN without one."""
+    chosen = rows.only(rows.is_role(Role.CHOSEN))
+    return dict(zip(chosen.id, (chosen.logps - chosen.reference_logps).tolist(), strict=True))

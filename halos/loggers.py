@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from omegaconf import DictConfig, OmegaConf
 
 from halos import secrets
-from halos.config_keys import flat, shown
 from halos.errors import UserError, did_you_mean
 from halos.files import finished
 
@@ -37,16 +36,16 @@ class Loggers:
             one.finish()
 
 
-def names(values: Mapping[str, Any]) -> list[str]:
-    """Return the loggers that a flat config names; `wandb.enabled=true` is one way to name wandb."""
-    return list(dict.fromkeys([*values["log_to"], *["wandb"] * values["wandb.enabled"]]))
+def names(log_to: list[Any], with_wandb: bool) -> list[str]:
+    """Return the loggers that a config names; `wandb.enabled=true` is one way to name wandb."""
+    return list(dict.fromkeys([*log_to, *["wandb"] * with_wandb]))
 
 
 def check(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a logger that is unknown or not installed. Nothing is imported."""
-    for name in names(values):
+    """Raise UserError if a flat config names a logger that is unknown or not installed. Nothing is imported."""
+    for name in names(values["log_to"], values["wandb.enabled"]):
         if name not in OPENERS:
-            raise UserError(f"log_to=[{shown(name)}] is not a logger; {did_you_mean(str(name), OPENERS)}")
+            raise UserError(f"log_to=[{name}] is not a logger; {did_you_mean(str(name), OPENERS)}")
         if importlib.util.find_spec(name) is None:
             raise UserError(f"log_to=[{name}]: {name} is not installed; pip install {name}, or leave it out")
 
@@ -57,7 +56,8 @@ def open_all(config: DictConfig, run_dir: str, resumed_after: int | None) -> Log
     resumed_after: updates that a resumed run goes on from; None for a run from the start
     """
     settings: Any = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
-    return Loggers([OPENERS[name](config, run_dir, settings, resumed_after) for name in names(flat(config))])
+    chosen = names(list(config.log_to), config.wandb.enabled)
+    return Loggers([OPENERS[name](config, run_dir, settings, resumed_after) for name in chosen])
 
 
 def open_wandb(config: DictConfig, run_dir: str, settings: dict[str, Any], resumed_after: int | None) -> Logger:

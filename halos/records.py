@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import accumulate, chain
 from typing import Any, Self
 
 import torch
@@ -97,11 +98,10 @@ class Records:
         for field in fields(cls):
             values = [getattr(part, field.name) for part in parts]
             is_tensor = isinstance(values[0], torch.Tensor)
-            columns[field.name] = torch.cat(values).double().cpu() if is_tensor else sum(values, [])
-        n_rows = [int(part.row.max()) + 1 for part in parts]
-        starts = [sum(n_rows[:i]) for i in range(len(parts)) for _ in range(len(parts[i]))]
+            columns[field.name] = torch.cat(values).double().cpu() if is_tensor else list(chain.from_iterable(values))
         columns |= {name: columns[name].long() for name in ("row", "n_tokens")}
-        columns["row"] += torch.tensor(starts)
+        starts = torch.tensor([0, *accumulate(int(part.row.max()) + 1 for part in parts)][:-1])
+        columns["row"] += starts.repeat_interleave(torch.tensor([len(part) for part in parts]))
         columns["weight"] /= columns["weight"].sum()
         return cls(**columns)
 

@@ -1,5 +1,7 @@
 """Prepare a model for training: activation checkpointing, compilation, and FSDP, in the order that they require."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -94,6 +96,15 @@ def prepare_reference(reference: Any, block_name: str | None, mesh: DeviceMesh) 
 
 def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def evaluating(policy: torch.nn.Module) -> Iterator[None]:
+    """Inside, the policy is in evaluation mode; afterwards it is what training needs."""
+    policy.eval()
+    yield
+    policy.train()
+    reshard(policy)
 
 
 def reshard(policy: Any) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -318,7 +318,7 @@ class BasicTrainer(Updates, Saving):
         started = time.monotonic()
         outcomes, parts = [], []
         coming = ahead(map(self.planned, self.eval_loader), self.policy.device)
-        with self.evaluating():
+        with sharding.evaluating(self.policy):
             for examples in metrics.progress(coming, "evaluating", len(self.eval_loader)):
                 with mishaps.explained_out_of_memory(self.config, examples, "model.eval_batch_size"):
                     _, batch = self.forward(examples)
@@ -328,14 +328,6 @@ class BasicTrainer(Updates, Saving):
         self.records = Records.concatenate(parts)
         values = self.summarize(outcomes, "eval") | self.records.by_dataset(self.accuracy)
         return values | {"examples_per_second": self.eval_loader.examples_seen / seconds}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside, the policy is in evaluation mode; afterwards it is what training needs."""
-        self.policy.eval()
-        yield
-        self.policy.train()
-        sharding.reshard(self.policy)
 
     def log_evaluation(self) -> None:
         """Evaluate, and write and show what was found: metrics, records, the best evaluation so far, displacement."""
@@ -364,22 +356,19 @@ class BasicTrainer(Updates, Saving):
         return f"{change.line()}; {self.pairs_alike(of_chosen)}" if change.is_found else ""
 
     def pairs_alike(self, changes: dict[str, float]) -> str:
-        """Score the test pairs by CHES and write the worst ones, once in a run. Returns where they are, on rank 0.
+        """Score the test pairs by CHES, once in a run. Returns where the worst are, on rank 0.
 
         changes: id -> how the log-prob of a chosen response has changed, in nats
         """
         if known := distributed.from_main(ches.found_in(self.run_dir)):
             return f"pairs: {known}"
-        pairs = ches.pairs_of(self.eval_loader, set(changes))
-        if not pairs:
-            return "the test data have no pairs to score by CHES"
-        with self.evaluating():
-            scores = ches.scores(self.policy, pairs, self.config.model.max_tokens_per_forward)
-        if not distributed.is_main():
-            return ""
         path = os.path.join(self.run_dir, EVALUATIONS, f"ches-{self.state.updates}.json")
-        ches.write(path, pairs, scores, changes, self.tokenizer)
-        return ches.line(path)
+        return ches.line(path) if self.score_pairs(path, changes) else "the test data have no pairs to score by CHES"
+
+    def score_pairs(self, path: str, changes: dict[str, float]) -> bool:
+        """Write the test pairs of the highest CHES scores. Returns False if there are no pairs."""
+        max_tokens = self.config.model.max_tokens_per_forward
+        return ches.score(path, self.policy, self.eval_loader, changes, max_tokens, self.tokenizer)
 
     #### METRICS
 

@@ -109,10 +109,8 @@ def inspect_evaluation(path: str, n_shown: int, output: str, command: str) -> No
     make_room(page)
     evaluation_page.write(page, rows, known_texts(path, ids), n_shown, f"Evaluation {path}", command)
     for row in evaluation.datasets(rows):
-        rewards = (
-            f"rewards {evaluation_page.number(row.chosen)} chosen, {evaluation_page.number(row.rejected)} rejected"
-        )
-        print(f"{row.name}: {row.responses:,} responses, loss {row.loss:.4g}, {rewards}")
+        chosen, rejected = (evaluation_page.number(reward) or "none" for reward in (row.chosen, row.rejected))
+        print(f"{row.name}: {row.responses:,} responses, loss {row.loss:.4g}, rewards {chosen} and {rejected}")
     print(f"\nthe page with the worst examples: {page}")
 
 
@@ -124,7 +122,9 @@ def known_texts(path: str, ids: set[str]) -> dict[str, tuple[str, str]]:
     from halos.config import validate
     from halos.inspection.evaluation import texts_of
 
-    config_path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "config.yaml")
+    beside = os.path.dirname(os.path.abspath(path))  # eval.parquet has its config there, evaluations/ above
+    folder = beside if os.path.isfile(os.path.join(beside, "config.yaml")) else os.path.dirname(beside)
+    config_path = os.path.join(folder, "config.yaml")
     try:
         config = saved_config.read(config_path)
         saved_config.locate_cache(config, config_path)

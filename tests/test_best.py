@@ -59,6 +59,10 @@ def test_what_the_config_must_say():
     for values, message in (
         ({"best.metric": None, "best.patience": 3, "best.mode": None}, "best.patience=3 needs a metric"),
         ({"best.metric": "loss/eval", "best.patience": None, "best.mode": None}, "best.metric=loss/eval needs a direc"),
+        (
+            {"best.metric": "loss/eval", "best.patience": None, "best.mode": "min", "do_first_eval": False},
+            "best.metric=loss/eval needs do_first_eval=true",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             best.check(values)

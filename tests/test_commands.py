@@ -19,6 +19,7 @@ import eval as eval_program
 import train as train_program
 from halos import demo, sampling, saved_config
 from halos.metrics import read_metrics
+from halos.records import Records
 from halos.sample_files import PartialFile
 from halos.tokens import Encoder
 from helpers import ONE_BLOCK
@@ -518,6 +519,8 @@ def test_closed_form_metrics(command, run):
     assert saved["metadata"]["exp_name"] == "base"
     for name in ("loss/eval", "logps_eval/chosen"):
         assert saved["results"][name] == pytest.approx(last[name], rel=1e-5)
+    rows = Records.read(str(run / "eval.parquet"))
+    assert rows.mean_loss() == pytest.approx(saved["results"]["loss/eval"], rel=1e-5)
 
 
 def test_a_run_with_a_critic(command, run, cache_dir, tmp_path):

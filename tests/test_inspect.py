@@ -6,6 +6,7 @@ The tokenizer reads characters (test_chat.py), so that lengths can be counted: "
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -578,14 +579,13 @@ def test_the_page_of_an_evaluation_has_the_texts_of_the_data(tmp_path):
     assert content.count("<circle") == 2 and "step &lt;4&gt;" in content
 
 
-def test_an_evaluation_whose_data_are_gone_is_shown_without_texts(tmp_path):
-    """The command as it is typed. The run has no config.yaml, so there are no texts; an earlier page is kept."""
+def test_an_evaluation_whose_data_are_gone_is_shown_without_texts(tmp_path, capsys):
+    """The run has no config.yaml, so there are no texts; an earlier page is kept."""
     path = tmp_path / "run" / "evaluations" / "step-4.parquet"
     PAIRED.write(str(path))
     (path.parent / "step-4.html").touch()
-    command = [sys.executable, SCRIPT, f"evaluation={path}"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning: the page has no texts: " in done.stdout and "config.yaml cannot be read" in done.stdout
-    assert "hh: 4 responses, loss 2.5, rewards 2.000 and 1.750" in done.stdout
+    runpy.run_path(os.path.join(PROJECT, SCRIPT))["inspect_evaluation"](str(path), 8, "", "python x")
+    said = capsys.readouterr().out
+    assert "warning: the page has no texts: " in said and "config.yaml cannot be read" in said
+    assert "hh: 4 responses, loss 2.5, rewards 2.000 and 1.750" in said
     assert sorted(os.listdir(path.parent)) == ["step-4.html", "step-4.html.bak-1", "step-4.parquet"]

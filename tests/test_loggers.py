@@ -7,24 +7,18 @@ import sys
 
 import pytest
 
-from halos import config_keys, loggers, metrics, states
+from halos import loggers, metrics, states
 from halos.errors import UserError
-from helpers import PROJECT, make_config
+from helpers import PROJECT
 from small_runs import loader_for, make_trainer
 
 SECRET = "sk-abcdefghijklmnop123456"
 
 
-def test_which_loggers_a_config_names(tmp_path):
-    named = {
-        "log_to=[]": [],
-        "wandb.enabled=true": ["wandb"],
-        "log_to=[tensorboard,wandb]": ["tensorboard", "wandb"],
-    }
-    for word, expected in named.items():
-        assert loggers.names(config_keys.flat(make_config(tmp_path, word))) == expected
-    both = make_config(tmp_path, "log_to=[wandb]", "wandb.enabled=true")
-    assert loggers.names(config_keys.flat(both)) == ["wandb"]
+def test_which_loggers_a_config_names():
+    assert loggers.names([], False) == []
+    assert loggers.names([], True) == ["wandb"]
+    assert loggers.names(["tensorboard", "wandb"], True) == ["tensorboard", "wandb"]
 
 
 def test_a_logger_that_is_unknown_or_not_installed(monkeypatch):
@@ -80,9 +74,11 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
 
 TRACKIO = """
 import json, sys
+from omegaconf import OmegaConf
 from halos import loggers
-from helpers import make_config
-config = make_config(sys.argv[1], "log_to=[trackio]", "exp_name=kto", "++model.name_or_path=https://me:SECRET@host/m")
+settings = {"enabled": False, "project": "archangel"}
+model = {"name_or_path": "https://me:SECRET@host/m"}
+config = OmegaConf.create({"log_to": ["trackio"], "wandb": settings, "exp_name": "kto", "model": model})
 one = loggers.open_all(config, sys.argv[1], None)
 one.log({"loss/train": 1.0}, step=1)
 one.finish()
@@ -99,11 +95,11 @@ print("FOUND", json.dumps([runs, [{k: row[k] for k in row if k != "timestamp"} f
 def test_trackio_goes_on_in_its_run_and_knows_no_secret(tmp_path):
     """In a process of its own, since trackio reads where its data are when it is imported."""
     pytest.importorskip("trackio")
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": f"{PROJECT}:{PROJECT}/tests"}
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": PROJECT}
     command = [sys.executable, "-c", TRACKIO, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    runs, rows = json.loads(done.stdout.partition("FOUND ")[2])
+    runs, rows = json.loads(done.stdout.partition("FOUND ")[2].partition("\n")[0])
     assert runs == ["kto"]
     assert rows == [{"loss/train": 1.0, "step": 1}, {"loss/train": 0.5, "lr": 0.1, "step": 2}]
     for folder, _, names in os.walk(tmp_path):

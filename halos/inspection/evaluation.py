@@ -59,14 +59,14 @@ def datasets(rows: Records) -> Iterator[DatasetRow]:
 
 def _dataset(name: str, rows: Records) -> DatasetRow:
     chosen, rejected = (rows.only(rows.is_role(role)) for role in (Role.CHOSEN, Role.REJECTED))
-    margins = chosen.margin[~chosen.margin.isnan()] if len(chosen) else torch.empty(0)
+    margins = rows.margin[rows.is_role(Role.CHOSEN)]
     return DatasetRow(
         name,
         len(rows),
         rows.mean_loss(),
         _mean(chosen.reward),
         _mean(rejected.reward),
-        _mean((margins > 0).double()),
+        _mean((margins > 0).double()) if _mean(margins) is not None else None,
         _mean(chosen.n_tokens.double()),
         _mean(rejected.n_tokens.double()),
     )
