@@ -141,7 +141,7 @@ def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
     """Return a model card: loss, data, hyperparameters, final metrics, and how to load the model."""
     model, loss = config.model, config.loss
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["halos", loss.name]}
-    if model.name_or_path:
+    if model.name_or_path and not os.path.isdir(model.name_or_path):  # the hub refuses a path
         header["base_model"] = model.name_or_path
     base = model.name_or_path or f"a {model.architecture.model_type} with random weights"
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
