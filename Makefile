@@ -8,6 +8,7 @@ RUN = $(VENV)/bin/python
 
 LOSS ?= kto
 SEED ?= 1
+TEST_PROCESSES ?= logical
 
 .PHONY: demo test test-slow lint check clean
 
@@ -15,7 +16,7 @@ demo: $(INSTALLED)
 	$(RUN) scripts/demo.py --loss $(LOSS) --seed $(SEED) $(ARGS)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow $(ARGS)

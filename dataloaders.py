@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from halos import demo, sources
+from halos import components, demo, sources
 from halos.chat import Renderer
 from halos.dataset_specs import base_spec, spec_of
 from halos.epoch import Row
@@ -291,7 +291,7 @@ def make_loader(config, tokenizer, split: str, keep_texts: bool = False) -> Data
     """
     datasets = read_datasets(config, split)
     training = split == "train"
-    loader = getattr(sys.modules[__name__], config.loss.dataloader)(
+    loader = components.find(sys.modules[__name__], config.loss.dataloader)(
         merge(datasets),
         tokenizer,
         batch_size=config.model.batch_size if training else config.model.eval_batch_size,

@@ -167,7 +167,7 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     """Write eval.json beside the config: {"metadata": config, "results": {metric: mean}}."""
     import dataloaders
     import trainers
-    from halos import distributed, loading, reference_cache
+    from halos import components, distributed, loading, reference_cache
 
     tokenizer = loading.load_tokenizer(config)
     with distributed.first_on_each_node():
@@ -175,7 +175,9 @@ def evaluate(args: argparse.Namespace, config: DictConfig, policy_pt: str) -> No
     dataloaders.describe(loader, "test")
     policy, reference, cache = reference_cache.load(config, tokenizer, [loader], policy_pt)
     directory = os.path.dirname(os.path.abspath(args.config))
-    trainer = getattr(trainers, config.loss.trainer)(policy, reference, tokenizer, config, None, loader, directory)
+    trainer = components.find(trainers, config.loss.trainer)(
+        policy, reference, tokenizer, config, None, loader, directory
+    )
     trainer.reference_cache = cache
     results = trainer.evaluate()
     if not distributed.is_main():

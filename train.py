@@ -35,7 +35,7 @@ def run(config: DictConfig) -> None:
     with importing():  # again, for processes that `launch` has started
         import dataloaders
         import trainers
-        from halos import checkpoint, distributed, loading, reference_cache, resume, run_dir
+        from halos import checkpoint, components, distributed, loading, reference_cache, resume, run_dir
         from utils import rank0_print
 
     tokenizer = loading.load_tokenizer(config)
@@ -58,7 +58,7 @@ def run(config: DictConfig) -> None:
     rank0_print(f"{parameters}; {policy.description}; {distributed.describe()}")
 
     #### TRAINING
-    trainer_class = getattr(trainers, config.loss.trainer)
+    trainer_class = components.find(trainers, config.loss.trainer)
     trainer = trainer_class(policy, reference, tokenizer, config, loaders.get("train"), loaders["test"], directory)
     trainer.reference_cache = cache
     if training:

@@ -57,6 +57,7 @@ advice.py           what is worth knowing before the first update
 config.py           validation of the configuration: values
 config_keys.py      validation of the configuration: which keys there are
 saved_config.py     the config.yaml of a run: read, completed and changed
+components.py       the classes that a configuration names
 rules.py            what values of the configuration can be
 commands.py         errors and flags of the commands
 console.py          halos-train, halos-eval, halos-compare

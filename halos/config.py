@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from halos import config_keys, dataset_specs, rules
+from halos.components import component
 from halos.config_keys import check_complete, check_names, flat, is_open, resolved, shown
 from halos.errors import UserError, did_you_mean, first_line
 from halos.files import require_writable
@@ -118,17 +119,6 @@ def _fold(config: DictConfig) -> None:
             config.merge_with(inner or {})
         except OmegaConfBaseException as error:
             raise UserError(f"config={shown(flat(inner))}: {first_line(error)}; write the keys themselves") from None
-
-
-def component(module: ModuleType, name: str, base: type, key: str) -> type:
-    """Return the class called `name` in a module. It must be a subclass of `base`. `key` is where it was configured."""
-    found = getattr(module, name, None)
-    if isinstance(found, type) and issubclass(found, base) and found is not base:
-        return found
-    usable = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base]
-    where = module.__name__ if hasattr(module, "__path__") else f"{module.__name__}.py"
-    problem = f"is not defined in {where}" if found is None else f"is not a subclass of {base.__name__} in {where}"
-    raise UserError(f"{key}={name} {problem}; {did_you_mean(name, usable)}")
 
 
 #### VALUES

@@ -11,7 +11,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDERS = ("config", "assets")
+FOLDERS = ("config", "assets", "losses")
 
 
 def inclusions(root: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import dataloaders
 import trainers
-from halos import checkpoint, loading, run_dir
+from halos import checkpoint, components, loading, run_dir
 from halos.examples import Example
 from halos.loader import DataLoader
 from helpers import CONFIG_DIR, PROJECT, make_config, random_examples
@@ -79,12 +79,12 @@ def losses() -> list[str]:
 
 def data_format(loss: str) -> str:
     """Return the data format of a loss's trainer: sft, unpaired or paired."""
-    return getattr(trainers, make_config("", f"loss={loss}").loss.trainer).data_format
+    return components.find(trainers, make_config("", f"loss={loss}").loss.trainer).data_format
 
 
 def loader_for(loss: str, n_examples: int, seed: int = 0, **settings) -> DataLoader:
     """Make the loss's own loader over pairs of random tokens, each with the scores 1 and 0."""
-    loader_class = getattr(dataloaders, make_config("", f"loss={loss}").loss.dataloader)
+    loader_class = components.find(dataloaders, make_config("", f"loss={loss}").loss.dataloader)
     drawn = random_examples(n_examples, (2,), seed)
     examples = [
         Example(str(i), ["0", "1"], [1.0, 0.0], [(0, 1)], sft_index=0, dataset_name="drawn", id=f"drawn/{i}")
@@ -129,7 +129,7 @@ def make_trainer(folder, loss: str, *words: str, batches=None, eval_batches=None
     policy, reference = loading.load_policy_and_reference(config, tokenizer(), CPU)
     batches = batches if batches is not None else batches_for(loss)
     loaders = train_loader or Batches(batches), Batches(eval_batches if eval_batches is not None else batches[:1])
-    trainer_class = getattr(trainers, config.loss.trainer)
+    trainer_class = components.find(trainers, config.loss.trainer)
     return trainer_class(policy, reference, tokenizer(), config, *loaders, directory)
 
 

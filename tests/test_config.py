@@ -25,7 +25,8 @@ import halos.config_keys
 import trainers
 from halos import dataset_specs, rules
 from halos.commands import hydra_main, report_user_errors
-from halos.config import component, validate
+from halos.components import component, find
+from halos.config import validate
 from halos.errors import UserError
 from halos.saved_config import add_new_keys, overrides
 
@@ -1105,3 +1106,23 @@ def test_a_loss_keeps_the_demands_of_the_one_it_extends(run, tmp_path, monkeypat
     assert run(*words, "loss.beta=-5").err == "error: loss.beta=-5 must be a number above 0\n"
     assert run(*words, "loss.decay=0").err == "error: loss.decay=0 must be a number above 0\n"
     assert "loss.use_reference_model=false" in run(*words, "loss.use_reference_model=false").err
+
+
+def test_a_name_with_dots_is_a_class_of_another_file(tmp_path, monkeypatch):
+    """`trainer: my_losses.MyTrainer` is found on the path; a wrong module or class is one line."""
+    (tmp_path / "my_losses.py").write_text("from trainers import DPOTrainer\nclass MyTrainer(DPOTrainer): ...\n")
+    (tmp_path / "broken.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = component(trainers, "my_losses.MyTrainer", trainers.BasicTrainer, "loss.trainer")
+    assert mine is find(trainers, "my_losses.MyTrainer") and mine.mro()[1] is trainers.DPOTrainer
+    assert find(trainers, "KTOTrainer") is trainers.KTOTrainer
+    for name, problem in {
+        "my_losses.MyTrianer": "is not defined in my_losses.py; did you mean 'MyTrainer'?",
+        "my_loses.MyTrainer": "there is no module 'my_loses'; a name with dots is that of a file",
+        "..MyTrainer": "there is no module",
+        "os.getcwd": "is not a subclass of BasicTrainer in os.py",
+    }.items():
+        with pytest.raises(UserError, match=f"loss.trainer={re.escape(name)}.*{re.escape(problem)}"):
+            component(trainers, name, trainers.BasicTrainer, "loss.trainer")
+    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+        component(trainers, "broken.MyTrainer", trainers.BasicTrainer, "loss.trainer")

@@ -17,7 +17,7 @@ import pytest
 import dataloaders
 import hub_copies
 from dataloaders import get_local
-from halos import forms
+from halos import components, forms
 from halos.errors import UserError
 from halos.forms import pairs_of_scores
 from halos.hub import choose_split
@@ -43,7 +43,7 @@ def own_cache(tmp_path, monkeypatch):
 def rows_of(dataset, loader: str, folder) -> list[tuple]:
     """Return the token ids of all rows of an epoch: (prompt, response, role, response, role) each."""
     settings = {"batch_size": 64, "max_length": 200, "max_prompt_length": 150, "cache_dir": str(folder)}
-    (batch,) = getattr(dataloaders, loader)(list(dataset.examples.values()), tokenizer(), **settings)
+    (batch,) = components.find(dataloaders, loader)(list(dataset.examples.values()), tokenizer(), **settings)
     return sorted(
         (one.prompt.tolist(), *(x for pair in zip(one.responses, one.roles, strict=True) for x in _plain(*pair)))
         for one in batch
@@ -561,7 +561,7 @@ def weighted_loader(tmp_path, loader: str, **weights: float):
         for i in range(10)
     ]
     settings = {"batch_size": 4, "max_length": 60, "max_prompt_length": 40, "cache_dir": str(tmp_path)}
-    return getattr(dataloaders, loader)(examples, tokenizer(), weights=weights, n_epochs=4, **settings)
+    return components.find(dataloaders, loader)(examples, tokenizer(), weights=weights, n_epochs=4, **settings)
 
 
 @pytest.mark.parametrize(("loader", "per_pair"), [(PAIR, 1), (SFT, 1), (FEEDBACK, 2)])

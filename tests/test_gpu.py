@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from halos import checkpoint, loading, logps, metrics, packing, packing_check, run_dir, sharding
+from halos import checkpoint, components, loading, logps, metrics, packing, packing_check, run_dir, sharding
 from halos.launch import launch
 from halos.models import PolicyModel
 from helpers import random_examples, tiny_lm
@@ -129,7 +129,7 @@ def train(folder: str, loss: str, *words: str) -> None:
     directory = run_dir.create(config)
     policy, reference = loading.load_policy_and_reference(config, tokenizer(), distributed.default_device())
     loaders = Batches(batches_for(loss)), Batches(batches_for(loss, 1))
-    getattr(trainers, config.loss.trainer)(policy, reference, tokenizer(), config, *loaders, directory).train()
+    components.find(trainers, config.loss.trainer)(policy, reference, tokenizer(), config, *loaders, directory).train()
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo", "kto", "ppo"])

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import trainers
+from halos import components
 from halos.advice import balance, export_rounding
 from halos.engine import Batch, Outcome
 from halos.models import PerToken
@@ -57,7 +58,7 @@ def yaml_losses() -> dict[str, dict]:
 
 
 def trainer_of(name: str) -> type:
-    return getattr(trainers, LOSSES[name]["trainer"])
+    return components.find(trainers, LOSSES[name]["trainer"])
 
 
 LOSSES = yaml_losses()

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import halos.plan
 import trainers
-from halos import distributed, loading, logps, packing_check
+from halos import components, distributed, loading, logps, packing_check
 from halos.engine import TRAINED, Forward, pieces
 from halos.plan.activations import Activations, head_bytes, measure_activations
 from halos.plan.make import make_plan
@@ -170,7 +170,7 @@ def make_trainer(config, microbatches: list[list[TokenizedExample]]):
 
 
 def trainer_class(config) -> type[BasicTrainer]:
-    cls = getattr(trainers, config.loss.trainer)
+    cls = components.find(trainers, config.loss.trainer)
     if config.model.gradient_accumulation_steps == 1:
         return cls
     # PPO runs all microbatches of an update as one batch. The planner plans a critic as the loop would accumulate it.

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 import dataloaders
 from benchmarks.workload import pairs_like
-from halos import loading
+from halos import components, loading
 from halos.config_keys import CONFIG_DIR
 from halos.errors import UserError
 from halos.examples import merge
@@ -94,7 +94,7 @@ def real(
     if most_characters is not None:
         examples = [example for example in examples if characters(example) <= most_characters]
     random.Random(0).shuffle(examples)
-    loader = getattr(dataloaders, config.loss.dataloader)(
+    loader = components.find(dataloaders, config.loss.dataloader)(
         examples[: POOL * n_batches * batch_size],
         loading.load_tokenizer(config),
         batch_size=batch_size,
