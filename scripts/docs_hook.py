@@ -13,21 +13,26 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 # Pages of the site that are not in docs/: name in the site -> file of the project.
-PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "log.md": "LOG.md"}
-PICTURES = "assets"
+PAGES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "log.md": "LOG.md",
+}
+ASSETS = "assets"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the target of a relative link or picture, up to its #
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of PAGES, and the pictures in assets/."""
+    """Add the pages of PAGES, and the pictures and the style sheet in assets/."""
     root = os.path.dirname(config.config_file_path)
     for name, source in PAGES.items():
         with open(os.path.join(root, source), encoding="utf-8") as file:
             files.append(File.generated(config, name, content=file.read()))
-    for name in sorted(os.listdir(os.path.join(root, PICTURES))):
-        if name.endswith(".png"):
-            path = os.path.join(root, PICTURES, name)
-            files.append(File.generated(config, f"{PICTURES}/{name}", abs_src_path=path))
+    for name in sorted(os.listdir(os.path.join(root, ASSETS))):
+        if name.endswith((".png", ".css")):
+            path = os.path.join(root, ASSETS, name)
+            files.append(File.generated(config, f"{ASSETS}/{name}", abs_src_path=path))
     return files
 
 
@@ -48,5 +53,5 @@ def site_link(target: str, folder: str, repository: str) -> str:
         return of_source[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    is_picture = posixpath.dirname(path) == PICTURES and path.endswith(".png")
+    is_picture = posixpath.dirname(path) == ASSETS and path.endswith(".png")
     return path if is_picture else f"{repository}/{path}"
