@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import hub_server
-from halos import dataset_specs, manifest, run_dir  # noqa: F401  dataset_specs: for make_config
+from halos import manifest, run_dir
 from helpers import PROJECT, make_config
 
 SCRIPT = os.path.join(PROJECT, "scripts", "push_to_hub.py")

@@ -80,7 +80,7 @@ def test_commands_for_gpus_parse_and_mean_what_they_say(checkout):
 
 def hardware_in_readme() -> list[str]:
     with open(os.path.join(PROJECT, "README.md"), encoding="utf-8") as file:
-        table = file.read().partition("<!-- written by `python scripts/plan.py hardware` -->\n")[2]
+        table = file.read().partition("<!-- table: python scripts/plan.py hardware -->\n")[2]
     return table.partition("\n\n")[0].splitlines()
 
 
