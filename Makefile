@@ -10,7 +10,7 @@ LOSS ?= kto
 SEED ?= 1
 TEST_PROCESSES ?= logical
 
-.PHONY: demo test test-slow lint check clean
+.PHONY: demo test test-slow lint docs check clean
 
 demo: $(INSTALLED)
 	$(RUN) scripts/demo.py --loss $(LOSS) --seed $(SEED) $(ARGS)
@@ -26,7 +26,11 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-check: lint test
+# The documentation as a site, in site/. A warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet $(ARGS)
+
+check: lint docs test
 
 clean:
 	rm -rf $(VENV)

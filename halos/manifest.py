@@ -90,6 +90,11 @@ def is_complete(directory: str) -> bool:
     return os.path.isfile(os.path.join(directory, NAME))
 
 
+def sizes(directory: str) -> dict[str, int]:
+    """Return the size in bytes of each file that the manifest lists, by its name under the directory."""
+    return {name: entry["size"] for name, entry in _read(directory)["files"].items()}
+
+
 def check(directory: str, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Raise Damaged if a file of the manifest is missing, truncated or changed, or if there is no manifest.
 

@@ -161,7 +161,7 @@ def model_card(config: DictConfig, step: int, metrics: dict[str, float]) -> str:
     scores = loss.get("use_reward_head", False)
     task = "text-classification" if scores else "text-generation"
     header = {"library_name": "transformers", "pipeline_tag": task, "tags": ["halos", loss.name]}
-    if model.name_or_path:
+    if model.name_or_path and not os.path.isdir(model.name_or_path):  # the hub refuses a path
         header["base_model"] = model.name_or_path
     base = model.name_or_path or f"a {model.architecture.model_type} with random weights"
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())

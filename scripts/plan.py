@@ -11,6 +11,7 @@ Takes the words of the training command, and four of its own:
     python scripts/plan.py loss=dpo model=llama65b gpus=64 hsdp_replicas=1
     python scripts/plan.py model=base_model model.name=own model.name_or_path=DIR model.max_tokens_per_forward=8192
     python scripts/plan.py table > docs/scaling_tables.md
+    python scripts/plan.py hardware                           the table in README.md: the fewest GPUs for each model
 
 How the numbers are computed is in halos/plan/.
 """
@@ -35,12 +36,18 @@ def main() -> None:
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):
         print(__doc__)
-    elif words == ["table"]:
-        from halos.plan.table import table
-
-        print(table(os.path.join(PROJECT, "config")))
+    elif words in (["table"], ["hardware"]):
+        print(written_table(words[0]))
     else:
         print_plan()
+
+
+def written_table(which: str) -> str:
+    """A table of all models in config/model/, as it stands in the documentation."""
+    from halos.plan.hardware import hardware
+    from halos.plan.table import table
+
+    return {"table": table, "hardware": hardware}[which](os.path.join(PROJECT, "config"))
 
 
 def print_plan() -> None:

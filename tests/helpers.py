@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from halos import loading
+from halos import dataset_specs, loading  # noqa: F401  dataset_specs registers config/dataset with Hydra
 from halos.models import PolicyModel
 from halos.tokens import Role, TokenizedExample
 

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from halos.metrics import read_metrics
-from helpers import PROJECT, clone
+from halos.plan.hardware import hardware
+from halos.plan.table import MODELS
+from helpers import CONFIG_DIR, PROJECT, clone
 
 BLOCK = re.compile(r"<!-- test: (.+?) -->\n```\w*\n(.*?)```", re.DOTALL)
 
@@ -76,8 +78,33 @@ def test_commands_for_gpus_parse_and_mean_what_they_say(checkout):
     assert "name_or_path: Qwen/Qwen2.5-0.5B" in shown[1].stdout
 
 
+def hardware_in_readme() -> list[str]:
+    with open(os.path.join(PROJECT, "README.md"), encoding="utf-8") as file:
+        table = file.read().partition("<!-- table: python scripts/plan.py hardware -->\n")[2]
+    return table.partition("\n\n")[0].splitlines()
+
+
+def test_hardware_is_what_the_planner_says_today():
+    """The first rows of two families; `-m slow` compares all of them."""
+    models = ("pythia1-4b", "llama7b")
+    head, rule, *rows = hardware_in_readme()
+    assert hardware(CONFIG_DIR, models).splitlines() == [head, rule, rows[0], rows[MODELS.index("llama7b")]]
+    assert len(rows) == len(MODELS)
+
+
+@pytest.mark.slow
+def test_all_hardware_is_what_the_planner_says_today():
+    assert hardware(CONFIG_DIR).splitlines() == hardware_in_readme()
+
+
 def pages() -> list[str]:
-    return ["README.md", "LOG.md", *(f"docs/{name}" for name in sorted(os.listdir(os.path.join(PROJECT, "docs"))))]
+    return [
+        "README.md",
+        "LOG.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        *(f"docs/{name}" for name in sorted(os.listdir(os.path.join(PROJECT, "docs")))),
+    ]
 
 
 @pytest.mark.parametrize("name", pages())

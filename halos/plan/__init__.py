@@ -11,6 +11,7 @@
     published.py    architectures of the models in config/model/
     report.py       the printed plan of one run
     table.py        the table of docs/scaling_tables.md
+    hardware.py     the table in README.md of what trains what
 
 Nothing else in halos imports these rooms.
 """

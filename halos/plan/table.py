@@ -1,6 +1,7 @@
 """The table of docs/scaling_tables.md: every model of config/model/ on 8, 16 and 64 GPUs."""
 
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from halos.plan.make import make_plan
 from halos.plan.phases import Plan
@@ -34,13 +35,18 @@ def table(config_dir: str) -> str:
     """
     rows = [COLUMNS, ["---"] * 3 + ["--:"] * (len(COLUMNS) - 3)]
     for name in MODELS:
-        with initialize_config_dir(config_dir, version_base="1.3"):
-            config = compose("config", ["loss=dpo", f"model={name}"])
-        plan = make_plan(config, architecture(config)[0], GPUS_PER_NODE, 1)
+        config, plan = planned(config_dir, name)
         layouts = [(gpus, replicas) for gpus in GPUS for replicas in sorted({gpus // GPUS_PER_NODE, 1}, reverse=True)]
         rows += [cells(name, plan.on(*layout)) for layout in layouts]
     head = HEAD.format(settings=settings(config, plan.setup), gpu_memory=GPU_MEMORY)
     return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def planned(config_dir: str, model: str) -> tuple[DictConfig, Plan]:
+    """The config of DPO with the defaults, and its plan on one node."""
+    with initialize_config_dir(config_dir, version_base="1.3"):
+        config = compose("config", ["loss=dpo", f"model={model}"])
+    return config, make_plan(config, architecture(config)[0], GPUS_PER_NODE, 1)
 
 
 def cells(name: str, plan: Plan) -> list[str]:
