@@ -36,8 +36,17 @@ def run(config: DictConfig) -> None:
     with importing():  # again, for processes that `launch` has started
         import dataloaders
         import trainers
-        from halos import adapters, checkpoint, components, distributed, loading, records, reference_cache
-        from halos import resume, run_dir
+        from halos import (
+            adapters,
+            checkpoint,
+            components,
+            distributed,
+            loading,
+            records,
+            reference_cache,
+            resume,
+            run_dir,
+        )
         from utils import rank0_print
 
     tokenizer = loading.load_tokenizer(config)
