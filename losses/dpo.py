@@ -83,6 +83,8 @@ class APOZeroTrainer(LogRatioTrainer):
 
 
 class APODownTrainer(LogRatioTrainer):
+    departures = {"signs": "where policy equals reference, its two terms cancel for the chosen response"}
+
     def of_logratios(self, chosen, rejected):
         """APO-down, Eq. 8 of https://arxiv.org/abs/2408.06266, plus 1, which makes it positive: both responses get less
         likely, the rejected one more so. For chosen responses that are worse than the model's own."""

@@ -68,6 +68,7 @@ class BCOTrainer(UnpairedPreferenceTrainer):
 
     needs = ("use_reference_model",)
     rules = {"beta": rules.number(above=0)}
+    departures = {"gradcheck": "the shift delta is a mean of rewards without their gradient"}
 
     def loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
         """BCO (https://arxiv.org/abs/2404.04656): binary cross-entropy of rewards that are shifted by delta.
