@@ -340,9 +340,9 @@ def slip(rng: Random, answer: str) -> str:
 def generate(split: str, seed: int = 0) -> list[dict]:
     """Return the demo dataset, N_PROMPTS[split] items. It is a pure function of its arguments.
 
-    Each item has: `prompt`; `responses`, all different, each beginning with a space; their `scores`, by check(); `pairs`
-    of indices (better, worse) into them; `sft_index`, the response that SFT imitates. A question of the test split is never
-    in the training split, whatever their seeds.
+    Each item has: `prompt`; `responses`, all different, each beginning with a space; their `scores`, by check();
+    `pairs` of indices (better, worse) into them; `sft_index`, the response that SFT imitates. A question of the test
+    split is never in the training split, whatever their seeds.
     """
     rng = Random(f"demo/{split}/{seed}")
     items: list[dict] = []
