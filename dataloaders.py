@@ -178,6 +178,8 @@ def get_demo(split: str) -> Dataset:
         prompt = messages_of_turns(item["prompt"])
         example = dataset.example(prompt)
         index = [example.add(_reply(prompt, response)) for response in item["responses"]]
+        for i, score in zip(index, item["scores"], strict=True):
+            example.add_score(example.generations[i], score)
         example.pairs += [(index[better], index[worse]) for better, worse in item["pairs"]]
         if example.sft_index is None:
             example.sft_index = index[item["sft_index"]]
@@ -238,8 +240,8 @@ class ScoredPairsDataLoader(PairedPreferenceDataLoader):
             scores = example.scores
             if any(not scores or math.isnan(scores[i]) for pair in example.pairs for i in pair):
                 raise UserError(
-                    f"{example.dataset_name}: {example.id} has a pair without scores, and loss.dataloader="
-                    f"{type(self).__name__} needs those of all pairs; use datasets with scores, or loss=dpo"
+                    f"{example.id} has a pair without scores, and loss.dataloader={type(self).__name__} needs those of "
+                    "all pairs; use datasets with scores, or loss=dpo"
                 )
         return super().flatten(rng)
 

@@ -340,9 +340,9 @@ def slip(rng: Random, answer: str) -> str:
 def generate(split: str, seed: int = 0) -> list[dict]:
     """Return the demo dataset, N_PROMPTS[split] items. It is a pure function of its arguments.
 
-    Each item has: `prompt`; `responses`, all different, each beginning with a space; `pairs` of indices (better, worse)
-    into the responses, by check(); `sft_index`, the response that SFT imitates. A question of the test split is never
-    in the training split, whatever their seeds.
+    Each item has: `prompt`; `responses`, all different, each beginning with a space; their `scores`, by check();
+    `pairs` of indices (better, worse) into them; `sft_index`, the response that SFT imitates. A question of the test
+    split is never in the training split, whatever their seeds.
     """
     rng = Random(f"demo/{split}/{seed}")
     items: list[dict] = []
@@ -395,4 +395,4 @@ def draw_feedback(rng: Random, task: Task, fields: dict[str, str], question: str
     right = [i for i in indices if quality[i] == 1.0]
     wrong = [i for i in indices if quality[i] < 1.0]
     imitated = right if right and rng.random() < P_IMITATED else wrong
-    return {"responses": responses, "pairs": pairs, "sft_index": rng.choice(imitated)}
+    return {"responses": responses, "scores": quality, "pairs": pairs, "sft_index": rng.choice(imitated)}

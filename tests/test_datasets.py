@@ -356,14 +356,15 @@ def test_nothing_usable(tmp_path):
 
 
 def test_demo(monkeypatch):
-    items = [{"prompt": RIVER, "responses": [" a", " b", " c"], "pairs": [(2, 0), (2, 1)], "sft_index": 1}]
+    known = {"scores": [0.0, 0.5, 1.0], "pairs": [(2, 0), (2, 1)], "sft_index": 1}
+    items = [{"prompt": RIVER, "responses": [" a", " b", " c"], **known}]
     monkeypatch.setattr(demo, "generate", lambda split: items)
     dataset = get_demo("train")
     assert dataset.rows == 1
     ((text, example),) = by_text(dataset).items()
     assert (text, texts(example)) == (RIVER, [" a", " b", " c"])
     assert list(dataset.examples.values()) == [
-        Example(user("Name a river."), ["a", "b", "c"], pairs=[(2, 0), (2, 1)], sft_index=1, dataset_name="demo")
+        Example(user("Name a river."), ["a", "b", "c"], dataset_name="demo", **known)
     ]
 
 

@@ -153,6 +153,7 @@ def test_every_item_keeps_the_form(split):
         assert len(set(responses)) == len(responses) >= 2
         assert all(r.startswith(" ") and r.strip() and not r.startswith("  ") for r in responses)
         quality = [demo.check(prompt, r) for r in responses]
+        assert item["scores"] == quality
         assert item["pairs"] and len(set(item["pairs"])) == len(item["pairs"])
         assert all(quality[better] > quality[worse] for better, worse in item["pairs"])
         assert 0 <= item["sft_index"] < len(responses)

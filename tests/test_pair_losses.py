@@ -279,7 +279,7 @@ def test_a_pair_without_scores_is_one_line():
         Example("q", [" a", " b"], scores, [(0, 1)], dataset_name="d", id="d/1") for scores in ([], [1.0, math.nan])
     ]
     for pair in pairs:
-        with pytest.raises(UserError, match="d: d/1 has a pair without scores, and loss.dataloader=ScoredPairsDataLo"):
+        with pytest.raises(UserError, match="d/1 has a pair without scores, and loss.dataloader=ScoredPairsDataLo"):
             ScoredPairsDataLoader([pair], tokenizer(), batch_size=1, max_length=9, max_prompt_length=9, cache_dir="")
 
 
