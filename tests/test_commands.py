@@ -135,7 +135,7 @@ def test_mode_eval_evaluates_only(command, run, cache_dir):
     words = ["mode=eval", "model.load_from=base/LATEST/policy.pt", "exp_name=only", f"cache_dir={cache_dir}", *SMALL]
     code, out, _ = command("train.py", *words)
     assert code == 0 and "loss/eval: " in out
-    assert set(os.listdir(cache_dir / "only")) == {"config.yaml", "data.json"}
+    assert set(os.listdir(cache_dir / "only")) == {"config.yaml", "data.json", "evaluations"}
     trained = read_metrics(run / "metrics.jsonl")[-1]["loss/eval"]
     assert float(out.split("loss/eval: ")[1].split()[0]) == pytest.approx(trained, rel=1e-5)
 

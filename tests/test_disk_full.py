@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import eval as eval_program
 import train as train_program
-from halos import checkpoint, demo, launch, manifest, metrics, run_dir, sample_files, states, token_store
+from halos import checkpoint, demo, launch, manifest, metrics, records, run_dir, sample_files, states, token_store
 from halos.errors import UserError, disk_full
 from halos.files import finished, writing
 from helpers import ONE_BLOCK
@@ -90,6 +90,7 @@ def nothing_unfinished(folder) -> None:
         ((token_store, "_write_files"), "", None),
         ((run_dir, "create"), "run/config.yaml", None),
         ((train_program.json, "dump", 5), "run/data.json", None),
+        ((records.Records, "write"), "run/evaluations/step-0.parquet", []),
         ((metrics.MetricsLog, "evaluation"), "run/metrics.jsonl", []),
         ((metrics.MetricsLog, "evaluation", 3), "run/metrics.jsonl", [2]),
         ((checkpoint, "_write"), "run/LATEST", []),
@@ -112,7 +113,7 @@ def test_training_on_a_full_disk(command, full, tmp_path, where, named, steps):
     if steps is None:
         assert not run.exists() or not (run / "config.yaml").exists() or named == "run/data.json"
         return
-    kept = sorted(name for name in os.listdir(run) if os.path.isdir(run / name))
+    kept = sorted(name for name in os.listdir(run) if os.path.isdir(run / name) and name != "evaluations")
     assert kept == ["LATEST"] * bool(steps) + [f"step-{step}" for step in steps]
     for name in kept:
         manifest.check(str(run / name))

@@ -617,7 +617,7 @@ def test_intermediate_checkpoints(run):
     """Each evaluation leaves a directory step-N, LATEST equals the last one, and no unfinished directory is left."""
     folder, _, _ = run
     names = {path.name for path in (folder / "run").iterdir() if path.is_dir()}
-    assert names == {"LATEST", "step-1", "step-2", "step-3"}
+    assert names == {"LATEST", "evaluations", "step-1", "step-2", "step-3"}
     states = [checkpoint.load_state(str(folder / "run" / f"step-{i}" / "policy.pt")) for i in (1, 2, 3)]
     assert not torch.equal(states[0]["lm_head.weight"], states[1]["lm_head.weight"])
     latest = checkpoint.load_state(str(folder / "run/LATEST/policy.pt"))
@@ -629,7 +629,7 @@ def test_latest_alone_without_intermediate_checkpoints(tmp_path):
     """Without intermediate checkpoints there is only LATEST, which is replaced at each save."""
     trainer = make_trainer(tmp_path, "sft")
     trainer.train()
-    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"LATEST"}
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"LATEST", "evaluations"}
     assert torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["step_idx"] == 3
 
 

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from omegaconf import OmegaConf
 
-from halos import checkpoint, demo, manifest, metrics, states
+from halos import checkpoint, demo, manifest, metrics, records, states
+from halos.records import Records
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -97,7 +98,7 @@ def unreadable(run_dir: str) -> list[str]:
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     for name in names:
         path = os.path.join(run_dir, name)
-        if re.fullmatch(r"LATEST|step-\d+", name):
+        if re.fullmatch(r"LATEST|BEST|step-\d+", name):
             problems += _problem(checkpoint.check_whole, path)
         elif name == "config.yaml":
             problems += _problem(OmegaConf.load, path)
@@ -105,6 +106,8 @@ def unreadable(run_dir: str) -> list[str]:
             problems += _problem(_json, path)
         elif name == "metrics.jsonl":
             problems += _problem(rows_before, path)
+    for step in records.steps(run_dir):
+        problems += _problem(Records.read, records.path_of(run_dir, step))
     for state in states.complete(run_dir):
         problems += _problem(manifest.check, state)
     whole = [name for name in names if name.startswith("LATEST") and manifest.is_complete(os.path.join(run_dir, name))]
