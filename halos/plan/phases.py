@@ -16,6 +16,7 @@ from halos.plan.setup import Setup
 from halos.plan.sizes import Group, ModelSizes
 
 Phases = Iterator[tuple[str, "Memory"]]
+Rows = Iterator[tuple[str, int, int]]  # part of the reference's forward pass, gathered weights, activations
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,23 @@ class Plan:
         # A graph is kept for the backward pass only if the policy has a single forward pass.
         waiting = (self._body + a.ends.kept + a.head.kept + a.critic.kept) * (setup.forwards == 1)
         wider = setup.reference.itemsize / setup.compute.itemsize
-        running = max(a.block.inference, a.ends.inference, a.head.inference)
-        # Without its adapter the policy runs again, and its last block is freed only when the first one has arrived.
-        first = 3 if setup.adapter else 2
-        for name, gathered, activations in (
-            ("embedding", self._reference_gathered(2, first), a.hidden + a.shared),
-            ("blocks", self._reference_gathered(1, 2), running),
-        ):
+        for name, gathered, activations in self._without_adapter() if setup.adapter else self._second_model():
             memory = self._phase(self._root + gathered, waiting + round(activations * wider))
             earlier = memory.gradients if setup.microbatches > 1 else 0
             yield f"forward of the reference model's {name}", replace(memory, gradients=earlier)
+
+    def _second_model(self) -> Rows:
+        a = self.activations
+        yield "embedding", self._reference_gathered(2, 2), a.hidden + a.shared
+        running = max(a.block.inference, a.ends.inference, a.head.inference)
+        yield "blocks", self._reference_gathered(1, 2), running
+
+    def _without_adapter(self) -> Rows:
+        """The policy again, whose root is gathered. Its last block is freed only when the first one has arrived."""
+        a, block, arriving = self.activations, self._gathered(self.model.blocks[-1]), self._last_arriving
+        yield "embedding", block + 2 * arriving, a.hidden + a.shared
+        yield "blocks", block + arriving, a.block.inference
+        yield "head", arriving, max(a.ends.inference, a.head.inference)
 
     def _backward(self) -> Phases:
         model, a, root, head_weight = self.model, self.activations, self._root, self._head_weight
@@ -184,8 +192,6 @@ class Plan:
     def _reference_gathered(self, roots: int, blocks: int) -> int:
         """So many copies of the reference's root and of a block: as weights, and in the buffers of their arrival."""
         setup, n = self.setup, self.setup.shards
-        if setup.adapter:  # the policy's own weights, of which the root is there
-            return self._gathered(self.model.blocks[-1]) + (blocks - 1) * self._last_arriving
         if setup.world_size == 1 or setup.reference is None:
             return 0
         if n == 1:
