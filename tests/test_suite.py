@@ -274,7 +274,7 @@ def test_the_answers_of_a_table(tmp_path):
     half[np.arange(3), np.arange(3)] = 1 - half[np.arange(3), np.arange(3)]
     by_row = {row: half for row in suite.rows} | {"kto": np.ones((3, 40))}
     lines = {(one.one, one.other): report.line_of(one) for one in findings.compared(suite, {"tiny": by_row})}
-    assert lines["dpo", "kto"][1:3] == ["DPO - KTO", "-49.2"] and lines["dpo", "kto"][-1] == "no, worse"
+    assert lines["dpo", "kto"][1:3] == ["DPO - KTO", "-49.2"] and lines["dpo", "kto"][-1] == "KTO"
     assert lines["sft+dpo", "dpo"][2:] == ["0.0", "[0.0, 0.0]", "0.0", "no difference seen"]
 
 

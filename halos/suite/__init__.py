@@ -2,7 +2,8 @@
 
 settings.py     Suite: what is compared, from settings/*.yaml and the words of scripts/suite.py
 plan.py         Run: the words of its commands; which runs there are; how settings are tried
-runner.py       do what is missing: commands in forked workers, one log each, and the time that is left
+stages.py       from the start to the results: prompts, base, tuning, comparison, A/A
+runner.py       do what is missing: commands in forked workers, and how long the rest takes
 measures.py     what is measured of a run, per prompt and per held-out pair
 contrasts.py    differences of rows over seeds and prompts: intervals, smallest difference, A/A
 findings.py     the comparisons that are made, and the scores of all rows as matrices

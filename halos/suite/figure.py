@@ -74,9 +74,9 @@ def _draw_panel(axis, found: Findings, size: str, measure: str, losses: list[str
 
 
 def _draw_mark(axis, y: float, estimate, seeds, color: str, label: str) -> None:
-    """Draw a mean with its interval, and its seeds as small dots."""
+    """Draw a mean with its interval, and its seeds as small strokes."""
     axis.plot([100 * estimate.low, 100 * estimate.high], [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
-    axis.plot(seeds, [y] * len(seeds), "o", color=color, markersize=3, alpha=0.35, markeredgewidth=0)
+    axis.plot(seeds, [y] * len(seeds), "|", color=color, markersize=8, markeredgewidth=1)
     axis.plot(100 * estimate.mean, y, "o", color=color, markersize=6.5, label=label)
 
 

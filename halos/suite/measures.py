@@ -48,7 +48,7 @@ def of_samples(suite: Suite, run: Run) -> dict[str, list]:
     with open(plan.file_of(suite, run, "verdicts.csv"), encoding="utf-8") as file:
         verdicts = {int(line["row"]): line["preference_candidate"] for line in csv.DictReader(file)}
     wins = [float(verdicts.get(number) or "nan") for number in range(1, len(rows) + 1)]
-    found = {"win": wins, "length": [len(row["policy"].strip()) for row in rows]}
+    found: dict[str, list] = {"win": wins, "length": [len(row["policy"].strip()) for row in rows]}
     return found | ({"right": rights(suite.truth, rows)} if suite.truth else {})
 
 

@@ -86,7 +86,7 @@ def shown(name: str, estimate: Estimate) -> str:
 
 
 def table_of_comparisons(found: Findings, size: str) -> str:
-    head = ["question", "difference", "points", "interval", "smallest", "answer"]
+    head = ["question", "difference", "points", "interval", "smallest", "better"]
     ours = [one for one in found.comparisons if one.size == size]
     return as_table([head, *(line_of(one) for one in ours)])
 
@@ -95,7 +95,8 @@ def line_of(comparison: Comparison) -> list[str]:
     x = comparison.found
     name = f"{bracketed(comparison.one)} - {bracketed(comparison.other)}".upper()
     mean, low, high, smallest = (f"{100 * value:.1f}" for value in (x.mean, x.low, x.high, x.smallest))
-    answer = "no difference seen" if not x.differs else "yes, better" if x.mean > 0 else "no, worse"
+    better = comparison.one if x.mean > 0 else comparison.other
+    answer = bracketed(better).upper() if x.differs else "no difference seen"
     return [comparison.question, name, mean, f"[{low}, {high}]", smallest, answer]
 
 
