@@ -67,7 +67,7 @@ ARCHITECTURES = {
 
 def clone(folder: Path) -> Path:
     """Copy the project to `folder`, without the files that git ignores."""
-    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "demo", "samples", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "demo", "samples", "site", "__pycache__", ".*_cache")
     shutil.copytree(PROJECT, folder, ignore=ignored, dirs_exist_ok=True)
     return folder
 

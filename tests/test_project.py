@@ -93,6 +93,16 @@ def test_the_lock_holds_every_dependency_and_torch_comes_first():
     assert {re.split("[><=]", name)[0] for name in wanted} <= locked
 
 
+def test_an_image_leaves_out_what_git_ignores():
+    """Runs, caches and environments of a clone are not copied into a container."""
+
+    def patterns(name: str) -> set[str]:
+        with open(os.path.join(PROJECT, name)) as file:
+            return {line.strip().removeprefix("**/").strip("/") for line in file if line.strip() and line[0] != "#"}
+
+    assert patterns(".gitignore") | {".git"} <= patterns(".dockerignore")
+
+
 def test_help_imports_neither_torch_nor_transformers():
     """`--help` imports neither torch nor transformers, which makes it fast."""
     code = (
