@@ -116,8 +116,9 @@ class Records:
             name: pyarrow.array(values.numpy() if isinstance(values, torch.Tensor) else values, from_pandas=True)
             for name, values in columns.items()
         }
-        with finished(path) as unfinished:
-            parquet.write_table(pyarrow.table(arrays), unfinished)
+        # Opened here, because the error of pyarrow's own file does not say plainly why it cannot be written.
+        with finished(path) as unfinished, open(unfinished, "wb") as file:
+            parquet.write_table(pyarrow.table(arrays), file)
 
     @classmethod
     def read(cls, path: str) -> Self:

@@ -2,11 +2,12 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from halos import ches, displacement, metrics, records
+from halos import ches, curves, displacement, metrics, records
 from halos.records import Records
 from helpers import random_examples, tiny_policy
 from small_runs import batches_for, loader_for, make_trainer
@@ -170,3 +171,14 @@ def test_a_damaged_first_evaluation_does_not_end_the_run(tmp_path, capsys):
     trainer.state.updates = 1
     trainer.log_evaluation()
     assert f"warning: {path} is not an evaluation that a run wrote" in capsys.readouterr().out
+
+
+def test_curves_mark_where_it_was_found():
+    """From the first evaluation that found it to the last; nothing is marked in a run without."""
+    spans = []
+    axis = SimpleNamespace(axvspan=lambda first, last, **style: spans.append((first, last)))
+    curves._mark_displacement(axis, [(16, 0.0), (32, 1.0), (48, 1.0)])
+    curves._mark_displacement(axis, [(16, 0.0)])
+    curves._mark_displacement(axis, [])
+    assert spans == [(32, 48)]
+    assert "displacement" not in curves.panels(["displacement/found", "loss/eval"])
