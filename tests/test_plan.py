@@ -624,6 +624,7 @@ def test_a_local_directory_and_what_does_not_fit(plan, tmp_path):
         "model.packing=false": ["model.packing=false", "auto"],
         "model.logps=plain": ["model.logps=plain", "fused"],
         "model.name_or_path=/no/such/model": ["/no/such/model"],
+        "model.use_peft=true model.lora.targets=[q_pro]": ["model.lora.targets=q_pro", "did you mean 'q_proj'?"],
     }.items(),
 )
 def test_mistakes_are_one_line(plan, words, parts):
