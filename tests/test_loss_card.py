@@ -23,6 +23,7 @@ from halos.errors import UserError
 from halos.loss_card import card, picture, sweep, terminal
 from halos.loss_card.card import Status
 from halos.loss_card.subject import Subject
+from halos.tokens import Role
 from helpers import CONFIG_DIR, PROJECT
 from scripts import loss_card as command
 from small_runs import losses
@@ -45,7 +46,8 @@ def planted(trainer: type, with_reference: bool = True) -> Subject:
         "desirable_weight": 1.0,
         "undesirable_weight": 1.0,
     }
-    return Subject("planted", OmegaConf.create(settings), trainer, loaders[trainer.data_format])
+    loader = getattr(trainer, "loader", loaders[trainer.data_format])
+    return Subject("planted", OmegaConf.create(settings), trainer, loader)
 
 
 def failed(loss: Subject) -> dict[str, card.Finding]:
@@ -274,6 +276,26 @@ class UndefinedMetric(DPOTrainer):
         return Outcome(**{**vars(outcome), "metrics": {"h/std": outcome.losses[:1].detach().log10() * torch.nan}})
 
 
+class MismatchedRows(dataloaders.UnpairedPreferenceDataLoader):
+    def flatten(self, rng):
+        rows = super().flatten(rng)
+        return [row.with_unrelated(other) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+
+
+class UndetachedKL(UnpairedPreferenceTrainer):
+    """KTO whose KL of unrelated responses has a gradient, which no forward pass would take."""
+
+    loader = MismatchedRows
+
+    def batch_loss(self, batch):
+        logratios = batch.sum_by_response(batch.policy.logps - batch.reference_logps)
+        chosen, rejected, unrelated = (batch.of_role(logratios, role) for role in Role)
+        kl = unrelated.mean()
+        losses = torch.cat((1 - torch.sigmoid(0.1 * (chosen - kl)), 1 - torch.sigmoid(0.1 * (kl - rejected))))
+        logps = self.split(batch, batch.policy.logps)
+        return Outcome(losses, 0.1 * chosen.detach(), 0.1 * rejected.detach(), *logps)
+
+
 MISTAKES = {
     FlippedSign: {"signs", "scale"},
     UndetachedReward: {"detached"},
@@ -300,6 +322,7 @@ MISTAKES = {
     MissingScore: {"no_scores"},
     OddsOfCertainty: {"certain"},
     UndefinedMetric: {"metrics"},
+    UndetachedKL: {"reach"},
 }
 
 
