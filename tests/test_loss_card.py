@@ -365,10 +365,11 @@ def test_what_is_wrong_stands_under_the_check():
     lines = terminal.text("flipped", loss, card.card(loss), colors=False).splitlines()
     row = next(i for i, line in enumerate(lines) if line.startswith("  FAIL      signs"))
     assert "raising the log-prob of a chosen response raises the loss: a sign is flipped" in lines[row + 1]
-    assert lines[0] == (
-        "flipped: FlippedSign, PairedPreferenceDataLoader, "
-        "use_reference_model=true beta=0.1 desirable_weight=1.0 undesirable_weight=1.0"
-    )
+    assert lines[:3] == [
+        "flipped",
+        "  FlippedSign, PairedPreferenceDataLoader, use_reference_model=true beta=0.1 desirable_weight=1.0",
+        "  undesirable_weight=1.0",
+    ]
 
 
 #### CURVES
