@@ -39,7 +39,7 @@ def text(label: str, loss: Subject, findings: list[Finding], colors: bool) -> st
 
 def description(loss: Subject) -> str:
     """The classes of a loss, and its hyperparameters as they are typed."""
-    words = [f"{key}={shown(value)}" for key, value in loss.settings.items() if key not in NAMES]
+    words = [f"{key}={shown(loss.settings[key])}" for key in map(str, loss.settings) if key not in NAMES]
     return ", ".join([loss.trainer.__name__, loss.loader.__name__, " ".join(words)])
 
 
