@@ -6,7 +6,6 @@ another that is named, has to catch.
 
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -24,7 +23,7 @@ from halos.loss_card import card, picture, sweep, terminal
 from halos.loss_card.card import Status
 from halos.loss_card.subject import Subject
 from halos.tokens import Role
-from helpers import CONFIG_DIR, PROJECT
+from helpers import CONFIG_DIR
 from scripts import loss_card as command
 from small_runs import losses
 from trainers import DPOTrainer, KTOTrainer, PairedPreferenceTrainer, UnpairedPreferenceTrainer
@@ -439,14 +438,14 @@ def test_exit_code_1_if_a_check_fails(tmp_path, monkeypatch, capsys):
     assert "the earlier loss_cards/mine.png is now loss_cards/mine.png.bak-1" in capsys.readouterr().out
 
 
-def test_the_command(tmp_path):
-    """Two losses with a value of their own: two cards, a line for each, one picture, exit code 0."""
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Two losses with a value of their own: two cards, a line for each, one picture."""
     words = ["loss=[dpo,kto]", "loss.beta=0.3", f"output={tmp_path}/both.png", f"cache_dir={tmp_path}"]
-    script = os.path.join(PROJECT, "scripts", "loss_card.py")
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "signs        chosen -0.15, rejected +0.15 at the start" in done.stdout
-    assert re.search(r"^kto loss.beta=0.3  20 passed", done.stdout, re.M) and os.path.exists(tmp_path / "both.png")
+    monkeypatch.setattr(sys, "argv", ["loss_card.py", *words])
+    command.main()
+    printed = capsys.readouterr().out
+    assert "signs        chosen -0.15, rejected +0.15 at the start" in printed
+    assert re.search(r"^kto loss.beta=0.3  20 passed", printed, re.M) and os.path.exists(tmp_path / "both.png")
 
 
 def test_mistakes_of_the_command(monkeypatch, capsys, tmp_path):

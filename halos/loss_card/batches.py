@@ -134,9 +134,9 @@ def batch_of(
 def mapped(batch: Batch, function) -> Batch:
     """The batch with a function applied to each of its per-token vectors."""
     policy: Any = (None if column is None else function(column) for column in batch.policy)
-    more: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    del more["examples"], more["policy"]
-    return replace(batch, policy=PerToken(*policy), **{k: v if v is None else function(v) for k, v in more.items()})
+    named = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("examples", "policy")}
+    more: Any = {name: function(value) for name, value in named.items() if value is not None}
+    return replace(batch, policy=PerToken(*policy), **more)
 
 
 def with_column(batch: Batch, name: str, column: torch.Tensor) -> Batch:
