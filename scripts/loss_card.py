@@ -77,7 +77,7 @@ def examine(config: DictConfig, output: str, cards: dict) -> None:
     classes = components.find(trainers, config.loss.trainer), components.find(dataloaders, config.loss.dataloader)
     loss = Subject(config.loss.name, config.loss, *classes)
     findings = card(loss)
-    label = " ".join([loss.name, *(word for word in command_words() if not word.startswith("loss="))])
+    label = " ".join([loss.name, *(word for word in command_words() if word.lstrip("+").startswith("loss."))])
     print(terminal.text(label, loss, findings, terminal.has_colors()), end="\n\n", flush=True)
     fails = {one.check for one in findings if one.status is Status.FAILED}
     cards[label] = findings, loss.name, [] if fails & {"shapes", "start"} else sweep(loss)

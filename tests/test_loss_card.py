@@ -6,7 +6,6 @@ another that is named, has to catch.
 
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -23,7 +22,8 @@ from halos.errors import UserError
 from halos.loss_card import card, picture, sweep, terminal
 from halos.loss_card.card import Status
 from halos.loss_card.subject import Subject
-from helpers import CONFIG_DIR, PROJECT
+from halos.tokens import Role
+from helpers import CONFIG_DIR
 from scripts import loss_card as command
 from small_runs import losses
 from trainers import DPOTrainer, KTOTrainer, PairedPreferenceTrainer, UnpairedPreferenceTrainer
@@ -45,7 +45,8 @@ def planted(trainer: type, with_reference: bool = True) -> Subject:
         "desirable_weight": 1.0,
         "undesirable_weight": 1.0,
     }
-    return Subject("planted", OmegaConf.create(settings), trainer, loaders[trainer.data_format])
+    loader = getattr(trainer, "loader", loaders[trainer.data_format])
+    return Subject("planted", OmegaConf.create(settings), trainer, loader)
 
 
 def failed(loss: Subject) -> dict[str, card.Finding]:
@@ -274,6 +275,26 @@ class UndefinedMetric(DPOTrainer):
         return Outcome(**{**vars(outcome), "metrics": {"h/std": outcome.losses[:1].detach().log10() * torch.nan}})
 
 
+class MismatchedRows(dataloaders.UnpairedPreferenceDataLoader):
+    def flatten(self, rng):
+        rows = super().flatten(rng)
+        return [row.with_unrelated(other) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+
+
+class UndetachedKL(UnpairedPreferenceTrainer):
+    """KTO whose KL of unrelated responses has a gradient, which no forward pass would take."""
+
+    loader = MismatchedRows
+
+    def batch_loss(self, batch):
+        logratios = batch.sum_by_response(batch.policy.logps - batch.reference_logps)
+        chosen, rejected, unrelated = (batch.of_role(logratios, role) for role in Role)
+        kl = unrelated.mean()
+        losses = torch.cat((1 - torch.sigmoid(0.1 * (chosen - kl)), 1 - torch.sigmoid(0.1 * (kl - rejected))))
+        logps = self.split(batch, batch.policy.logps)
+        return Outcome(losses, 0.1 * chosen.detach(), 0.1 * rejected.detach(), *logps)
+
+
 MISTAKES = {
     FlippedSign: {"signs", "scale"},
     UndetachedReward: {"detached"},
@@ -300,6 +321,7 @@ MISTAKES = {
     MissingScore: {"no_scores"},
     OddsOfCertainty: {"certain"},
     UndefinedMetric: {"metrics"},
+    UndetachedKL: {"reach"},
 }
 
 
@@ -342,10 +364,11 @@ def test_what_is_wrong_stands_under_the_check():
     lines = terminal.text("flipped", loss, card.card(loss), colors=False).splitlines()
     row = next(i for i, line in enumerate(lines) if line.startswith("  FAIL      signs"))
     assert "raising the log-prob of a chosen response raises the loss: a sign is flipped" in lines[row + 1]
-    assert lines[0] == (
-        "flipped: FlippedSign, PairedPreferenceDataLoader, "
-        "use_reference_model=true beta=0.1 desirable_weight=1.0 undesirable_weight=1.0"
-    )
+    assert lines[:3] == [
+        "flipped",
+        "  FlippedSign, PairedPreferenceDataLoader, use_reference_model=true beta=0.1 desirable_weight=1.0",
+        "  undesirable_weight=1.0",
+    ]
 
 
 #### CURVES
@@ -415,14 +438,14 @@ def test_exit_code_1_if_a_check_fails(tmp_path, monkeypatch, capsys):
     assert "the earlier loss_cards/mine.png is now loss_cards/mine.png.bak-1" in capsys.readouterr().out
 
 
-def test_the_command(tmp_path):
-    """Two losses with a value of their own: two cards, a line for each, one picture, exit code 0."""
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Two losses with a value of their own: two cards, a line for each, one picture."""
     words = ["loss=[dpo,kto]", "loss.beta=0.3", f"output={tmp_path}/both.png", f"cache_dir={tmp_path}"]
-    script = os.path.join(PROJECT, "scripts", "loss_card.py")
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "signs        chosen -0.15, rejected +0.15 at the start" in done.stdout
-    assert re.search(r"^kto loss.beta=0.3  20 passed", done.stdout, re.M) and os.path.exists(tmp_path / "both.png")
+    monkeypatch.setattr(sys, "argv", ["loss_card.py", *words])
+    command.main()
+    printed = capsys.readouterr().out
+    assert "signs        chosen -0.15, rejected +0.15 at the start" in printed
+    assert re.search(r"^kto loss.beta=0.3  20 passed", printed, re.M) and os.path.exists(tmp_path / "both.png")
 
 
 def test_mistakes_of_the_command(monkeypatch, capsys, tmp_path):

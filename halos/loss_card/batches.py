@@ -30,7 +30,7 @@ CERTAIN = -1e-4  # the log-prob of a token without a reference is at most this: 
 
 def loader_over(loader: type[DataLoader], pairs: list[TokenizedExample], tokenizer, **settings) -> DataLoader:
     """The loader over pairs of given tokens, chosen first, instead of texts. Its examples are drawn/0, drawn/1, ..."""
-    known = {"pairs": [(0, 1)], "sft_index": 0, "dataset_name": "drawn"}
+    known: dict[str, Any] = {"pairs": [(0, 1)], "sft_index": 0, "dataset_name": "drawn"}
     examples = [
         Example(str(i), ["0", "1"], list(pair.scores), id=f"drawn/{i}", **known) for i, pair in enumerate(pairs)
     ]
@@ -62,12 +62,11 @@ class _Ids(list):
 
 
 @cache
-def rows(
-    loader: type[DataLoader], shortest: int, longest: int, with_scores: bool, **settings
-) -> list[TokenizedExample]:
+def rows(loader: Any, shortest: int, longest: int, with_scores: bool, **settings) -> list[TokenizedExample]:
     """ROWS rows of a loader over random pairs, with responses of so many tokens, and different scores or none.
 
-    settings: arguments of the loader
+    loader: a subclass of DataLoader
+    settings: its arguments
     """
     rng = np.random.default_rng(0)
 
@@ -128,15 +127,16 @@ def batch_of(
         others[driver], ratios = ratios, drawn()
     logps = bases + ratios.clamp(max=0) if with_reference else (bases + ratios).clamp(max=CERTAIN)
     reference = bases - ratios.clamp(min=0) if with_reference else None
-    policy = PerToken(**{name: others.get(name) for name in PerToken._fields} | {"logps": logps})
-    return Batch(examples, policy, reference)
+    found: dict[str, Any] = {name: others.get(name) for name in PerToken._fields} | {"logps": logps}
+    return Batch(examples, PerToken(**found), reference)
 
 
 def mapped(batch: Batch, function) -> Batch:
     """The batch with a function applied to each of its per-token vectors."""
-    policy = PerToken(*(None if column is None else function(column) for column in batch.policy))
-    more = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("examples", "policy")}
-    return replace(batch, policy=policy, **{k: v if v is None else function(v) for k, v in more.items()})
+    policy: Any = (None if column is None else function(column) for column in batch.policy)
+    named = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("examples", "policy")}
+    more: Any = {name: function(value) for name, value in named.items() if value is not None}
+    return replace(batch, policy=PerToken(*policy), **more)
 
 
 def with_column(batch: Batch, name: str, column: torch.Tensor) -> Batch:

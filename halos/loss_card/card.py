@@ -72,12 +72,12 @@ def finding(check: Check, loss: Subject) -> Finding:
     name = check.__name__
     try:
         return Finding(name, Status.PASSED, check(loss))
-    except Inapplicable as reason:
-        return Finding(name, Status.INAPPLICABLE, str(reason))
+    except Inapplicable as why_not:
+        return Finding(name, Status.INAPPLICABLE, str(why_not))
     except Wrong as wrong:
         value, why = wrong.value, wrong.remedy
     except Exception as error:  # of the loss: it is what the card reports
         value = f"{type(error).__name__}: {first_line(error)}"
-        why = f"the loss fails on the batch of this check ({check.__doc__.partition('.')[0].lower()})"
+        why = f"the loss fails on the batch of this check ({(check.__doc__ or '').partition('.')[0].lower()})"
     reason = loss.trainer.departures.get(name)
     return Finding(name, Status.DECLARED, value, reason) if reason else Finding(name, Status.FAILED, value, why)

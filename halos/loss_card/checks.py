@@ -151,27 +151,27 @@ def signs(loss: Subject) -> str:
     the other way: the target of IPO can be overshot, and a label of cDPO be wrong.
     """
     found = {"at the start": [loss.start()], "over random batches": [loss.random(seed) for seed in SEEDS]}
-    texts = []
-    for where, batches in found.items():
-        of_role = {Role.CHOSEN: [], Role.REJECTED: []}
-        for batch in batches:
-            _, gradients = loss.response_gradients(batch)
-            for role, values in of_role.items():
-                values.append(batch.of_role(gradients, role))
-        means = [_sign(role, torch.cat(values), where) for role, values in of_role.items() if len(torch.cat(values))]
-        texts.append(f"{', '.join(means)} {where}")
-    return "; ".join(texts)
+    return "; ".join(f"{_signs(loss, batches, where)} {where}" for where, batches in found.items())
+
+
+def _signs(loss: Subject, batches: list[Batch], where: str) -> str:
+    gradients = [loss.response_gradients(batch)[1] for batch in batches]
+    means = []
+    for role in (Role.CHOSEN, Role.REJECTED):
+        own = torch.cat([batch.of_role(one, role) for batch, one in zip(batches, gradients, strict=True)])
+        if len(own):
+            means.append(_sign(role, own if len(batches) == 1 else own.mean()[None], where))
+    return ", ".join(means)
 
 
 def _sign(role: Role, gradients: torch.Tensor, where: str) -> str:
+    """Require that all gradients have the sign of a role, and return their mean."""
     sign, does = (-1, "raises") if role is Role.CHOSEN else (1, "lowers")
-    values = sign * (gradients if where == "at the start" else gradients.mean()[None])
     text = f"{role} {gradients.mean():+.2g}"
-    if (values == 0).all():
-        remedy = f"the log-prob of a {role} response has no effect there: is it detached, or does it cancel?"
-        raise Wrong(f"{text} {where}", remedy)
+    remedy = f"the log-prob of a {role} response has no effect there: is it detached, or does it cancel?"
+    require((gradients != 0).any(), f"{text} {where}", remedy)
     remedy = f"raising the log-prob of a {role} response {does} the loss: a sign is flipped, or two roles are exchanged"
-    require((values > 0).all(), f"{text} {where}", remedy)
+    require((sign * gradients > 0).all(), f"{text} {where}", remedy)
     return text
 
 

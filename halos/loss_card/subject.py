@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -60,7 +61,8 @@ class Subject:
     def rows(self, lengths: tuple[int, int], with_scores: bool = True) -> list[TokenizedExample]:
         """Rows of the loss's own loader, with responses of so many tokens."""
         own = {key: self.settings[key] for key in getattr(self.loader, "loss_keys", ())}
-        return batches.rows(self.loader, *lengths, with_scores, **own)
+        loader: Any = self.loader
+        return batches.rows(loader, *lengths, with_scores, **own)
 
     def batch(self, examples: list[TokenizedExample], logratios: torch.Tensor, **settings) -> Batch:
         """A batch with these log-ratios (n_responses,); settings: those of `batches.batch_of`."""

@@ -80,7 +80,8 @@ def curve(loss: Subject, start: Batch, role: Role) -> Curve:
         reward = rewards_of(batch, outcome)[index].item() - before
         reward = nats * slope if np.isnan(reward) else reward
         points.append((reward, outcome.losses.sum().item(), abs(gradients[index].item())))
-    return Curve(role, *np.array(points).T, slope)
+    rewards, losses, weights = np.array(points).T
+    return Curve(role, rewards, losses, weights, slope)
 
 
 def _range(loss: Subject, slope: float, length: int) -> np.ndarray:

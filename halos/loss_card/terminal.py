@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from halos.config_keys import shown
 from halos.loss_card.card import Finding, Status
@@ -19,6 +20,7 @@ WORDS = {
 }
 NAMES = ("name", "trainer", "dataloader")  # keys that the description has in another form
 WIDTH = 118  # characters of a line
+INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "  "}  # of the description
 INDENT = " " * 25  # of what stands under a check
 
 
@@ -29,7 +31,7 @@ def has_colors() -> bool:
 
 def text(label: str, loss: Subject, findings: list[Finding], colors: bool) -> str:
     """Return the whole card."""
-    lines = [_painted("1", label, colors) + f": {description(loss)}"]
+    lines = [_painted("1", label, colors), *textwrap.wrap(description(loss), WIDTH, **INDENTED)]
     for one in findings:
         lines += _lines(one, loss, colors)
     return "\n".join([*lines, f"  {counts(findings)}"])
@@ -37,7 +39,7 @@ def text(label: str, loss: Subject, findings: list[Finding], colors: bool) -> st
 
 def description(loss: Subject) -> str:
     """The classes of a loss, and its hyperparameters as they are typed."""
-    words = [f"{key}={shown(loss.settings[key])}" for key in loss.settings if key not in NAMES]
+    words = [f"{key}={shown(loss.settings[key])}" for key in map(str, loss.settings) if key not in NAMES]
     return ", ".join([loss.trainer.__name__, loss.loader.__name__, " ".join(words)])
 
 
