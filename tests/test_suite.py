@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from halos.errors import Stopped, UserError
 from halos.loading import load_tokenizer
 from halos.suite import commands, findings, measures, plan, report, runner, settings, stages
 from halos.suite.contrasts import estimate, no_difference_share, standard_error
-from helpers import CONFIG_DIR, ONE_BLOCK
+from helpers import CONFIG_DIR, ONE_BLOCK, PROJECT
 
 OWN = {"model": "tiny", "seeds": "5", "losses": "", "sizes": "", "aa": "", "settings": "", "out": ""}
 FORMATS = {"sft": "sft", "dpo": "paired", "kto": "unpaired", "slic": "paired", "ppo": "unpaired", "ipo": "paired"}
@@ -318,3 +319,15 @@ def test_with_a_launcher_each_line_of_training_submits_all_seeds():
     assert sft[:3] == kto[:3] == ["-m", *launcher]
     assert "seed=1,2,3" in kto and "exp_name=llama13b_sft_kto_seed${seed}" in kto
     assert "model.load_from=llama13b_sft_seed${seed}/LATEST/policy.pt" in kto
+
+
+@pytest.mark.slow
+def test_a_sweep_through_submitit(tmp_path):
+    """Jobs of a launcher of clusters, here in processes of this machine: two runs, and then the refusal of both."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = [*ONE_BLOCK, f"cache_dir={tmp_path}", "n_examples=16", "exp_name=run_${seed}", "seed=1,2"]
+    command = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", *words]
+    first, second = (subprocess.run(command, cwd=PROJECT, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert all((tmp_path / f"run_{seed}" / "LATEST" / "policy.pt").is_file() for seed in (1, 2))
+    assert second.returncode == 2 and "error: job #0 failed" in second.stderr

@@ -4,8 +4,8 @@ Scores are matrices (n_seeds, n_prompts): run s answered prompt p. All runs answ
 two rows is paired over prompts, and over seeds where both rows have them. The runs of a seed share their luck over all
 prompts: seeds are clusters, and there are few. Radiologists who read the same cases with two methods pose the same
 problem, and we use the analysis of that field: D. Dorfman, K. Berbaum, C. Metz, Investigative Radiology 27 (1992), with
-the degrees of freedom of S. Hillis, Statistics in Medicine 26 (2007). docs/suite.md has how often these
-intervals and those of a bootstrap cover the truth.
+the degrees of freedom of S. Hillis, Statistics in Medicine 26 (2007). How often its intervals and those of a bootstrap
+cover the truth is in docs/suite.md.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def standard_error(scores: np.ndarray) -> tuple[float, float]:
 
     With the mean squares of seeds, of prompts, and of the rest of a two-way table,
         variance = (MS_seed + max(MS_prompt - MS_rest, 0)) / (n_seeds n_prompts),
-    of which only MS_seed has few degrees of freedom: df = (n_seeds - 1) (that sum / MS_seed)^2 (Hillis, Eq. 16).
+    of which only MS_seed has few degrees of freedom: df = (n_seeds - 1) (that sum / MS_seed)^2 (Hillis).
     """
     n_seeds, n_prompts = scores.shape
     if n_seeds == 1:
