@@ -144,7 +144,7 @@ def load(path: str, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> di
     The number of ranks may differ from when the state was written. Raises UserError if frozen weights, which a state
     does not hold, are other ones now.
     """
-    progress = torch.load(os.path.join(path, PROGRESS), weights_only=True)
+    progress = torch.load(os.path.join(path, PROGRESS), map_location="cpu", weights_only=True)
     if progress.pop("frozen", []) != adapters.frozen_sums(policy):
         raise UserError(
             f"resume=true, but the base has other weights than when {path} was written, and its adapter was trained on "

@@ -95,18 +95,18 @@ class BCOTrainer(UnpairedPreferenceTrainer):
         n, mean = self.rewards_so_far()
         rewards = torch.cat((chosen_rewards, rejected_rewards)).double()
         if n and not torch.is_grad_enabled():
-            return rewards.new_tensor(mean).float()
+            return torch.as_tensor(mean, device=rewards.device).float()
         return ((n * mean + rewards.sum()) / (n + len(rewards))).float()
 
-    def rewards_so_far(self) -> tuple[int, float]:
-        """The number and the mean of the rewards of all updates."""
+    def rewards_so_far(self) -> tuple[int, torch.Tensor | float]:
+        """The number and the mean of the rewards of all updates. The mean stays on the device, so that no update waits."""
         return self.state.own.get("rewards", (0, 0.0)) if hasattr(self, "state") else (0, 0.0)
 
     def update(self, outcomes, examples):
         """Take the rewards of this update into the mean, unless the update is skipped."""
         n, mean = self.rewards_so_far()
-        rewards = torch.cat([part for one in outcomes for part in (one.chosen_rewards, one.rejected_rewards)])
+        rewards = torch.cat([part for one in outcomes for part in (one.chosen_rewards, one.rejected_rewards)]).double()
         total = n + len(rewards)
-        mean += (rewards.double().sum().item() - len(rewards) * mean) / total
+        mean = mean + (rewards.sum() - len(rewards) * mean) / total
         super().update(outcomes, examples)
         self.state.own["rewards"] = total, mean

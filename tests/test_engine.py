@@ -15,7 +15,7 @@ from halos.engine import Batch, Forward, Outcome, Statistic, pieces
 from halos.errors import UserError
 from halos.models import PerToken
 from halos.tokens import Role
-from helpers import example, random_examples, tiny_policy
+from helpers import example, make_config, random_examples, tiny_policy
 from small_runs import loader_for, losses, make_trainer, rows_of, state_of
 
 
@@ -330,7 +330,12 @@ class Waits(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("loss", ["sft", "dpo", "cdpo", "kto", "slic", "ppo"])  # a loss of a user may use masks
+# Those of the project: a loss that a user adds to trainers.py may use masks.
+OURS = ["sft", "dpo", "cdpo", "kto", "slic", "ppo"]
+OURS += [loss for loss in losses() if make_config("", f"loss={loss}").loss.trainer.startswith("losses.")]
+
+
+@pytest.mark.parametrize("loss", OURS)
 def test_a_step_reads_the_device_once(tmp_path, loss):
     """A step has no operation of WAITING: all that the host needs is in one `tolist` before the update, which is none.
 
