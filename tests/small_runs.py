@@ -100,7 +100,7 @@ def loader_for(loss: str, n_examples: int, seed: int = 0, **settings) -> DataLoa
     loader_class = components.find(dataloaders, keys.dataloader)
     pairs = [one._replace(scores=(1.0, 0.0)) for one in random_examples(n_examples, (2,), seed)]
     settings = {"max_length": 100, "max_prompt_length": 50, "seed": seed} | settings
-    settings |= {key: keys[key] for key in getattr(loader_class, "loss_keys", ())}
+    settings |= {key: keys[key] for key in loader_class.loss_keys}
     return loader_over(loader_class, pairs, tokenizer(), **settings)
 
 

@@ -60,7 +60,7 @@ class Subject:
 
     def rows(self, lengths: tuple[int, int], with_scores: bool = True) -> list[TokenizedExample]:
         """Rows of the loss's own loader, with responses of so many tokens."""
-        own = {key: self.settings[key] for key in getattr(self.loader, "loss_keys", ())}
+        own = {key: self.settings[key] for key in self.loader.loss_keys}
         loader: Any = self.loader
         return batches.rows(loader, *lengths, with_scores, **own)
 
