@@ -21,7 +21,7 @@ def ragged_batches(loss: str) -> list:
 
     In the second batch the two longest examples are desirable, so that some of 3 or 4 ranks have no desirable response.
     """
-    batches = [*batches_for(loss, 4), *batches_for(loss, 1, n=1, seed=1)]
+    batches = [*batches_for(loss, 4), batches_for(loss, 1, n=2, seed=1)[0][:1]]
     if data_format(loss) == "unpaired":
         longest = sorted(range(8), key=lambda i: -batches[1][i].n_tokens)[:2]
         batches[1] = [judged(one, i in longest) for i, one in enumerate(batches[1])]
