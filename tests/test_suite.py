@@ -125,13 +125,13 @@ def words_of(suite, run) -> dict[str, str]:
 
 def test_every_loss_has_as_many_responses_per_update():
     suite = suite_of()
-    runs = {run.row: words_of(suite, run) for run in plan.final_runs(suite, "tiny", range(3, 4), fixed(suite))}
+    runs = {run.row: words_of(suite, run) for run in plan.final_runs(suite, "1550k", range(3, 4), fixed(suite))}
     assert {row: words["model.batch_size"] for row, words in runs.items()} == {
         row: "32" if settings.loss_of(row) in ("dpo", "slic") else "64" for row in suite.rows
     }
     assert {words["seed"] for words in runs.values()} == {"3"}
-    assert runs["sft+dpo"]["model.load_from"] == "tiny_sft_seed3/LATEST/policy.pt"
-    assert runs["dpo"]["model.load_from"] == runs["sft"]["model.load_from"] == "tiny_base_seed0/LATEST/policy.pt"
+    assert runs["sft+dpo"]["model.load_from"] == "1550k_sft_seed3/LATEST/policy.pt"
+    assert runs["dpo"]["model.load_from"] == runs["sft"]["model.load_from"] == "1550k_base_seed0/LATEST/policy.pt"
 
 
 def fixed(suite) -> dict[str, tuple[str, ...]]:
@@ -143,7 +143,7 @@ def test_pairs_and_single_responses_are_the_same_data_in_as_many_updates(tmp_pat
     monkeypatch.setattr(demo, "N_PROMPTS", {"train": 60, "test": 10})
     suite = suite_of("dataset.demo.keep.n_prompts=40", out=str(tmp_path))
     seen, updates, orders = [], [], []
-    for run in plan.final_runs(suite, "tiny", range(1, 2), fixed(suite)):
+    for run in plan.final_runs(suite, "1550k", range(1, 2), fixed(suite)):
         if run.row in ("dpo", "kto"):
             with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
                 config = compose("config", plan.train_words(suite, run, FORMATS))
@@ -170,7 +170,7 @@ def test_the_best_learning_rate_is_tried_with_the_other_values():
         asked.append(run.words)
         return {("lr=1e-4",): 0.5, ("lr=4e-4",): 0.6}.get(run.words, 0.55)
 
-    best = plan.tries(suite, "tiny", "dpo", None, score)
+    best = plan.tries(suite, "1550k", "dpo", None, score)
     assert asked == [("lr=1e-4",), ("lr=4e-4",), ("lr=4e-4", "loss.beta=0.3")] and best.words == ("lr=4e-4",)
 
 
@@ -274,7 +274,7 @@ def test_the_answers_of_a_table(tmp_path):
     half = np.tile(np.arange(40) % 2, (3, 1)).astype(float)
     half[np.arange(3), np.arange(3)] = 1 - half[np.arange(3), np.arange(3)]
     by_row = {row: half for row in suite.rows} | {"kto": np.ones((3, 40))}
-    lines = {(one.one, one.other): report.line_of(one) for one in findings.compared(suite, {"tiny": by_row})}
+    lines = {(one.one, one.other): report.line_of(one) for one in findings.compared(suite, {"1550k": by_row})}
     assert lines["dpo", "kto"][1:3] == ["DPO - KTO", "-49.2"] and lines["dpo", "kto"][-1] == "KTO"
     assert lines["sft+dpo", "dpo"][2:] == ["0.0", "[0.0, 0.0]", "0.0", "no difference seen"]
 

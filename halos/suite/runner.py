@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from types import ModuleType
+from typing import NoReturn
 
 from halos.errors import Stopped, UserError
 from halos.files import finished
@@ -23,6 +24,7 @@ from halos.suite.plan import Run
 from halos.suite.settings import Suite
 
 SCORES = "scores.json"
+AGAIN = "stopped; run the same command again to go on"
 STOPPED = (75, 130, 143)  # exit codes of a command that a signal has ended; negative ones are of signals, too
 
 
@@ -40,13 +42,17 @@ class Programs:
 
 @dataclass
 class Runner:
-    """Finishes runs, one after the other. total: how many there will be"""
+    """Finishes runs, one after the other.
+
+    total: how many the suite has; found: how many of them were finished before this command
+    """
 
     suite: Suite
     programs: Programs
     total: int
+    found: int = 0
     done: int = 0
-    made: int = 0  # of the done ones, those of this process
+    made: int = 0  # of the done ones, those that this command has made
     started: float = field(default_factory=time.monotonic)
 
     def finish(self, run: Run) -> dict:
@@ -88,22 +94,22 @@ class Runner:
         worker.start()
         code = _end_of(worker)
         if code in STOPPED or code < 0:
-            raise Stopped("stopped; run the same command again to go on", code if code > 0 else 128 - code)
+            raise Stopped(AGAIN, code if code > 0 else 128 - code)
         if code:
             raise UserError(f"{run.name} failed, with exit code {code}; {log} says why")
 
     def say(self, run: Run, seconds: float) -> None:
         """Say what has been done, and how long the rest will take."""
-        left = (self.total - self.done - 1) * (time.monotonic() - self.started) / self.made
+        left = max(0, self.total - self.found - self.made) * (time.monotonic() - self.started) / self.made
         print(f"[{self.done + 1}/{self.total}] {run.name}: {seconds:.0f} s; {left / 60:.0f} min left", flush=True)
 
 
 def _end_of(worker: BaseProcess) -> int:
     """Wait for a worker and return its exit code. A signal to this process ends the worker, which saves its state."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         worker.join()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, Stopped):
         worker.terminate()
         worker.join()
         raise
@@ -111,6 +117,10 @@ def _end_of(worker: BaseProcess) -> int:
         signal.signal(signal.SIGTERM, before)
     assert worker.exitcode is not None
     return worker.exitcode
+
+
+def _stop(number: int, frame) -> NoReturn:
+    raise Stopped(AGAIN, 128 + number)
 
 
 def _logged(log: str, function: Callable, *args) -> None:

@@ -1,5 +1,6 @@
 """The suite from its start to its results: prompts, bases, tuning, the comparison, and the A/A run."""
 
+import glob
 import json
 import math
 import os
@@ -23,7 +24,8 @@ def whole(suite: Suite, programs: Programs) -> None:
     """Do what is missing of the suite, and write its results."""
     with locks.take(suite.out, on_wait=lambda who: print(f"waiting for {who}, who runs this suite", flush=True)):
         write_data(suite, programs)
-        worker = Runner(suite, programs, total=n_runs(suite))
+        finished_runs = glob.glob(os.path.join(suite.out, "*", runner.SCORES))
+        worker = Runner(suite, programs, n_runs(suite), len(finished_runs))
         settings = {size: tuned(suite, size, worker) for size in suite.sizes}
         write_json(os.path.join(suite.out, "settings.json"), settings)
         for seed in range(1, suite.seeds + 1):
