@@ -27,7 +27,7 @@ class Records:
 
     row: number of the test example; the two responses of a pair have the same one
     reward: as the loss reports it
-    logps, reference_logps: summed over the response's tokens, in nats
+    logps, reference_logps: summed over the response's tokens, in nats; a reward model has none
     loss: of its pair, of the response, or the mean over its tokens, whatever the loss is a mean of
     weight: share of the response in the logged loss; over all rows the weights add up to 1
     """
@@ -144,8 +144,6 @@ def of_batch(batch: Batch, outcome: Outcome) -> Records:
     """Return the records of a batch, on its device: nothing waits for a GPU. `weight` counts losses here."""
     outcome = outcome.detach()
     loss, weight = _shares(batch, outcome.losses)
-    logps = batch.policy.logps.detach()
-    reference = torch.full_like(logps, NAN) if batch.reference_logps is None else batch.reference_logps
     names = (example.ids or ("",) * len(example.responses) for example in batch.examples)
     return Records(
         id=[name for own in names for name in own],
@@ -154,11 +152,18 @@ def of_batch(batch: Batch, outcome: Outcome) -> Records:
         row=torch.tensor([i for i, example in enumerate(batch.examples) for _ in example.responses]),
         n_tokens=batch.lengths,
         reward=_by_response(batch, outcome.chosen_rewards, outcome.rejected_rewards),
-        logps=batch.sum_by_response(logps.double()),
-        reference_logps=batch.sum_by_response(reference.double()),
+        logps=_sums(batch, batch.policy.logps.detach()),
+        reference_logps=_sums(batch, batch.reference_logps),
         loss=loss,
         weight=weight,
     )
+
+
+def _sums(batch: Batch, logps: torch.Tensor | None) -> torch.Tensor:
+    """(n_tokens,) -> (n_responses,): sums over each response; NaN without a reference, or of a reward model."""
+    if logps is None or not len(logps):
+        return torch.full_like(batch.lengths, NAN, dtype=torch.float64)
+    return batch.sum_by_response(logps.double())
 
 
 def _where(batch: Batch, role: Role) -> torch.Tensor:
