@@ -28,7 +28,7 @@ def ragged_batches(loss: str) -> list:
     return batches
 
 
-SAVED = ("dpo", "ppo", "tied")  # cases whose checkpoints are looked at
+SAVED = ("dpo", "ppo", "tied", "lora")  # cases whose checkpoints are looked at
 
 
 def train(folder: str, cases: dict[str, str]) -> None:

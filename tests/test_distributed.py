@@ -198,7 +198,7 @@ def test_several_processes_say_the_same_of_each_response(request, one, folder, n
     for step in records.steps(runs[0]):
         rows, expected_rows = (Records.read(records.path_of(run, step)) for run in runs)
         assert rows.id == expected_rows.id and rows.row.tolist() == expected_rows.row.tolist()
-        torch.testing.assert_close(rows.logps, expected_rows.logps, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(rows.logps, expected_rows.logps, rtol=1e-5, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(rows.weight, expected_rows.weight)
 
 
