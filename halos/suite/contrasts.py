@@ -61,7 +61,9 @@ def standard_error(scores: np.ndarray) -> tuple[float, float]:
 
     With the mean squares of seeds, of prompts, and of the rest of a two-way table,
         variance = (MS_seed + max(MS_prompt - MS_rest, 0)) / (n_seeds n_prompts),
-    of which only MS_seed has few degrees of freedom: df = (n_seeds - 1) (that sum / MS_seed)^2 (Hillis).
+    of which only MS_seed has few degrees of freedom: df = (n_seeds - 1) (that sum / MS_seed)^2 (Hillis). Seeds cannot
+    vary less than the rest does, but five of them can by chance, which would make far too narrow intervals of one
+    comparison in fifty. So MS_seed is at least MS_rest here.
     """
     n_seeds, n_prompts = scores.shape
     if n_seeds == 1:
@@ -70,6 +72,7 @@ def standard_error(scores: np.ndarray) -> tuple[float, float]:
     rest = scores - by_seed[:, None] - by_prompt + scores.mean()
     ms_seed, ms_prompt = n_prompts * by_seed.var(ddof=1), n_seeds * by_prompt.var(ddof=1)
     ms_rest = (rest**2).sum() / ((n_seeds - 1) * (n_prompts - 1))
+    ms_seed = max(ms_seed, ms_rest)
     total = ms_seed + max(ms_prompt - ms_rest, 0.0)
     df = (n_seeds - 1) * (total / ms_seed) ** 2 if ms_seed > 0 else float(n_prompts - 1)
     return float((total / n_seeds / n_prompts) ** 0.5), float(df)
