@@ -132,7 +132,7 @@ class NoData:
 def trainer_of(policy) -> DPOTrainer:
     model = {"max_tokens_per_forward": 1 << 30, "max_grad_norm": 10.0, "gradient_accumulation_steps": 1}
     settings = {"optimizer": "AdamW", "optimizer_kwargs": {}, "lr": 1e-6, "lr_scheduler": "constant"}
-    config = {**settings, "warmup_steps": 0, "model": model, "loss": {"beta": 0.1}}
+    config = {**settings, "warmup_steps": 0, "humanline": {"enabled": False}, "model": model, "loss": {"beta": 0.1}}
     trainer = DPOTrainer(policy, None, None, OmegaConf.create(config), None, None, "")  # type: ignore[arg-type]
     trainer.reference_cache = ZeroReference()  # type: ignore[assignment]
     optimizer = trainer.make_optimizer()

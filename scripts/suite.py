@@ -72,7 +72,7 @@ def imported(losses: list[str]):
         import eval as sampling
         import train
         import trainers
-        from halos import components, curves, judge, launch, samplers, token_store  # noqa: F401
+        from halos import components, curves, launch, samplers, token_store  # noqa: F401
         from halos.suite.runner import Programs
 
     with initialize_config_dir(os.path.join(PROJECT, "config"), version_base="1.3"):

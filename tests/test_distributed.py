@@ -191,7 +191,7 @@ def test_several_processes_train_as_one(request, one, folder, name):
 def test_several_processes_say_the_same_of_each_response(request, one, folder, name):
     """Every evaluation's file has the rows of one process, and pairs have its CHES scores."""
     folder = request.getfixturevalue(folder)
-    scores, expected = (torch.load(place / f"{name}.pt")["ches"] for place in (folder, one))
+    scores, expected = (torch.load(place / f"{name}.pt", weights_only=True)["ches"] for place in (folder, one))
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
     runs = [str(place / name / "run") for place in (folder, one)]
     assert list(records.steps(runs[0])) == list(records.steps(runs[1])) != []

@@ -22,7 +22,7 @@ from helpers import ONE_BLOCK
 # Modules that a wheel must not install at the top level.
 TOP_LEVEL = ("train", "eval", "compare", "trainers", "dataloaders", "utils", "config", "assets", "tests", "scripts")
 # Folders of a clone that a wheel leaves out.
-LEFT_OUT = ("tests/", "benchmarks/", "docs/", "scripts/", ".ci/")
+LEFT_OUT = ("tests/", "benchmarks/", "docs/", "scripts/", ".ci/", ".github/")
 
 SMALL = [*ONE_BLOCK, "n_examples=16"]
 
