@@ -332,9 +332,20 @@ def test_with_a_launcher_each_line_of_training_submits_all_seeds():
 
 @pytest.mark.slow
 def test_a_sweep_through_submitit(tmp_path):
-    """Jobs of a launcher of clusters, here in processes of this machine: two runs, and then the refusal of both."""
+    """Jobs of a launcher of clusters, here in processes of this machine: two runs, and then the refusal of both.
+
+    Each job starts two processes, as on a machine with two GPUs. These must find what to do, though the job's __main__
+    is submitit's.
+    """
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    words = [*ONE_BLOCK, f"cache_dir={tmp_path}", "n_examples=16", "exp_name=run_${seed}", "seed=1,2"]
+    words = [
+        *ONE_BLOCK,
+        f"cache_dir={tmp_path}",
+        "n_examples=16",
+        "nproc_per_node=2",
+        "exp_name=run_${seed}",
+        "seed=1,2",
+    ]
     command = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", *words]
     first, second = (subprocess.run(command, cwd=PROJECT, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr
