@@ -90,4 +90,6 @@ def run(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from train import main  # so that `run` has a name in jobs of other machines, whose __main__ is another program
+
     main()

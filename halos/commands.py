@@ -159,7 +159,7 @@ def hydra_main(config_path: str, config_name: str) -> Callable[[Callable[[DictCo
                 except BrokenPipeError:
                     raise
                 except Exception as error:  # an error of Hydra's: _run_job catches those of the task
-                    raise UserError(_hydra_message(error)) from error
+                    raise UserError(hydra_message(error)) from error
                 finally:
                     os.environ.pop(FULL_ERROR, None)
             if failures:
@@ -232,7 +232,7 @@ def _refuse_unknown_flags() -> None:
         raise UserError(f"{word} stands apart from the other key=value words; put flags such as -m before all of them")
 
 
-def _hydra_message(error: Exception) -> str:
+def hydra_message(error: Exception) -> str:
     """Return one line that says what is wrong with the command, from Hydra's longer message."""
     text, cause = str(error), error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:

@@ -197,6 +197,14 @@ def test_a_mistake_is_named_before_anything_runs(own, message):
         suite_of(**own)
 
 
+@pytest.mark.parametrize(
+    "word, message", [("lrr=1", "lrr=1: there is no key lrr"), ("n_epochs=-1", "n_epochs=-1 must be")]
+)
+def test_a_word_that_training_would_refuse_is_refused_at_the_start(word, message):
+    with pytest.raises(UserError, match=message):
+        stages.check(suite_of(word, losses="[dpo]"), runner.Programs(*[None] * 3, trainers, dataloaders, FORMATS))
+
+
 def test_unequal_tuning_and_unknown_keys_are_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     text = open(os.path.join(settings.FOLDER, "tiny.yaml")).read()
@@ -247,7 +255,8 @@ def test_a_suite_of_two_runs_from_its_start_to_its_table(tmp_path, monkeypatch):
     assert sampled.stat().st_mtime_ns == first
     made = (tmp_path / "suite" / "commands.txt").read_text().splitlines()
     assert [line.split()[1] for line in made].count("eval.py") == 2
-    stages.whole(suite, SimpleNamespace(formats=FORMATS))  # without programs: all is done
+    nothing = runner.Programs(None, None, None, trainers, dataloaders, FORMATS)
+    stages.whole(suite, nothing)  # without programs: all is done
     table = json.loads((tmp_path / "suite" / "table.json").read_text())
     budgets = table["budgets"]["one"]
     assert (budgets["sft"]["updates"], budgets["sft"]["examples"]) == (1, 16)
@@ -332,9 +341,20 @@ def test_with_a_launcher_each_line_of_training_submits_all_seeds():
 
 @pytest.mark.slow
 def test_a_sweep_through_submitit(tmp_path):
-    """Jobs of a launcher of clusters, here in processes of this machine: two runs, and then the refusal of both."""
+    """Jobs of a launcher of clusters, here in processes of this machine: two runs, and then the refusal of both.
+
+    Each job starts two processes, as on a machine with two GPUs. These must find what to do, though the job's __main__
+    is submitit's.
+    """
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    words = [*ONE_BLOCK, f"cache_dir={tmp_path}", "n_examples=16", "exp_name=run_${seed}", "seed=1,2"]
+    words = [
+        *ONE_BLOCK,
+        f"cache_dir={tmp_path}",
+        "n_examples=16",
+        "nproc_per_node=2",
+        "exp_name=run_${seed}",
+        "seed=1,2",
+    ]
     command = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", *words]
     first, second = (subprocess.run(command, cwd=PROJECT, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr

@@ -7,21 +7,25 @@ import os
 import random
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 
 from halos import demo, loading, locks
+from halos.commands import hydra_message
+from halos.config import validate
 from halos.errors import UserError
 from halos.files import finished
 from halos.project_dir import PROJECT
 from halos.suite import findings, plan, report, runner
 from halos.suite.plan import Run
 from halos.suite.runner import Programs, Runner
-from halos.suite.settings import Suite, before
+from halos.suite.settings import Suite, before, loss_of
 
 Settings = dict[str, dict[str, tuple[str, ...]]]  # size -> row -> the words that were best
 
 
 def whole(suite: Suite, programs: Programs) -> None:
     """Do what is missing of the suite, and write its results."""
+    check(suite, programs)
     with locks.take(suite.out, on_wait=lambda who: print(f"waiting for {who}, who runs this suite", flush=True)):
         write_data(suite, programs)
         finished_runs = glob.glob(os.path.join(suite.out, "*", runner.SCORES))
@@ -36,6 +40,20 @@ def whole(suite: Suite, programs: Programs) -> None:
         if suite.aa:
             twice(suite, worker, settings)
             report.write(suite, findings.of_suite(suite, settings, suite.seeds), settings)
+
+
+def check(suite: Suite, programs: Programs) -> None:
+    """Raise UserError if training could not start with the words of each loss, before anything runs."""
+    for row in {loss_of(row): row for row in suite.rows}.values():
+        run = plan.Run(
+            next(iter(suite.sizes)), row, 1, (*plan.first_settings(suite)[row], *suite.tries_of(row)["then"])
+        )
+        try:
+            with initialize_config_dir(os.path.join(PROJECT, "config"), version_base="1.3"):
+                config = compose("config", plan.train_words(suite, run, programs.formats))
+        except HydraException as error:
+            raise UserError(hydra_message(error)) from None
+        validate(config, programs.trainers, programs.dataloaders)
 
 
 def n_runs(suite: Suite) -> int:
