@@ -113,6 +113,10 @@ def test_rows_of_named_losses():
     assert suite_of().rows == ("sft", "ppo", "dpo", "kto", "slic", "sft+ppo", "sft+dpo", "sft+kto", "sft+slic")
 
 
+def test_a_loss_without_a_line_in_the_settings_is_tried_as_often():
+    assert suite_of(losses="[kto,mine]").tries_of("sft+mine")["lr"] == ["1e-4", "2e-4", "4e-4"]
+
+
 def test_what_is_compared():
     asked = findings.questions(settings.rows_of(["dpo", "kto"]))
     assert list(asked.values()) == [
