@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from halos import dataset_specs  # noqa: E402
-from halos.commands import importing, report_user_errors, take_words  # noqa: E402
+from halos.commands import hydra_message, importing, report_user_errors, take_words  # noqa: E402
 from halos.errors import UserError  # noqa: E402
 from halos.project_dir import PROJECT  # noqa: E402
 
@@ -65,6 +65,7 @@ def imported(losses: list[str]):
         import matplotlib.figure  # noqa: F401
         import torch.distributed.checkpoint.state_dict  # noqa: F401
         from hydra import compose, initialize_config_dir
+        from hydra.errors import HydraException
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
         import compare
@@ -75,8 +76,11 @@ def imported(losses: list[str]):
         from halos import components, curves, launch, samplers, token_store  # noqa: F401
         from halos.suite.runner import Programs
 
-    with initialize_config_dir(os.path.join(PROJECT, "config"), version_base="1.3"):
-        names = {loss: compose("config", [f"loss={loss}"]).loss.trainer for loss in losses}
+    try:
+        with initialize_config_dir(os.path.join(PROJECT, "config"), version_base="1.3"):
+            names = {loss: compose("config", [f"loss={loss}"]).loss.trainer for loss in losses}
+    except HydraException as error:
+        raise UserError(hydra_message(error)) from None
     formats = {loss: components.find(trainers, name).data_format for loss, name in names.items()}
     return Programs(train.main, sampling.main, compare.main, trainers, dataloaders, formats)
 

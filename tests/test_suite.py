@@ -113,6 +113,10 @@ def test_rows_of_named_losses():
     assert suite_of().rows == ("sft", "ppo", "dpo", "kto", "slic", "sft+ppo", "sft+dpo", "sft+kto", "sft+slic")
 
 
+def test_a_loss_without_a_line_in_the_settings_is_tried_as_often():
+    assert suite_of(losses="[kto,mine]").tries_of("sft+mine")["lr"] == ["1e-4", "2e-4", "4e-4"]
+
+
 def test_what_is_compared():
     asked = findings.questions(settings.rows_of(["dpo", "kto"]))
     assert list(asked.values()) == [
@@ -203,6 +207,18 @@ def test_a_mistake_is_named_before_anything_runs(own, message):
 def test_a_word_that_training_would_refuse_is_refused_at_the_start(word, message):
     with pytest.raises(UserError, match=message):
         stages.check(suite_of(word, losses="[dpo]"), runner.Programs(*[None] * 3, trainers, dataloaders, FORMATS))
+
+
+def test_scores_of_other_settings_are_not_taken(tmp_path):
+    """The settings that are tried may change between two commands, and a run is known by its number."""
+    suite = stub(tmp_path)
+    old, new = (plan.Run("one", "sft", 0, (f"lr={lr}",), attempt=1) for lr in (1e-3, 2e-3))
+    os.makedirs(os.path.dirname(plan.file_of(suite, old, "scores.json")))
+    plan.write_json(plan.file_of(suite, old, "scores.json"), {"words": old.words, "right": [1.0]})
+    worker = runner.Runner(suite, SimpleNamespace(), total=1)
+    assert worker.finish(old)["right"] == [1.0]
+    with pytest.raises(UserError, match="is of a run with lr=0.001, not with lr=0.002; give another out=DIR"):
+        worker.finish(new)
 
 
 def test_unequal_tuning_and_unknown_keys_are_refused(tmp_path):

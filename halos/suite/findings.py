@@ -10,7 +10,7 @@ import numpy as np
 from halos.suite import plan
 from halos.suite.contrasts import Estimate, estimate, no_difference_share
 from halos.suite.plan import Run
-from halos.suite.settings import Suite, before, loss_of
+from halos.suite.settings import Suite, before, loss_of, stages_of
 
 MEASURES = ("right", "win", "order")  # the first that a suite has is the one that rows are compared by
 
@@ -121,6 +121,7 @@ def questions(rows: tuple[str, ...]) -> dict[str, list[tuple[str, str]]]:
     both = [row for row in after if loss_of(row) in rows and loss_of(row) != "sft"]
     gains = [f"{row} - {loss_of(row)}" for row in both]
     alone = [row for row in rows if "+" not in row and row != "sft"]
+    # That KTO needs SFT least is published, so its gain is compared with those of the others.
     kto_gains = [pair for pair in combinations(gains, 2) if any("kto" in one for one in pair)]
     return {
         "is it better after SFT?": [(row, loss_of(row)) for row in both],
@@ -136,9 +137,8 @@ def aa(suite: Suite, settings, measure: str) -> float | None:
     if not suite.aa:
         return None
     size, seeds = next(iter(suite.sizes)), range(1, 2 * suite.seeds + 1)
-    parts = suite.aa.split("+")
-    rows = tuple("+".join(parts[:n]) for n in range(1, len(parts) + 1))
-    runs = [run for run in plan.final_runs(suite, size, seeds, settings[size], rows) if run.row == suite.aa]
+    made = plan.final_runs(suite, size, seeds, settings[size], stages_of(suite.aa))
+    runs = [run for run in made if run.row == suite.aa]
     if not all(os.path.isfile(plan.file_of(suite, run, "scores.json")) for run in runs):
         return None
     return no_difference_share(matrix([read(suite, run) for run in runs], measure))

@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from halos import checkpoint, loading, reference_cache, saved_config
-from halos.files import finished
 from halos.project_dir import PROJECT
 from halos.suite import plan
 from halos.suite.plan import Run
@@ -36,9 +35,7 @@ def write(suite: Suite, run: Run, trainers: ModuleType, dataloaders: ModuleType)
         scores |= of_samples(suite, run)
     if run.row != plan.BASE:
         scores |= of_pairs(suite, run, trainers, dataloaders)
-    path = plan.file_of(suite, run, "scores.json")
-    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(scores, file)
+    plan.write_json(plan.file_of(suite, run, "scores.json"), scores)
 
 
 def of_samples(suite: Suite, run: Run) -> dict[str, list]:

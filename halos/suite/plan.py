@@ -5,10 +5,13 @@ see the same data in the order of their seed, and make equally many updates: an 
 responses, which is half as many examples for a loss on pairs.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from halos.files import finished
 from halos.suite.settings import Suite, before, loss_of
 
 BASE = "base"
@@ -128,6 +131,11 @@ def file_of(suite: Suite, run: Run, name: str) -> str:
 
 def prompts_file(run: Run) -> str:
     return "prompts.jsonl" if run.attempt is None else "prompts_tuning.jsonl"
+
+
+def write_json(path: str, content: Any) -> None:
+    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
 
 
 def texts_of(suite: Suite) -> str:

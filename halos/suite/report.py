@@ -1,11 +1,10 @@
 """table.md and table.json: the rows of each size, and what their comparisons say."""
 
-import json
 import os
 from dataclasses import asdict
 
 from halos.files import finished
-from halos.suite import figure
+from halos.suite import figure, plan
 from halos.suite.contrasts import Estimate
 from halos.suite.findings import Comparison, Findings
 from halos.suite.settings import Suite
@@ -23,17 +22,14 @@ SHARES = ("right", "win", "order")
 
 def write(suite: Suite, found: Findings, settings: dict) -> None:
     """Write the table and the picture of what is finished, in place of those of fewer seeds."""
-    write_text(os.path.join(suite.out, "table.md"), markdown(found, settings))
+    path = os.path.join(suite.out, "table.md")
+    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        file.write(markdown(found, settings))
     content = {"seeds": found.seeds, "measure": found.measure, "base": found.base, "aa_same": found.same}
     content |= {"settings": settings, "rows": plain(found.rows), "budgets": budgets(found)}
     content |= {"comparisons": [asdict(one) for one in found.comparisons]}
-    write_text(os.path.join(suite.out, "table.json"), json.dumps(content, indent=1))
+    plan.write_json(os.path.join(suite.out, "table.json"), content)
     figure.draw(os.path.join(suite.out, "suite.png"), found)
-
-
-def write_text(path: str, text: str) -> None:
-    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def plain(rows: dict) -> dict:

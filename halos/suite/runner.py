@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import NoReturn
 
 from halos.errors import Stopped, UserError
-from halos.files import finished
 from halos.suite import measures, plan
 from halos.suite.plan import Run
 from halos.suite.settings import Suite
@@ -68,7 +67,11 @@ class Runner:
             self.say(run, time.monotonic() - began)
         self.done += 1
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            scores = json.load(file)
+        if scores["words"] != list(run.words):
+            was, now = shlex.join(scores["words"]), shlex.join(run.words)
+            raise UserError(f"{path} is of a run with {was}, not with {now}; give another out=DIR")
+        return scores
 
     def train(self, run: Run) -> None:
         words = [*plan.train_words(self.suite, run, self.programs.formats), "resume=true"]
@@ -155,5 +158,4 @@ def prepare(suite: Suite) -> None:
         different += [f"sizes.{key}" for key, words in before["sizes"].items() if now["sizes"].get(key, words) != words]
         if different:
             raise UserError(f"out={suite.out} holds a suite with other {', '.join(different)}; give another out=DIR")
-    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(now, file, indent=1)
+    plan.write_json(path, now)

@@ -65,6 +65,12 @@ def before(row: str) -> str:
     return row.rpartition("+")[0]
 
 
+def stages_of(row: str) -> tuple[str, ...]:
+    """Return the rows that a row passes through: sft and sft+kto for sft+kto."""
+    losses = row.split("+")
+    return tuple("+".join(losses[: n + 1]) for n in range(len(losses)))
+
+
 def rows_of(losses: list[str]) -> tuple[str, ...]:
     """Return the rows for named losses: sft, each loss alone, and each after SFT; a name with a plus is one row."""
     alone = [name for name in losses if "+" not in name and name != "sft"]

@@ -18,7 +18,7 @@ from halos.project_dir import PROJECT
 from halos.suite import findings, plan, report, runner
 from halos.suite.plan import Run
 from halos.suite.runner import Programs, Runner
-from halos.suite.settings import Suite, before, loss_of
+from halos.suite.settings import Suite, before, loss_of, stages_of
 
 Settings = dict[str, dict[str, tuple[str, ...]]]  # size -> row -> the words that were best
 
@@ -31,7 +31,7 @@ def whole(suite: Suite, programs: Programs) -> None:
         finished_runs = glob.glob(os.path.join(suite.out, "*", runner.SCORES))
         worker = Runner(suite, programs, n_runs(suite), len(finished_runs))
         settings = {size: tuned(suite, size, worker) for size in suite.sizes}
-        write_json(os.path.join(suite.out, "settings.json"), settings)
+        plan.write_json(os.path.join(suite.out, "settings.json"), settings)
         for seed in range(1, suite.seeds + 1):
             for size in suite.sizes:
                 for run in plan.final_runs(suite, size, range(seed, seed + 1), settings[size]):
@@ -45,9 +45,8 @@ def whole(suite: Suite, programs: Programs) -> None:
 def check(suite: Suite, programs: Programs) -> None:
     """Raise UserError if training could not start with the words of each loss, before anything runs."""
     for row in {loss_of(row): row for row in suite.rows}.values():
-        run = plan.Run(
-            next(iter(suite.sizes)), row, 1, (*plan.first_settings(suite)[row], *suite.tries_of(row)["then"])
-        )
+        words = *plan.first_settings(suite)[row], *suite.tries_of(row)["then"]
+        run = Run(next(iter(suite.sizes)), row, 1, words)
         try:
             with initialize_config_dir(os.path.join(PROJECT, "config"), version_base="1.3"):
                 config = compose("config", plan.train_words(suite, run, programs.formats))
@@ -58,7 +57,7 @@ def check(suite: Suite, programs: Programs) -> None:
 
 def n_runs(suite: Suite) -> int:
     n_tries = len(suite.rows) * suite.n_tries if suite.n_tries > 1 else 0
-    n_aa = suite.seeds * (suite.aa.count("+") + 1) if suite.aa else 0
+    n_aa = suite.seeds * len(stages_of(suite.aa)) if suite.aa else 0
     return len(suite.sizes) * (bool(suite.base) + n_tries + suite.seeds * len(suite.rows)) + n_aa
 
 
@@ -89,9 +88,7 @@ def twice(suite: Suite, worker: Runner, settings: Settings) -> None:
     """Train the A/A row with as many further seeds, at the first size."""
     assert suite.aa
     size, seeds = next(iter(suite.sizes)), range(suite.seeds + 1, 2 * suite.seeds + 1)
-    parts = suite.aa.split("+")
-    rows = tuple("+".join(parts[:n]) for n in range(1, len(parts) + 1))
-    for run in plan.final_runs(suite, size, seeds, settings[size], rows):
+    for run in plan.final_runs(suite, size, seeds, settings[size], stages_of(suite.aa)):
         worker.finish(run)
 
 
@@ -135,8 +132,3 @@ def write_texts(suite: Suite, prompts: int, **_) -> None:
 def write_lines(path: str, rows: list[dict]) -> None:
     with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_json(path: str, content) -> None:
-    with finished(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
