@@ -9,14 +9,21 @@ RUN = $(VENV)/bin/python
 LOSS ?= kto
 SEED ?= 1
 TEST_PROCESSES ?= logical
+ALONE = tests/test_launch.py tests/test_locks.py tests/test_compare_process.py
 
 .PHONY: demo test test-slow lint docs check clean
 
 demo: $(INSTALLED)
 	$(RUN) scripts/demo.py --loss $(LOSS) --seed $(SEED) $(ARGS)
 
+# With ARGS, a part of the tests. All of them run on all cores, but for those that start and kill processes.
 test: $(INSTALLED)
-	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ALONE:%=--ignore=%)
+	$(RUN) -m pytest $(ALONE)
+else
+	$(RUN) -m pytest $(ARGS)
+endif
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -57,6 +57,7 @@ ches.py             CHES scores: pairs that are too alike to the model
 best.py             the best evaluation of a run: when BEST/ is written, and when the patience is over
 metrics.py          metrics.jsonl and the progress bar
 loggers.py          other places for metrics: wandb, trackio, tensorboard
+pictures.py         how pictures look: colours and style
 curves.py           curves.png
 reward_model.py     a reward model: its head, its forward pass, and the form in which transformers opens it
 scoring.py          scores of a trained reward model; the best of several responses

@@ -99,7 +99,7 @@ class BCOTrainer(UnpairedPreferenceTrainer):
         return ((n * mean + rewards.sum()) / (n + len(rewards))).float()
 
     def rewards_so_far(self) -> tuple[int, torch.Tensor | float]:
-        """The number and the mean of the rewards of all updates. The mean stays on the device, so that no update waits."""
+        """The number of rewards of all updates, and their mean, which stays on the device: no update waits for it."""
         return self.state.own.get("rewards", (0, 0.0)) if hasattr(self, "state") else (0, 0.0)
 
     def update(self, outcomes, examples):

@@ -112,7 +112,8 @@ def test_eval_py_samples_the_policy_behind_the_text_of_desirable_responses(tmp_p
         "format": "rows",
         "output": str(tmp_path / "samples.json"),
     }
-    eval_program.sample(Namespace(file=None, n_samples=4, n_per_prompt=2, best_of=None, **flags), config, "LATEST/policy.pt")
+    args = Namespace(file=None, n_samples=4, n_per_prompt=2, best_of=None, **flags)
+    eval_program.sample(args, config, "LATEST/policy.pt")
     text = Encoder(tokenizer()).continuation("Good:").tolist()
     assert len(prompts["reference"]) == 8 and max(map(len, prompts["reference"])) == 12
     for policy, reference in zip(prompts["policy"], prompts["reference"], strict=True):

@@ -11,7 +11,7 @@ import pytest
 from comparing import compare, results, rows_of, write_samples
 from helpers import PROJECT
 
-ALLOWED = {"errors", "files", "datafiles", "secrets"}
+ALLOWED = {"errors", "files", "datafiles", "secrets", "pictures"}
 SCRIPTS = ("train", "eval", "compare", "trainers", "dataloaders", "utils")
 JUDGE = os.path.join(PROJECT, "halos", "judge")
 

@@ -273,14 +273,15 @@ def test_neutral_hyperparameters_are_dpo(trainer, hyper):
     assert found[0] == pytest.approx(expected[0]) and found[1] == pytest.approx(expected[1])
 
 
-def test_a_pair_without_scores_is_one_line():
+def test_a_pair_without_scores_is_one_line(tmp_path):
     """The loader of the losses that need scores refuses the data before any model is loaded."""
     pairs = [
         Example("q", [" a", " b"], scores, [(0, 1)], dataset_name="d", id="d/1") for scores in ([], [1.0, math.nan])
     ]
     for pair in pairs:
         with pytest.raises(UserError, match="d/1 has a pair without scores, and loss.dataloader=ScoredPairsDataLo"):
-            ScoredPairsDataLoader([pair], tokenizer(), batch_size=1, max_length=9, max_prompt_length=9, cache_dir="")
+            settings = {"batch_size": 1, "max_length": 9, "max_prompt_length": 9, "cache_dir": str(tmp_path)}
+            ScoredPairsDataLoader([pair], tokenizer(), **settings)
 
 
 #### SIGNS

@@ -58,7 +58,8 @@ def gradient(trainer, packs: bool, limit: int) -> tuple[torch.Tensor, Outcome]:
     trainer.config.model.max_tokens_per_forward = limit
     trainer.policy.zero_grad()
     outcomes = [trainer.forward_backward(batch) for batch in trainer.train_loader.batches[:2]]
-    return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.requires_grad]), Outcome.concatenate(outcomes)
+    gradients = [p.grad.flatten() for p in trainer.policy.parameters() if p.requires_grad]
+    return torch.cat(gradients), Outcome.concatenate(outcomes)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

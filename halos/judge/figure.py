@@ -4,29 +4,12 @@ The numbers come from statistics.py. Change `plot` to add a panel.
 """
 
 import textwrap
-from typing import Any
 
 import numpy as np
 
 from halos.judge import statistics
 from halos.judge.outputs import written
-
-BLUE, ORANGE, PURPLE, GREEN = "#2b66a8", "#c4691b", "#7a5aa6", "#3d8577"
-PALE, GREY, MUTED, INK = "#e6e8ec", "#c6cad0", "#6c737d", "#1b1f26"
-FIGURE_STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a name is not a formula
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
+from halos.pictures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PALE, PURPLE, STYLE
 
 
 def plot(path: str, title: str, summary: dict, scores: np.ndarray, length_differences: np.ndarray) -> None:
@@ -43,7 +26,7 @@ def plot(path: str, title: str, summary: dict, scores: np.ndarray, length_differ
     judges = [(judge["name"], judge) for judge in summary["judges"]]
     several = len(judges) > 1
     rows = [("all judges", summary), *judges] if several else [("", summary)]
-    with matplotlib.rc_context(FIGURE_STYLE):
+    with matplotlib.rc_context(STYLE):
         size = (15, 3.6 + 0.62 * (len(rows) - 1))
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
         axes = figure.subplots(1, 3, width_ratios=[1.25, 1, 1.1])

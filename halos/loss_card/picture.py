@@ -11,29 +11,15 @@ import numpy as np
 
 from halos.files import finished
 from halos.loss_card.sweep import REACH, Curve
+from halos.pictures import BLUE, GREY, MUTED, ORANGE, STYLE
 from halos.tokens import Role
 
 FEW = 6  # losses that can be told apart in one panel
 PER_ROW = 4  # losses in a row of small panels
-BLUE, ORANGE, GREY, INK, MUTED = "#2b66a8", "#c4691b", "#d5d8dd", "#1b1f26", "#6c737d"
 COLORS = {Role.CHOSEN: BLUE, Role.REJECTED: ORANGE}
 LINES: dict[Role, Any] = {Role.CHOSEN: "-", Role.REJECTED: (0, (4, 1.6))}
 LIMITS = {"losses": (-2.6, 5.2), "weights": (0, 3.2)}  # of panels in units of the start
 REWARD = "implied reward, from the start"
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a name is not a formula
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
 
 
 def draw(path: str, curves: dict[str, list[Curve]]) -> None:

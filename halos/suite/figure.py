@@ -3,26 +3,12 @@
 Change `draw` to add a panel: one row of panels per measure, one column per size.
 """
 
-from typing import Any
-
 from halos.files import finished
+from halos.pictures import BLUE, MUTED, ORANGE, PALE, STYLE
 from halos.suite.findings import Findings, matrix
 from halos.suite.settings import before, loss_of
 
-ALONE, AFTER, MUTED, INK, PALE = "#c4691b", "#2b66a8", "#6c737d", "#1b1f26", "#e6e8ec"
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": INK,
-}
+ALONE, AFTER = ORANGE, BLUE
 LABELS = {
     "right": "right answers, %",
     "win": "win rate against the preferred responses, %",
