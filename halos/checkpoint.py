@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -95,7 +95,7 @@ def _write_files(directory, states, adapter, lm, tokenizer, config, step, metric
     export(directory, lm, exported, tokenizer, export_dtype)
     with open(os.path.join(directory, "README.md"), "w") as file:
         file.write(run_dir.model_card(config, step, metrics))
-    OmegaConf.save(config, os.path.join(directory, run_dir.CONFIG), resolve=True)
+    run_dir.write_config(config, os.path.join(directory, run_dir.CONFIG))
     manifest.write(directory)
 
 

@@ -99,6 +99,12 @@ def refuse_existing(config: DictConfig) -> None:
         )
 
 
+def write_config(config: DictConfig, path: str) -> None:
+    """Write a config.yaml, without the keys and passwords of addresses in it."""
+    settings = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
+    OmegaConf.save(OmegaConf.create(settings), path)
+
+
 def create(config: DictConfig) -> str:
     """Make the run directory with its config.yaml, on rank 0, and return its path. An existing directory is renamed."""
     path = path_of(config)
@@ -108,10 +114,9 @@ def create(config: DictConfig) -> str:
         os.rmdir(path)
     make_room(path)
     os.makedirs(path)
-    settings = secrets.without_urls_secrets(OmegaConf.to_container(config, resolve=True))
     try:
         with finished(os.path.join(path, CONFIG)) as unfinished:
-            OmegaConf.save(OmegaConf.create(settings), unfinished)
+            write_config(config, unfinished)
     except BaseException:
         os.rmdir(path)
         raise

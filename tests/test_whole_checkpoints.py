@@ -38,6 +38,16 @@ def flip(path: str, position: int = -100) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def test_the_config_of_a_checkpoint_has_no_password(tmp_path):
+    """It was saved as it is, while the config of the run had its passwords replaced; checkpoints are uploaded."""
+    trainer = make_trainer(tmp_path, "sft", "sampler_url='http://me:swordfish@host:1/v1'")
+    trainer.write_checkpoint([f"{trainer.run_dir}/LATEST"])
+    for folder in ("", "LATEST/"):
+        with open(f"{trainer.run_dir}/{folder}config.yaml") as file:
+            text = file.read()
+        assert "swordfish" not in text and "host:1/v1" in text
+
+
 def test_every_checkpoint_has_a_manifest_and_nothing_is_left(trainer):
     run = trainer.run_dir
     assert sorted(os.listdir(run)) == ["LATEST", "config.yaml", "curves.png", "metrics.jsonl", "step-1", "step-2"]
