@@ -34,6 +34,8 @@ def write_record(folder, rows=ROWS, weights=WEIGHTS, config=None, case=CASE) -> 
     settings = {"cache_dir": str(folder), "loss": {"beta": 0.1}} | (config or {})
     (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
     torch.save({"step_idx": 1, "state": weights, "metrics": {"loss/eval": 0.5}}, latest / "policy.pt")
+    (run_dir / "states" / "step-1").mkdir(parents=True)
+    torch.save({"updates": 1, "scheduler": {}}, run_dir / "states" / "step-1" / "progress.pt")  # no checkpoint
     save_file(weights, latest / "model.safetensors")
     return str(folder)
 
