@@ -92,7 +92,9 @@ class SLiCTrainer(PairedPreferenceTrainer):
         return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
 
 
-class KTOTrainer(UnpairedPreferenceTrainer):
+class WeightedTrainer(UnpairedPreferenceTrainer):
+    """For losses with a reference model, and with a weight for each kind of response."""
+
     needs = ("use_reference_model",)
     rules = {
         "beta": rules.number(above=0),
@@ -100,6 +102,18 @@ class KTOTrainer(UnpairedPreferenceTrainer):
         "undesirable_weight": rules.number(least=0),
     }
 
+    def weighted(self, chosen_losses, rejected_losses):
+        """(n_chosen,), (n_rejected,) -> (n_chosen + n_rejected,): all losses, times the weight of their kind."""
+        settings = self.config.loss
+        return torch.cat((settings.desirable_weight * chosen_losses, settings.undesirable_weight * rejected_losses))
+
+    def advice(self):
+        """Say how many responses of each kind there are, and which weights the KTO paper recommends for that."""
+        weights = self.config.loss.desirable_weight, self.config.loss.undesirable_weight
+        return [*super().advice(), advice.balance(*self.train_loader.class_counts(), *weights)]
+
+
+class KTOTrainer(WeightedTrainer):
     def loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
         """KTO (https://arxiv.org/abs/2402.01306), with the KL of the other half of the batch as reference point.
 
@@ -116,15 +130,11 @@ class KTOTrainer(UnpairedPreferenceTrainer):
         rejected_KL = (rejected_logratios.sum() / max(1, len(rejected_logratios))).clamp(min=0)
         chosen_losses = 1 - torch.sigmoid(beta * (chosen_logratios - rejected_KL))
         rejected_losses = 1 - torch.sigmoid(beta * (chosen_KL - rejected_logratios))
-        losses = torch.cat(
-            (self.config.loss.desirable_weight * chosen_losses, self.config.loss.undesirable_weight * rejected_losses)
-        )
+        losses = self.weighted(chosen_losses, rejected_losses)
         return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
     def advice(self):
-        """Say how many responses of each kind there are, and which weights the paper recommends for that."""
-        weights = self.config.loss.desirable_weight, self.config.loss.undesirable_weight
-        lines = [*super().advice(), advice.balance(*self.train_loader.class_counts(), *weights)]
+        lines = super().advice()
         if self.config.model.batch_size == 1:
             lines.append(
                 "warning: model.batch_size=1: the other half of each batch, whose KL is KTO's reference point, "

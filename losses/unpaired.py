@@ -5,31 +5,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from halos import advice, rules
+from halos import rules
 from halos.engine import Outcome
 from halos.tokens import Role
-from trainers import UnpairedPreferenceTrainer
-
-
-class WeightedTrainer(UnpairedPreferenceTrainer):
-    """For losses with a reference model, and with a weight for each kind of response."""
-
-    needs = ("use_reference_model",)
-    rules = {
-        "beta": rules.number(above=0),
-        "desirable_weight": rules.number(least=0),
-        "undesirable_weight": rules.number(least=0),
-    }
-
-    def weighted(self, chosen_losses, rejected_losses):
-        """(n_chosen,), (n_rejected,) -> (n_chosen + n_rejected,): all losses, times the weight of their kind."""
-        settings = self.config.loss
-        return torch.cat((settings.desirable_weight * chosen_losses, settings.undesirable_weight * rejected_losses))
-
-    def advice(self):
-        """Say how many responses of each kind there are, and which weights the KTO paper recommends for that."""
-        weights = self.config.loss.desirable_weight, self.config.loss.undesirable_weight
-        return [*super().advice(), advice.balance(*self.train_loader.class_counts(), *weights)]
+from trainers import UnpairedPreferenceTrainer, WeightedTrainer
 
 
 class MismatchedKTOTrainer(WeightedTrainer):
