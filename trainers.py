@@ -102,11 +102,6 @@ class WeightedTrainer(UnpairedPreferenceTrainer):
         "undesirable_weight": rules.number(least=0),
     }
 
-    def weighted(self, chosen_losses, rejected_losses):
-        """(n_chosen,), (n_rejected,) -> (n_chosen + n_rejected,): all losses, times the weight of their kind."""
-        settings = self.config.loss
-        return torch.cat((settings.desirable_weight * chosen_losses, settings.undesirable_weight * rejected_losses))
-
     def advice(self):
         """Say how many responses of each kind there are, and which weights the KTO paper recommends for that."""
         weights = self.config.loss.desirable_weight, self.config.loss.undesirable_weight
@@ -130,7 +125,9 @@ class KTOTrainer(WeightedTrainer):
         rejected_KL = (rejected_logratios.sum() / max(1, len(rejected_logratios))).clamp(min=0)
         chosen_losses = 1 - torch.sigmoid(beta * (chosen_logratios - rejected_KL))
         rejected_losses = 1 - torch.sigmoid(beta * (chosen_KL - rejected_logratios))
-        losses = self.weighted(chosen_losses, rejected_losses)
+        losses = torch.cat(
+            (self.config.loss.desirable_weight * chosen_losses, self.config.loss.undesirable_weight * rejected_losses)
+        )
         return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
     def advice(self):

@@ -23,7 +23,9 @@ class MismatchedKTOTrainer(WeightedTrainer):
         chosen, rejected, unrelated = (batch.of_role(logratios, role) for role in Role)
         raw = unrelated.detach().sum() / max(1, len(unrelated))  # the mean of nothing is NaN
         kl = raw.clamp(min=0)
-        losses = self.weighted(1 - torch.sigmoid(beta * (chosen - kl)), 1 - torch.sigmoid(beta * (kl - rejected)))
+        chosen_losses = self.config.loss.desirable_weight * (1 - torch.sigmoid(beta * (chosen - kl)))
+        rejected_losses = self.config.loss.undesirable_weight * (1 - torch.sigmoid(beta * (kl - rejected)))
+        losses = torch.cat((chosen_losses, rejected_losses))
         metrics = {"kl/unrelated": unrelated, "clamped/kl": (raw < 0)[None]}
         logps = self.split(batch, batch.policy.logps)
         return Outcome(losses, beta * chosen.detach(), beta * rejected.detach(), *logps, metrics=metrics)
@@ -38,7 +40,9 @@ class APOZeroUnpairedTrainer(WeightedTrainer):
         """
         chosen_rewards = self.config.loss.beta * (policy_chosen_logps - reference_chosen_logps)
         rejected_rewards = self.config.loss.beta * (policy_rejected_logps - reference_rejected_logps)
-        losses = self.weighted(1 - torch.sigmoid(chosen_rewards), torch.sigmoid(rejected_rewards))
+        chosen_losses = self.config.loss.desirable_weight * (1 - torch.sigmoid(chosen_rewards))
+        rejected_losses = self.config.loss.undesirable_weight * torch.sigmoid(rejected_rewards)
+        losses = torch.cat((chosen_losses, rejected_losses))
         return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
