@@ -37,7 +37,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Displacement:
-    """What has become of the test responses since the first evaluation, after `since` updates."""
+    """The change of log-probs of the test responses since the first evaluation.
+
+    since: updates before that evaluation
+    """
 
     since: int
     chosen: Change

@@ -111,7 +111,7 @@ class Batch:
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:
-        """What is logged of a batch whatever its loss is: the share of clamped tokens, if there are bounds."""
+        """Metrics that do not depend on the loss: the share of clamped tokens, if there are bounds."""
         return {} if self.is_clamped is None else {"clamped/tokens": self.is_clamped}
 
     def of_role(self, values: torch.Tensor, role: Role) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What an evaluation says of each test response: one row each, in RUN/evaluations/step-N.parquet.
+"""Rows of an evaluation, one per test response, in RUN/evaluations/step-N.parquet.
 
 The logged loss is the mean of the rows' losses, weighted with their weights.
 """
@@ -126,6 +126,8 @@ class Records:
         import pyarrow
         from pyarrow import parquet
 
+        if not os.path.isfile(path):
+            raise UserError(f"{path} does not exist; give an evaluation of a run, as in RUN/evaluations/step-0.parquet")
         try:
             table = parquet.read_table(path, partitioning=None).to_pydict()
             columns = {field.name: table[field.name] for field in fields(cls)}

@@ -18,7 +18,7 @@ ARRAYS = 4  # of the size of a chunk that are in memory at once, beside its logi
 
 
 class Predictions(NamedTuple):
-    """What gives a model's logits of the next token at N positions.
+    """Hidden states and head that give a model's logits of the next token at N positions.
 
     states: (N, d) hidden states; or (N, V) the logits themselves, where there is no weight
     weight, bias: (V, d) and (V,) of the head

@@ -1,4 +1,4 @@
-"""What a trainer writes for later: LATEST, step-N/, the states to resume from, and what is left of a failed run.
+"""Save what a trainer has: LATEST, step-N/, BEST/, the states to resume from, and the weights of a failed run.
 
 The files of a checkpoint are in `halos/checkpoint.py`, those of a state in `halos/states.py`.
 """

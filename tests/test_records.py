@@ -127,6 +127,8 @@ def test_what_is_no_evaluation_is_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="is not an evaluation that a run wrote"):
             Records.read(str(tmp_path / name))
+    with pytest.raises(UserError, match="nope.parquet does not exist; give an evaluation of a run"):
+        Records.read(str(tmp_path / "nope.parquet"))
 
 
 #### DATASETS

@@ -1,4 +1,4 @@
-"""What an evaluation says of its responses (RUN/evaluations/step-N.parquet): per dataset, by length, the worst first.
+"""Summarise the rows of an evaluation (RUN/evaluations/step-N.parquet): per dataset, by length, the worst first.
 
 python scripts/inspect_data.py evaluation=RUN/evaluations/step-100.parquet
 """

@@ -50,7 +50,7 @@ def finite(outcome: Outcome, gradient: torch.Tensor, where: str, remedy: str) ->
 
 
 def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether two tensors agree, relative to the largest entry."""
+    """Return whether two tensors agree, relative to the largest entry."""
     if one.shape != other.shape or not one.numel():
         return one.shape == other.shape
     largest = torch.maximum(one.abs().max(), other.abs().max()).clamp(min=1e-6)

@@ -20,7 +20,7 @@ UNMOVED = 1e-6  # a gradient that is 0 but for rounding
 
 @dataclass(frozen=True)
 class Curve:
-    """What happens to one response of a pair, or to one response alone, as its reward changes.
+    """Loss and gradient weight of one response, of a pair or alone, as its reward changes.
 
     rewards: (n,) as the loss reports them, minus that at the start
     losses: (n,) the sum over the batch

@@ -1,4 +1,4 @@
-"""What is measured of a finished run, one number per prompt, in scores.json.
+"""Measure a finished run: one number per prompt, in scores.json.
 
 right: 1 where the truth says that the sampled response is right; win: compare.py's score against the response that
 people preferred; length: characters of the response. chosen, rejected: how the log-probs of held-out pairs have moved

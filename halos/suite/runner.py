@@ -29,7 +29,7 @@ STOPPED = (75, 130, 143)  # exit codes of a command that a signal has ended; neg
 
 @dataclass(frozen=True)
 class Programs:
-    """What the project's entry points and the files that a user edits are; `scripts/suite.py` imports them."""
+    """The project's entry points and the modules that a user edits, as `scripts/suite.py` has imported them."""
 
     train: Callable[[], None]
     sample: Callable[[], None]

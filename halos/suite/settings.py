@@ -1,4 +1,4 @@
-"""What the suite compares: a YAML of settings/ and the words of the command."""
+"""Settings of a suite: a YAML of settings/ and the words of the command."""
 
 import os
 from dataclasses import dataclass
